@@ -1,0 +1,14 @@
+"""lightning-ddg: train a network cut into stages without waiting for backpropagation; importing it registers the strategies.
+
+Public names only; what they do lives in the modules they come from.
+"""
+
+from lightning.pytorch.strategies import StrategyRegistry
+
+from lightning_ddg.mixin import DDGMixin
+from lightning_ddg.strategy import DDGStrategy
+from lightning_ddg.version import __version__
+
+__all__ = ["DDGMixin", "DDGStrategy", "__version__"]
+
+DDGStrategy.register_strategies(StrategyRegistry)

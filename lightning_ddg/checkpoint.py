@@ -1,0 +1,160 @@
+"""Full state and stage state: whose tensor is whose, and optimizer states by the indices of the whole module.
+
+Checkpoints are plain Lightning files, so the formats here are torch's own and must stay so; the functions are pure, and
+moving the pieces between ranks is the strategy's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+CHECKPOINT_KEY = "lightning_ddg"
+
+
+def owner_by_name(root: nn.Module, segments: Sequence[nn.Module]) -> dict[str, int]:
+    """Stage (``1..K``) of every parameter and buffer of ``root``, under all its names.
+
+    What belongs to no segment belongs to the last stage, whose rank computes the loss.
+    """
+    owner: dict[int, int] = {}
+    for stage, segment in enumerate(segments, start=1):
+        for tensor in (*segment.parameters(), *segment.buffers()):
+            owner[id(tensor)] = stage
+    named = (*root.named_parameters(remove_duplicate=False), *root.named_buffers(remove_duplicate=False))
+    return {name: owner.get(id(tensor), len(segments)) for name, tensor in named}
+
+
+def check_ties_outside(root: nn.Module, segments: Sequence[nn.Module]) -> None:
+    """Refuses a parameter that a module outside the network shares with a stage before the last.
+
+    Raises:
+        ValueError: Naming the parameter, the stage and the module.
+    """
+    stage_of = {
+        id(parameter): stage for stage, segment in enumerate(segments, start=1) for parameter in segment.parameters()
+    }
+    inside = {id(module) for segment in segments for module in segment.modules()}
+    for module_name, module in root.named_modules():
+        if id(module) in inside:
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            stage = stage_of.get(id(parameter), len(segments))
+            if stage < len(segments):
+                where = f"{module_name}.{name}" if module_name else name
+                raise ValueError(
+                    f"The parameter {where!r} is tied to one of stage {stage}, but lies outside the network and so on stage"
+                    f" {len(segments)}, in another process. Untie it, or make its module part of the network"
+                    " (`configure_stages`) and keep both in one stage (`split_points`)."
+                )
+
+
+def keys_of_stage(
+    state_dict: Mapping[str, Any], root: nn.Module, segments: Sequence[nn.Module], stage: int
+) -> list[str]:
+    """Keys of a full ``state_dict`` whose values a stage owns.
+
+    Keys are matched by name; where a module renames its keys, by the memory they share with a parameter or a buffer; and
+    a module's extra state by the module's name. Everything else belongs to the last stage.
+    """
+    by_name = owner_by_name(root, segments)
+    by_memory: dict[int, int] = {}
+    by_module: dict[int, int] = {}
+    for number, segment in enumerate(segments, start=1):
+        for tensor in (*segment.parameters(), *segment.buffers()):
+            if tensor.numel():
+                by_memory[tensor.data_ptr()] = number
+        for module in segment.modules():
+            by_module[id(module)] = number
+    modules = {
+        name: by_module[id(module)]
+        for name, module in root.named_modules(remove_duplicate=False)
+        if id(module) in by_module
+    }
+
+    def owner(key: str, value: Any) -> int:
+        if key in by_name:
+            return by_name[key]
+        if isinstance(value, Tensor) and value.numel() and value.data_ptr() in by_memory:
+            return by_memory[value.data_ptr()]
+        return modules.get(key.rpartition(".")[0], len(segments))
+
+    return [key for key, value in state_dict.items() if owner(key, value) == stage]
+
+
+def parameter_groups(optimizer: Optimizer) -> list[list[nn.Parameter]]:
+    """The parameters of each group of an optimizer over the whole module, in the order of its state's indices."""
+    return [list(group["params"]) for group in optimizer.param_groups]
+
+
+def keep_only(optimizer: Optimizer, own: Iterable[nn.Parameter]) -> None:
+    """Takes all other parameters out of an optimizer, keeping its groups, so that learning rates and schedulers align."""
+    kept = {id(parameter) for parameter in own}
+    for group in optimizer.param_groups:
+        group["params"] = [parameter for parameter in group["params"] if id(parameter) in kept]
+    for parameter in [parameter for parameter in optimizer.state if id(parameter) not in kept]:
+        del optimizer.state[parameter]
+
+
+def _full_indices(groups: Sequence[Sequence[nn.Parameter]]) -> dict[int, int]:
+    flat = [parameter for group in groups for parameter in group]
+    return {id(parameter): index for index, parameter in enumerate(flat)}
+
+
+def stage_optimizer_state(optimizer: Optimizer, groups: Sequence[Sequence[nn.Parameter]]) -> dict[int, Any]:
+    """State of a stage's optimizer by the indices of the whole module.
+
+    Args:
+        optimizer: The optimizer after :func:`keep_only`.
+        groups: What :func:`parameter_groups` said before.
+    """
+    full = _full_indices(groups)
+    local = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state = optimizer.state_dict()["state"]
+    return {full[id(local[index])]: value for index, value in state.items()}
+
+
+def full_optimizer_state(
+    optimizer: Optimizer, groups: Sequence[Sequence[nn.Parameter]], states: Iterable[Mapping[int, Any]]
+) -> dict[str, Any]:
+    """The state dict of the user's optimizer over the whole module, from the states of all stages."""
+    merged = {index: value for state in states for index, value in state.items()}
+    param_groups, start = [], 0
+    for group, parameters in zip(optimizer.state_dict()["param_groups"], groups, strict=True):
+        param_groups.append({**group, "params": list(range(start, start + len(parameters)))})
+        start += len(parameters)
+    return {"state": dict(sorted(merged.items())), "param_groups": param_groups}
+
+
+def local_optimizer_state(
+    state_dict: Mapping[str, Any], optimizer: Optimizer, groups: Sequence[Sequence[nn.Parameter]]
+) -> dict[str, Any]:
+    """The part of a full optimizer state that a stage's optimizer can load.
+
+    Raises:
+        ValueError: If the state was saved for another number of parameters or groups.
+    """
+    saved, expected = [len(group["params"]) for group in state_dict["param_groups"]], [len(group) for group in groups]
+    if saved != expected:
+        raise ValueError(
+            f"The checkpoint's optimizer has parameter groups of sizes {saved}, this module's has {expected}. Resume"
+            " with the module and the optimizer that the checkpoint was saved with, or load only the weights."
+        )
+    position = {id(parameter): index for group in groups for index, parameter in enumerate(group)}
+    local_groups: list[dict[str, Any]] = []
+    state: dict[int, Any] = {}
+    start = 0
+    for saved_group, group in zip(state_dict["param_groups"], optimizer.param_groups, strict=True):
+        indices: list[int] = []
+        for parameter in group["params"]:
+            full = saved_group["params"][position[id(parameter)]]
+            index = start + len(indices)
+            indices.append(index)
+            if full in state_dict["state"]:
+                state[index] = state_dict["state"][full]
+        start += len(indices)
+        local_groups.append({**saved_group, "params": indices})
+    return {"state": state, "param_groups": local_groups}

@@ -1,0 +1,122 @@
+"""The one-process execution: ordinary backprop, each stage's gradients passing through a queue as long as its delay.
+
+It has the methods of the K-process execution, :mod:`~lightning_ddg.pipeline`, and must give the same weights.
+
+A gradient that stage k applies at iteration t is the k-th block of the full gradient at the weights of iteration
+t - d(k); in one process that block was computed right then, so it only has to be kept. No weights are stashed and no
+graph outlives its batch.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+from torch import Tensor, nn
+
+Gradients = list[Tensor | None]
+Seeded = Callable[[int], AbstractContextManager[None]]
+
+
+class DelayLine:
+    """All stages of a network in one process.
+
+    Args:
+        segments: The stages, input side first; stage ``k`` of ``K`` has the delay ``K - k``.
+        others: Parameters outside the network: they have no delay.
+        seeded: ``seeded(k)`` seeds the random draws of stage ``k`` for the current batch.
+    """
+
+    def __init__(self, segments: Sequence[nn.Module], others: Sequence[nn.Parameter], seeded: Seeded) -> None:
+        self._segments = list(segments)
+        self._seeded = seeded
+        parameters = [list(segment.parameters()) for segment in segments]
+        parameters[-1].extend(others)
+        self._lines = [_Line(own, len(segments) - stage) for stage, own in enumerate(parameters, start=1)]
+
+    def train(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Forward of the next training batch; returns the network's output."""
+        return self._forward(args, kwargs)
+
+    def evaluate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Forward in evaluation; returns the network's output."""
+        return self._forward(args, kwargs)
+
+    def backward(self, run: Callable[[], object]) -> None:
+        """Runs a backward and replaces the gradients it adds by those that are due.
+
+        Gradients accumulated since the last step stay: what is due is added to them. A stage to which nothing is due and
+        nothing was added since then has ``p.grad = None``, so that its optimizer leaves it alone.
+
+        Args:
+            run: Runs the backward of the whole network, adding to ``p.grad``.
+        """
+        delayed = [line for line in self._lines if line.delay]
+        accumulated = [_take(line.parameters) for line in delayed]
+        run()
+        for line, before in zip(delayed, accumulated, strict=True):
+            line.queue.append(_take(line.parameters))
+            due = len(line.queue) > line.delay
+            if due or line.pending:
+                _put(line.parameters, before)
+            if due:
+                line.apply_oldest()
+
+    def drain(self) -> bool:
+        """Adds the oldest waiting gradient of every stage that has one; whether any had."""
+        waiting = self.waiting
+        for line in self._lines:
+            if line.queue:
+                line.apply_oldest()
+            elif not line.pending:
+                _put(line.parameters, [None] * len(line.parameters))
+        return waiting
+
+    @property
+    def waiting(self) -> bool:
+        """Whether any batch's gradient has not been applied yet."""
+        return any(line.queue for line in self._lines)
+
+    def stepped(self) -> None:
+        """Says that the optimizer has used the gradients there were."""
+        for line in self._lines:
+            line.pending = False
+
+    def clear(self) -> None:
+        """Forgets all waiting gradients."""
+        self.stepped()
+        for line in self._lines:
+            line.queue.clear()
+
+    def _forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        for stage, segment in enumerate(self._segments, start=1):
+            with self._seeded(stage):
+                args, kwargs = (segment(*args, **kwargs),), {}
+        return args[0]
+
+
+class _Line:
+    def __init__(self, parameters: list[nn.Parameter], delay: int) -> None:
+        self.parameters = parameters
+        self.delay = delay
+        self.queue: deque[Gradients] = deque()
+        self.pending = False
+
+    def apply_oldest(self) -> None:
+        for parameter, grad in zip(self.parameters, self.queue.popleft(), strict=True):
+            if grad is not None:
+                parameter.grad = grad if parameter.grad is None else parameter.grad + grad
+        self.pending = True
+
+
+def _take(parameters: Sequence[nn.Parameter]) -> Gradients:
+    grads = [parameter.grad for parameter in parameters]
+    _put(parameters, [None] * len(grads))
+    return grads
+
+
+def _put(parameters: Sequence[nn.Parameter], grads: Gradients) -> None:
+    for parameter, grad in zip(parameters, grads, strict=True):
+        parameter.grad = grad

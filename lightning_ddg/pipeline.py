@@ -1,0 +1,200 @@
+"""The K-process execution as one rank sees it: a stage, its neighbours, and what passes between them.
+
+Nothing here waits for anything but the activation a forward needs and the gradient a backward needs; keep it so. The
+other execution with the same methods is :mod:`~lightning_ddg.delayline`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_ddg.messages import map_tensors, pack, tensors_of
+from lightning_ddg.schedule import rank_of_stage
+from lightning_ddg.seam import StepDone
+from lightning_ddg.stage import Stage
+from lightning_ddg.transport import Kind, Transport
+
+Seeded = Callable[[int], AbstractContextManager[None]]
+
+
+class Pipeline:
+    """One stage among ``num_stages`` processes.
+
+    Args:
+        stage: This rank's stage.
+        number: Its number ``k``, input side first.
+        num_stages: ``K``.
+        transport: Connects the ranks.
+        seeded: ``seeded(k)`` seeds the random draws of stage ``k`` for the current batch.
+        shape_of_output: For manual optimization: maps this stage's output to a placeholder of the network's output.
+            ``None`` ends the step at the network's call instead.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        number: int,
+        num_stages: int,
+        transport: Transport,
+        seeded: Seeded,
+        shape_of_output: Callable[[Any], Any] | None = None,
+    ) -> None:
+        self.stage = stage
+        self.number = number
+        self.num_stages = num_stages
+        self.transport = transport
+        self._seeded = seeded
+        self._shape_of_output = shape_of_output
+        self._pending = False
+        self._upstream = None if number == 1 else rank_of_stage(number - 1, num_stages)
+        self._downstream = None if number == num_stages else rank_of_stage(number + 1, num_stages)
+
+    def train(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Forward of the next training batch.
+
+        Returns:
+            The network's output on the last stage; on others a placeholder for it, in manual optimization.
+
+        Raises:
+            StepDone: On a stage before the last, in automatic optimization: the step has nothing more to do there.
+        """
+        if self._upstream is not None:
+            args, kwargs = (self.transport.take(self._upstream, Kind.ACTIVATION),), {}
+        with self._seeded(self.number):
+            output = self.stage.forward(*args, received=self._upstream is not None, **kwargs)
+        if self._downstream is None:
+            return output
+        self.transport.send(self._downstream, Kind.ACTIVATION, output)
+        if self._shape_of_output is None:
+            raise StepDone
+        return self._shape_of_output(output)
+
+    def evaluate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Forward with today's weights; returns the network's output, on every rank."""
+        if self._upstream is not None:
+            args, kwargs = (self.transport.take(self._upstream, Kind.ACTIVATION),), {}
+        with self._seeded(self.number), torch.no_grad():
+            output = self.stage.module(*args, **kwargs)
+        if self._downstream is not None:
+            self.transport.send(self._downstream, Kind.ACTIVATION, output)
+            return self.transport.take(rank_of_stage(self.num_stages, self.num_stages), Kind.OUTPUT)
+        for number in range(1, self.num_stages):
+            # The step may change its output in place while it is still on its way.
+            self.transport.send(rank_of_stage(number, self.num_stages), Kind.OUTPUT, map_tensors(_snapshot, output))
+        return output
+
+    def backward(self, run: Callable[[], object]) -> None:
+        """Backward of the batch that is due, if any, and its gradient sent upstream.
+
+        Args:
+            run: The loss's backward; run on the last stage only.
+        """
+        if self._downstream is None:
+            run()
+            self._send_gradients(self.stage.backward_done())
+        elif len(self.stage) > self.stage.delay:
+            self._backward_of_oldest()
+        elif not self._pending:
+            # Zeroed gradients are not missing ones: an optimizer would decay weights and count a step.
+            for parameter in self.stage.module.parameters():
+                parameter.grad = None
+
+    def drain(self) -> bool:
+        """Backward of the oldest batch in flight, without a new forward; whether there was one."""
+        if self._downstream is None or not len(self.stage):
+            return False
+        self._backward_of_oldest()
+        return True
+
+    @property
+    def waiting(self) -> bool:
+        """Whether any batch's gradient has not been applied yet."""
+        return len(self.stage) > 0
+
+    def stepped(self) -> None:
+        """Says that the optimizer has changed the weights."""
+        self._pending = False
+        self.stage.weights_changed()
+
+    def clear(self) -> None:
+        """Forgets the batches in flight."""
+        self._pending = False
+        self.stage.clear()
+
+    def _backward_of_oldest(self) -> None:
+        assert self._downstream is not None
+        self._pending = True
+        self._send_gradients(self.stage.backward(self.transport.take(self._downstream, Kind.GRADIENT)))
+
+    def _send_gradients(self, grads: list[Tensor | None]) -> None:
+        if self._upstream is not None:
+            self.transport.send(self._upstream, Kind.GRADIENT, grads)
+
+
+def _snapshot(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone() if tensor.device.type == "cpu" else tensor.detach()
+
+
+def placeholder_maker(rest: nn.Module) -> Callable[[Any], Any]:
+    """A function from a stage's output to zeros shaped as the network's output.
+
+    The layers after this stage are run on the meta device, which computes shapes only, once per shape of the input.
+
+    Args:
+        rest: The layers after this stage. They are copied without their values.
+    """
+    on_meta = _copy_on_meta(rest)
+    known: dict[bytes, Any] = {}
+
+    def make(output: Any) -> Any:
+        key = pack(output, payload=False).meta
+        if key not in known:
+            device = next((tensor.device for tensor in tensors_of(output)), torch.device("cpu"))
+            try:
+                with torch.no_grad():
+                    shapes = on_meta(map_tensors(lambda tensor: tensor.detach().to("meta"), output))
+            except Exception as error:
+                raise RuntimeError(
+                    "In manual optimization a rank without the loss needs the shape of the network's output, and the"
+                    f" layers after its stage do not run on the meta device ({type(error).__name__}: {error}). Use"
+                    " automatic optimization, or layers whose output shape does not depend on the data."
+                ) from error
+            known[key] = (shapes, device)
+        shapes, device = known[key]
+        return map_tensors(lambda tensor: _zeros(tensor, device), shapes)
+
+    return make
+
+
+def _zeros(like: Tensor, device: torch.device) -> Tensor:
+    floating = like.is_floating_point() or like.is_complex()
+    return torch.zeros(like.shape, dtype=like.dtype, device=device, requires_grad=floating)
+
+
+def _copy_on_meta(module: nn.Module) -> nn.Module:
+    memo: dict[int, Any] = {}
+    for parameter in module.parameters():
+        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
+    for buffer in module.buffers():
+        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    return copy.deepcopy(module, memo)
+
+
+def named_state(root: nn.Module, owner: Mapping[str, int], stage: int) -> dict[str, Tensor]:
+    """The parameters and buffers of ``root`` that a stage owns, by name, sharing their memory."""
+    named = (*root.named_parameters(), *root.named_buffers())
+    return {name: tensor.detach() for name, tensor in named if owner[name] == stage}
+
+
+def assign_state(root: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Copies values into the parameters and buffers of ``root`` that have these names."""
+    named = dict((*root.named_parameters(), *root.named_buffers()))
+    with torch.no_grad():
+        for name, value in values.items():
+            named[name].detach().copy_(value)

@@ -1,0 +1,954 @@
+"""DDGStrategy: what Lightning calls. It decides who does what and when; how is in the modules it is composed of.
+
+The order of the methods follows Lightning's own strategies. A stage may wait for the activation its forward needs and
+for the gradient its backward needs, and for nothing else inside an iteration: keep collectives out of it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from datetime import timedelta
+from itertools import pairwise
+from typing import Any, Literal, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.strategies.parallel import ParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.optim import LBFGS, Optimizer
+from torch.utils._pytree import tree_map
+
+from lightning_ddg import _lightning
+from lightning_ddg.callbacks import EpochEnd
+from lightning_ddg.checkpoint import (
+    CHECKPOINT_KEY,
+    check_ties_outside,
+    full_optimizer_state,
+    keep_only,
+    keys_of_stage,
+    local_optimizer_state,
+    owner_by_name,
+    parameter_groups,
+    stage_optimizer_state,
+)
+from lightning_ddg.data import RemoteLoader, SourceLoader
+from lightning_ddg.delayline import DelayLine
+from lightning_ddg.messages import map_tensors, tensors_of
+from lightning_ddg.partition import (
+    Network,
+    best_cut,
+    check_cut,
+    cut_at,
+    find_network,
+    flop_costs,
+    forbidden_cuts,
+    parameter_costs,
+    print_cut,
+    time_costs,
+)
+from lightning_ddg.pipeline import (
+    Pipeline,
+    assign_state,
+    named_state,
+    placeholder_maker,
+)
+from lightning_ddg.rng import seeded
+from lightning_ddg.schedule import delay, rank_of_stage, seed_of, stage_of_rank
+from lightning_ddg.seam import Seam, StepDone
+from lightning_ddg.stage import Stage
+from lightning_ddg.transport import Kind, PeerError, Transport
+
+_T = TypeVar("_T")
+
+_BALANCES = {"time": "measured time", "parameters": "parameters", "flops": "FLOPs"}
+_DRAINS = ("epoch", "fit", "never")
+_START_METHODS = ("popen", "spawn", "fork", "forkserver")
+_STRATEGIES = {
+    "ddg": ("popen", "Decoupled parallel backpropagation, one process per stage started as scripts"),
+    "ddg_spawn": ("spawn", "Decoupled parallel backpropagation, one process per stage started by spawning"),
+    "ddg_notebook": ("fork", "Decoupled parallel backpropagation, one process per stage forked from a notebook"),
+}
+
+
+class DDGStrategy(ParallelStrategy):
+    """Trains a network cut into ``K`` stages with delayed gradients, so that no stage waits for the backward of another.
+
+    This is decoupled parallel backpropagation (Huo, Gu, Yang and Huang, ICML 2018, arXiv 1804.10574). With ``K``
+    processes each trains one stage; with one process all stages train in it, with the same delays and the same weights.
+
+    Args:
+        num_stages: Number of stages ``K``. ``"auto"``: one per process; with one process, 2.
+        split_points: Names of the submodules, relative to the LightningModule, that begin stages ``2..K``.
+        balance: What the automatic cut evens out: measured ``"time"``, ``"parameters"`` or ``"flops"``.
+        drain: When the gradients still in flight are applied without a new forward: at the end of each ``"epoch"``, of
+            the ``"fit"``, or ``"never"``, which is the paper's bare algorithm.
+        process_group_backend: Backend of ``torch.distributed``; by default NCCL on CUDA devices, gloo otherwise. With
+            gloo, tensors on CUDA devices travel through pinned host memory.
+        timeout: The longest a rank waits for a message from another.
+        start_method: How processes are started: ``"popen"``, ``"spawn"``, ``"fork"`` or ``"forkserver"``.
+        accelerator: As in Lightning's strategies.
+        parallel_devices: As in Lightning's strategies.
+        cluster_environment: As in Lightning's strategies.
+        checkpoint_io: As in Lightning's strategies.
+        precision_plugin: As in Lightning's strategies.
+
+    Raises:
+        ValueError: If an argument has no meaning; the message names the value and the remedy.
+    """
+
+    strategy_name = "ddg"
+
+    def __init__(
+        self,
+        num_stages: int | Literal["auto"] = "auto",
+        split_points: list[str] | None = None,
+        balance: Literal["time", "parameters", "flops"] = "time",
+        drain: Literal["epoch", "fit", "never"] = "epoch",
+        process_group_backend: str | None = None,
+        timeout: timedelta = timedelta(minutes=30),
+        start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
+        accelerator: Accelerator | None = None,
+        parallel_devices: list[torch.device] | None = None,
+        cluster_environment: ClusterEnvironment | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision_plugin: Precision | None = None,
+    ) -> None:
+        super().__init__(
+            accelerator=accelerator,
+            parallel_devices=parallel_devices,
+            cluster_environment=cluster_environment,
+            checkpoint_io=checkpoint_io,
+            precision_plugin=precision_plugin,
+        )
+        _check_choice("balance", balance, tuple(_BALANCES))
+        _check_choice("drain", drain, _DRAINS)
+        _check_choice("start_method", start_method, _START_METHODS)
+        if num_stages != "auto" and (not isinstance(num_stages, int) or isinstance(num_stages, bool) or num_stages < 1):
+            raise ValueError(f"num_stages={num_stages!r} is not a number of stages. Use a positive integer or 'auto'.")
+        if isinstance(split_points, str):
+            raise ValueError(
+                f"split_points={split_points!r} is a string. Use a list of submodule names: split_points=[{split_points!r}]."
+            )
+        if split_points is not None and num_stages != "auto" and len(split_points) != num_stages - 1:
+            raise ValueError(
+                f"split_points={split_points!r} begin {len(split_points)} stages after the first, but"
+                f" num_stages={num_stages} needs {num_stages - 1}. Name the submodules that begin stages 2 to {num_stages}."
+            )
+        if not isinstance(timeout, timedelta) or timeout <= timedelta(0):
+            raise ValueError(f"timeout={timeout!r} is not a limit. Use a positive datetime.timedelta.")
+        self.num_nodes = 1
+        self._num_stages = num_stages
+        self._split_points = split_points
+        self._balance = balance
+        self._drain = drain
+        self._process_group_backend = process_group_backend
+        self._timeout = timeout
+        self._start_method = start_method
+        self._device_mesh: DeviceMesh | None = None
+        self._recorded_cut: list[str] | None = None
+        self._stage_parameter_names: list[list[str]] | None = None
+        self._reset()
+
+    def _reset(self) -> None:
+        self._undo = ExitStack()
+        self._failed = False
+        self._transport: Transport | None = None
+        self._network: Network | None = None
+        self._segments: list[nn.Module] = []
+        self._owner: dict[str, int] = {}
+        self._foreign: dict[nn.Module, int] = {}
+        self._groups: list[list[nn.Parameter]] = []
+        self._execution: Pipeline | DelayLine | None = None
+        self._seam: Seam | None = None
+        self._seed = 0
+        self._draws = (0, 0)
+        self._evaluations = 0
+        self._backward_ran = False
+        self._foreign_grads_checked = False
+
+    @classmethod
+    def register_strategies(cls, strategy_registry: Any) -> None:
+        """Registers ``"ddg"``, ``"ddg_spawn"`` and ``"ddg_notebook"``; called when the package is imported."""
+        for name, (start_method, description) in _STRATEGIES.items():
+            if name not in strategy_registry:
+                strategy_registry.register(name, cls, description=description, start_method=start_method)
+
+    # ---- what a user may ask
+
+    @property
+    def num_stages(self) -> int:
+        """Number of stages ``K``."""
+        if self._num_stages == "auto":
+            if self._one_process:
+                return 2 if self._split_points is None else len(self._split_points) + 1
+            return self.world_size
+        return self._num_stages
+
+    @property
+    def stage(self) -> int | None:
+        """Stage ``1..K`` of this process, input side first; ``None`` if it runs all stages."""
+        return None if self._one_process else stage_of_rank(self.global_rank, self.num_stages)
+
+    @property
+    def delay(self) -> int | None:
+        """Delay ``K - stage`` of this process's stage, in batches; ``None`` if it runs all stages."""
+        stage = self.stage
+        return None if stage is None else delay(stage, self.num_stages)
+
+    @property
+    def stage_parameter_names(self) -> list[list[str]]:
+        """The LightningModule's parameter names of each of the ``K`` stages, the same on every rank.
+
+        Parameters outside the network belong to the last stage, whose process computes the loss.
+
+        Raises:
+            RuntimeError: Before the Trainer has set the strategy up.
+        """
+        if self._stage_parameter_names is None:
+            raise RuntimeError(
+                "The network has not been cut yet, so that `stage_parameter_names` is not known. Read it from"
+                " `on_fit_start` on, or after `trainer.fit`."
+            )
+        return self._stage_parameter_names
+
+    @property
+    def device_mesh(self) -> DeviceMesh:
+        """The processes as a mesh with the axes ``("data", "stage")``; the first has length 1.
+
+        Raises:
+            RuntimeError: In one process, or before the processes have been connected.
+        """
+        if self._device_mesh is None:
+            raise RuntimeError("There is no device mesh in one process, nor before the Trainer has connected processes.")
+        return self._device_mesh
+
+    @property
+    def root_device(self) -> torch.device:
+        """This process's device."""
+        assert self.parallel_devices is not None
+        return self.parallel_devices[self.local_rank]
+
+    @property
+    def num_processes(self) -> int:
+        """Number of processes on this node."""
+        return len(self.parallel_devices) if self.parallel_devices is not None else 0
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """One replica of the data."""
+        return {"num_replicas": 1, "rank": 0}
+
+    @property
+    def process_group_backend(self) -> str | None:
+        """Backend of ``torch.distributed``."""
+        return self._process_group_backend
+
+    @property
+    def precision_plugin(self) -> Precision:
+        """The precision plugin; one that scales the loss is refused."""
+        return super().precision_plugin
+
+    @precision_plugin.setter
+    def precision_plugin(self, precision_plugin: Precision | None) -> None:
+        if getattr(precision_plugin, "scaler", None) is not None or getattr(precision_plugin, "precision", "") == "16-mixed":
+            raise ValueError(
+                f"precision='{getattr(precision_plugin, 'precision', '16-mixed')}' scales the loss by a factor that each"
+                f" process would choose for itself, which `{type(self).__name__}` does not support. Use 'bf16-mixed'."
+            )
+        self._precision_plugin = precision_plugin
+
+    @property
+    def _one_process(self) -> bool:
+        return self.world_size == 1
+
+    # ---- processes
+
+    def _configure_launcher(self) -> None:
+        assert self.cluster_environment is not None
+        self._check_world_size(self.world_size)
+        if self._one_process:
+            return
+        if self._start_method != "popen":
+            self._launcher = _lightning.MultiProcessingLauncher(self, start_method=self._start_method)
+        elif not self.cluster_environment.creates_processes_externally:
+            self._launcher = _lightning.SubprocessScriptLauncher(
+                self.cluster_environment, self.num_processes, self.num_nodes
+            )
+
+    def _check_world_size(self, world_size: int) -> None:
+        if self._num_stages != "auto" and world_size > 1 and world_size != self._num_stages:
+            raise ValueError(
+                f"num_stages={self._num_stages} stages cannot be trained by {world_size} processes: each process trains"
+                f" one stage. Use devices={self._num_stages}, num_stages={world_size} or num_stages='auto', or one process."
+            )
+
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        _lightning.reset_seed()
+        self.set_world_ranks()
+        if self._one_process:
+            return
+        self._process_group_backend = self._get_process_group_backend()
+        assert self.cluster_environment is not None
+        _lightning.init_dist_connection(
+            self.cluster_environment,
+            self._process_group_backend,
+            timeout=max(self._timeout, timedelta(minutes=30)),
+            device_id=self.root_device if self.root_device.type != "cpu" else None,
+        )
+        self._check_world_size(dist.get_world_size())
+        self._device_mesh = init_device_mesh(
+            self.root_device.type, (1, self.num_stages), mesh_dim_names=("data", "stage")
+        )
+        self._transport = self._connect_ranks()
+
+    def _connect_ranks(self) -> Transport:
+        ranks = list(range(self.num_stages))
+        group = cast(dist.ProcessGroup, dist.new_group(ranks, backend="gloo"))
+        edges: dict[tuple[int, int], dist.ProcessGroup] = {}
+        if self._process_group_backend == "nccl":
+            neighbours = [(rank, rank - 1) for rank in ranks[1:]] + [(rank - 1, rank) for rank in ranks[1:]]
+            for edge in dict.fromkeys([*neighbours, (ranks[-1], ranks[0])]):
+                edges[edge] = cast(dist.ProcessGroup, dist.new_group(sorted(edge), backend="nccl"))
+        names = [f"Rank {rank} (stage {stage_of_rank(rank, self.num_stages)})" for rank in ranks]
+        return Transport(group, self.root_device, self._timeout, names, edges)
+
+    def _get_process_group_backend(self) -> str:
+        return self._process_group_backend or _lightning.default_process_group_backend(self.root_device)
+
+    def set_world_ranks(self) -> None:
+        """Tells the cluster environment and Lightning's rank-zero functions which process this is."""
+        if self.cluster_environment is not None:
+            self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
+            self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
+        _lightning.set_rank_zero_only(self.global_rank)
+
+    # ---- setting up a run
+
+    def setup(self, trainer: Trainer) -> None:
+        assert self.accelerator is not None
+        assert self.lightning_module is not None
+        self.accelerator.setup(trainer)
+        module = self.lightning_module
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        self._refuse(trainer)
+        self._install(trainer)
+        self._seed = self.broadcast(torch.initial_seed())
+
+        self.model = self.precision_plugin.convert_module(module)
+        if self.num_stages > 1:
+            self._network = self._find_network()
+        if fitting:
+            self.setup_optimizers(trainer)
+        if self._network is not None:
+            self._cut(trainer, self._network)
+        self.model_to_device()
+        if fitting:
+            self._keep_own_parameters()
+        self.setup_precision_plugin()
+        if fitting:
+            _lightning.optimizers_to_device(self.optimizers, self.root_device)
+
+    def _refuse(self, trainer: Trainer) -> None:
+        assert self.lightning_module is not None
+        _lightning.refuse_trainer_flags(trainer)
+        if self._layer_sync is not None:
+            raise ValueError(
+                "sync_batchnorm=True synchronises replicas of a layer, and each stage has only one: its BatchNorm sees"
+                " the whole batch already. Remove sync_batchnorm=True."
+            )
+        if not self._one_process:
+            _lightning.refuse_dataloader_iter(self.lightning_module)
+
+    def _install(self, trainer: Trainer) -> None:
+        assert self.lightning_module is not None
+        module = self.lightning_module
+        epoch_end = EpochEnd(self)
+        self._undo.callback(_lightning.insert_callback(trainer, epoch_end))
+        if self._one_process:
+            return
+        self._undo.callback(_lightning.keep_metrics_local(module))
+        self._undo.callback(_lightning.silence_sync_dist_advice())
+        self._undo.callback(_lightning.silence_sigterm_broadcast(trainer))
+        if not self._reads:
+            self._undo.callback(_lightning.bypass_before_batch_transfer(module))
+
+    def _find_network(self) -> Network:
+        assert self.lightning_module is not None
+        configure = getattr(self.lightning_module, "configure_stages", None)
+        layers = configure() if callable(configure) else None
+        return find_network(self.lightning_module, layers, requirer=type(self).__name__)
+
+    def setup_optimizers(self, trainer: Trainer) -> None:
+        self._reset_optimizers_and_schedulers()
+        super().setup_optimizers(trainer)
+        if len(self.optimizers) > 1:
+            names = ", ".join(type(optimizer).__name__ for optimizer in self.optimizers)
+            raise ValueError(
+                f"`configure_optimizers` returned {len(self.optimizers)} optimizers ({names}), and"
+                f" `{type(self).__name__}` applies delayed gradients with one. Use one optimizer with parameter groups."
+            )
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, LBFGS):
+                raise ValueError(
+                    "LBFGS evaluates the loss several times in a step, which delayed gradients cannot do. Use an optimizer"
+                    " that needs one gradient a step, such as SGD or AdamW."
+                )
+
+    def _cut(self, trainer: Trainer, network: Network) -> None:
+        assert self.lightning_module is not None
+        module, chain, num_stages = self.lightning_module, network.chain, self.num_stages
+        starts, costs, unit = self._decide_cut(trainer, network)
+        bounds = [0, *starts, len(chain)]
+        self._segments = [chain.segment(start, stop) for start, stop in pairwise(bounds)]
+        self._recorded_cut = [chain.names[start] for start in starts]
+        check_ties_outside(module, self._segments)
+        self._owner = owner_by_name(module, self._segments)
+        names = [name for name, _ in module.named_parameters()]
+        self._stage_parameter_names = [
+            [name for name in names if self._owner[name] == stage] for stage in range(1, num_stages + 1)
+        ]
+        if trainer.state.fn == TrainerFn.FITTING and self.is_global_zero and not trainer.barebones:
+            print_cut(chain, starts, costs, unit)
+
+        if self._one_process:
+            in_network = {id(parameter) for segment in self._segments for parameter in segment.parameters()}
+            others = [parameter for parameter in module.parameters() if id(parameter) not in in_network]
+            self._execution = DelayLine(self._segments, others, self._seeded)
+            stages = [list(segment.parameters()) for segment in self._segments]
+            self._undo.callback(_lightning.clip_norm_per_stage(self.precision_plugin, stages))
+        else:
+            assert self._transport is not None and self.stage is not None
+            stage = self.stage
+            shape_of_output = None
+            if not module.automatic_optimization and stage < num_stages:
+                shape_of_output = placeholder_maker(chain.segment(bounds[stage], len(chain)))
+            own = Stage(self._segments[stage - 1], delay(stage, num_stages))
+            self._execution = Pipeline(own, stage, num_stages, self._transport, self._seeded, shape_of_output)
+            mine = {id(layer) for layer in own.module.modules()}
+            self._foreign = {
+                layer: number
+                for number, (start, stop) in enumerate(pairwise(bounds), start=1)
+                for layer in chain.layers[start:stop]
+                if id(layer) not in mine
+            }
+        self._seam = Seam(network.target, self._foreign)
+        self._undo.callback(self._seam.remove)
+
+    def _decide_cut(self, trainer: Trainer, network: Network) -> tuple[list[int], list[float], str]:
+        chain, num_stages = network.chain, self.num_stages
+        forbidden = forbidden_cuts(chain)
+        points = self._split_points
+        if points is None and self._recorded_cut is not None and len(self._recorded_cut) == num_stages - 1:
+            points = self._recorded_cut if set(self._recorded_cut) <= set(chain.names) else None
+        if points is not None:
+            starts = cut_at(chain, points, num_stages)
+            check_cut(starts, forbidden)
+            return starts, parameter_costs(chain), _BALANCES["parameters"]
+        best_cut(parameter_costs(chain), num_stages, forbidden)
+        costs, unit = parameter_costs(chain), "parameters"
+        if self._balance != "parameters" and trainer.state.fn == TrainerFn.FITTING:
+            iterables = _lightning.training_iterables(trainer)
+            measured = None
+            if iterables is not None and (self._one_process or self._reads):
+                measured = self._measure(trainer, network, iterables)
+            measured = self.broadcast(measured, src=0 if self._one_process else self._reading_rank)
+            if measured is not None:
+                costs, unit = measured, self._balance
+        return best_cut(costs, num_stages, forbidden), costs, _BALANCES[unit]
+
+    def _measure(self, trainer: Trainer, network: Network, iterables: Any) -> list[float] | None:
+        assert self.lightning_module is not None
+        module = self.lightning_module
+        wanted = [parameter.requires_grad for parameter in module.parameters()]
+        try:
+            # The layers are measured where they will run; with several devices they need not stay there.
+            module.to(self.root_device)
+            args, kwargs = self._network_input(network, iterables)
+            if self._balance == "flops":
+                return flop_costs(network.chain, args, kwargs)
+            return time_costs(network.chain, args, kwargs, context=self.precision_plugin.train_step_context)
+        except Exception as error:  # noqa: BLE001 - any layer and any user code may fail here, and none of it must
+            # Not on rank zero only: the rank that reads, and so measures, is another one.
+            warnings.warn(
+                f"The layers could not be measured for balance={self._balance!r} ({type(error).__name__}: {error}), so that"
+                " the network is cut by its parameters. Give `split_points` or balance='parameters' to decide it yourself.",
+                stacklevel=2,
+            )
+            return None
+        finally:
+            for parameter, requires_grad in zip(module.parameters(), wanted, strict=True):
+                parameter.requires_grad_(requires_grad)
+            if self.root_device.type != "cpu":
+                module.to("cpu")
+
+    def _network_input(self, network: Network, iterables: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What the user's training step passes to the network for the first batch."""
+        assert self.lightning_module is not None
+        module = self.lightning_module
+
+        def capture(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            raise StepDone((args, kwargs))
+
+        seam = Seam(network.target, {})
+        unmute = _lightning.mute_logging(module)
+        try:
+            with self._seeded(0, libraries=True), seam.handled_by(capture):
+                batch = tree_map(lambda loader: loader.peek(), iterables)
+                batch = module._on_before_batch_transfer(self.precision_plugin.convert_input(batch), dataloader_idx=0)
+                batch = module._apply_batch_transfer_handler(batch, device=self.root_device)
+                with self.precision_plugin.train_step_context(), torch.enable_grad():
+                    module.training_step(*_lightning.step_arguments(module.training_step, batch))
+        except StepDone as done:
+            return cast(tuple[tuple[Any, ...], dict[str, Any]], done.value)
+        finally:
+            unmute()
+            seam.remove()
+        raise RuntimeError(_no_call(network))
+
+    def _keep_own_parameters(self) -> None:
+        if not isinstance(self._execution, Pipeline):
+            return
+        assert self.lightning_module is not None and self.stage is not None
+        named = self.lightning_module.named_parameters()
+        own = [parameter for name, parameter in named if self._owner[name] == self.stage]
+        self._groups = [group for optimizer in self.optimizers for group in parameter_groups(optimizer)]
+        for optimizer in self.optimizers:
+            keep_only(optimizer, own)
+
+    def model_to_device(self) -> None:
+        """Moves this process's layers, and everything outside the network, to its device; foreign layers stay on the CPU."""
+        assert self.lightning_module is not None
+        undo = [_lightning.keep_in_place(layer) for layer in self._foreign]
+        try:
+            self.lightning_module.to(self.root_device)
+        finally:
+            for function in undo:
+                function()
+
+    @contextmanager
+    def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
+        """Modules are made on the CPU: no device need hold the whole network."""
+        del empty_init
+        with torch.device("cpu"), self.precision_plugin.tensor_init_context():
+            yield
+
+    # ---- data
+
+    @property
+    def _reading_rank(self) -> int:
+        return rank_of_stage(1, self.num_stages)
+
+    @property
+    def _reads(self) -> bool:
+        return self._one_process or self.global_rank == self._reading_rank
+
+    @property
+    def _others(self) -> list[int]:
+        return [rank for rank in range(self.num_stages) if rank != self.global_rank]
+
+    def process_dataloader(self, dataloader: object) -> object:
+        """Lets the first stage's process read, and all others count along."""
+        if self._one_process:
+            return SourceLoader(dataloader)
+        assert self._transport is not None
+        transport = self._transport
+        if not self._reads:
+            length = transport.take(self._reading_rank, Kind.FLAG)
+            return RemoteLoader(dataloader, length, lambda: bool(transport.take(self._reading_rank, Kind.FLAG)))
+        _lightning.seed_workers_as_one_device(dataloader)
+        try:
+            length = len(dataloader)  # type: ignore[arg-type]
+        except (TypeError, NotImplementedError):
+            length = None
+
+        def announce(more: bool) -> None:
+            for rank in self._others:
+                transport.send(rank, Kind.FLAG, more)
+
+        for rank in self._others:
+            transport.send(rank, Kind.FLAG, length)
+        return SourceLoader(dataloader, announce if length is None else None)
+
+    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
+        """Moves the batch to the device on the process that reads, and from there to those that need it."""
+        if self._transport is None:
+            return super().batch_to_device(batch, device, dataloader_idx)
+        if not self._reads:
+            return self._transport.take(self._reading_rank, Kind.BATCH)
+        assert self.lightning_module is not None
+        batch = super().batch_to_device(batch, device, dataloader_idx)
+        training = self.lightning_module.trainer.training
+        # The user's step may change the batch in place while it is still on its way.
+        sent = map_tensors(lambda tensor: tensor.clone() if tensor.device.type == "cpu" else tensor, batch)
+        for rank in self._others:
+            self._transport.send(rank, Kind.BATCH, sent, payload=not training or rank == 0)
+        return batch
+
+    # ---- training
+
+    def _seeded(self, stage: int, libraries: bool = False) -> AbstractContextManager[None]:
+        purpose, number = self._draws
+        return seeded(seed_of(self._seed, stage, number, purpose), self.root_device, libraries=libraries)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        if self._execution is None:
+            return super().training_step(*args, **kwargs)
+        assert self.lightning_module is not None and self._seam is not None
+        module = self.lightning_module
+        self._draws = (0, _lightning.batch_number(module.trainer))
+        self._backward_ran = False
+        with self.precision_plugin.train_step_context(), self._seeded(0, libraries=True):
+            with self._seam.handled_by(self._train):
+                output = self._run_training_step(module, self._execution, *args, **kwargs)
+            if not module.automatic_optimization and not self._backward_ran:
+                raise RuntimeError(
+                    f"`{type(module).__name__}.training_step` ended without `self.manual_backward(loss)`, which every batch"
+                    " needs once. Call it exactly once, and not `loss.backward()`."
+                )
+        return output
+
+    def _run_training_step(
+        self, module: LightningModule, execution: Pipeline | DelayLine, *args: Any, **kwargs: Any
+    ) -> Any:
+        assert self._seam is not None and self._network is not None
+        with_loss = self._one_process or self.stage == self.num_stages
+        if not with_loss:
+            with ExitStack() as stack:
+                stack.callback(_lightning.mute_logging(module))
+                try:
+                    if module.automatic_optimization and not self._reads:
+                        execution.train((), {})
+                    output = module.training_step(*args, **kwargs)
+                except StepDone:
+                    return torch.zeros((), device=self.root_device, requires_grad=True)
+        else:
+            output = module.training_step(*args, **kwargs)
+        if not self._seam.calls:
+            raise RuntimeError(_no_call(self._network))
+        if output is None and module.automatic_optimization:
+            raise RuntimeError(
+                f"`{type(module).__name__}.training_step` returned None, but the other stages cannot skip a batch. Return"
+                " the loss for every batch, multiplied by 0 where it should not count."
+            )
+        return output
+
+    def _train(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        assert self._seam is not None and self._execution is not None and self._network is not None
+        if self._seam.calls > 1:
+            raise RuntimeError(
+                f"The network ({_describe(self._network)}) was called {self._seam.calls} times in one training step, and"
+                " its stages process one forward a batch. Concatenate the inputs along the batch dimension, call it once"
+                " and split the output."
+            )
+        if not torch.is_grad_enabled():
+            raise RuntimeError(
+                f"The network ({_describe(self._network)}) was called under `torch.no_grad` in a training step. Call it"
+                " with gradients, exactly once; a second network without gradients should be another module."
+            )
+        if self._reads and any(tensor.requires_grad for tensor in tensors_of((args, kwargs))):
+            raise RuntimeError(
+                f"An input of the network ({_describe(self._network)}) requires a gradient: something before it would be"
+                " trained, but its gradient ends at the first stage. Make those layers part of the network"
+                " (`configure_stages`), or detach the input."
+            )
+        return self._execution.train(args, kwargs)
+
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        """Runs the backward of the batch that is due on this stage; ``closure_loss`` counts on the last stage only."""
+        if self._execution is None:
+            return super().backward(closure_loss, optimizer, *args, **kwargs)
+        assert self.lightning_module is not None
+        module, plugin = self.lightning_module, self.precision_plugin
+        if self._backward_ran:
+            raise RuntimeError(
+                "`manual_backward` was called more than once in a training step. Add the losses up and call it once."
+            )
+        self._backward_ran = not module.automatic_optimization
+        self.pre_backward(closure_loss)
+        closure_loss = plugin.pre_backward(closure_loss, module)
+        self._execution.backward(lambda: plugin.backward(closure_loss, module, optimizer, *args, **kwargs))
+        self._check_foreign_grads()
+        closure_loss = plugin.post_backward(closure_loss, module)
+        self.post_backward(closure_loss)
+        return closure_loss
+
+    def _check_foreign_grads(self) -> None:
+        """Once a run: a loss that uses the weights of other stages directly would use stale ones."""
+        if self._foreign_grads_checked or self.stage != self.num_stages:
+            return
+        assert self.lightning_module is not None
+        self._foreign_grads_checked = True
+        for name, parameter in self.lightning_module.named_parameters():
+            if self._owner[name] != self.stage and parameter.grad is not None:
+                raise RuntimeError(
+                    f"The loss uses the parameter {name!r} directly, but its weights live on stage {self._owner[name]}, in"
+                    " another process. For an L2 penalty use the optimizer's `weight_decay`."
+                )
+
+    def optimizer_step(
+        self,
+        optimizer: Optimizer,
+        closure: Callable[[], Any],
+        model: LightningModule | nn.Module | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Steps with the gradients there are; where there are none yet, nothing of the stage changes."""
+        output = super().optimizer_step(optimizer, closure, model, **kwargs)
+        if self._execution is not None:
+            self._execution.stepped()
+            if self._seam is not None:
+                self._seam.stale = not self._one_process
+        return output
+
+    def drain(self, when: str, batch_idx: int = 0) -> None:
+        """Applies the gradients in flight, one step each, if this is when they shall be.
+
+        Args:
+            when: ``"epoch"`` or ``"fit"``: what has just ended.
+            batch_idx: Index of the last batch, for the hooks of Lightning.
+        """
+        execution = self._execution
+        if execution is None or when != self._drain:
+            return
+        assert self.lightning_module is not None
+        module = self.lightning_module
+        while execution.waiting:
+            if module.automatic_optimization:
+                self._drain_automatically(module, execution, batch_idx)
+            else:
+                (optimizer,) = self.optimizers
+                optimizer.zero_grad()
+                execution.drain()
+                optimizer.step()
+                execution.stepped()
+
+    def _drain_automatically(self, module: LightningModule, execution: Pipeline | DelayLine, batch_idx: int) -> None:
+        epoch, optimizer = module.trainer.current_epoch, self._lightning_optimizers[0]
+
+        def closure() -> None:
+            module.optimizer_zero_grad(epoch, batch_idx, cast(Optimizer, optimizer))
+            for _ in range(module.trainer.accumulate_grad_batches):
+                if not execution.drain():
+                    break
+
+        module.optimizer_step(epoch, batch_idx, optimizer, closure)
+
+    def end_epoch(self, trainer: Trainer) -> None:
+        """Lets all ranks end the epoch together and gives rank 0's metrics to all of them."""
+        if self._transport is None:
+            return
+        metrics = dict(trainer.callback_metrics) if self.is_global_zero else None
+        for rank in self._others:
+            self._transport.send(rank, Kind.EPOCH, metrics)
+        received = {rank: self._transport.take(rank, Kind.EPOCH) for rank in self._others}
+        if not self.is_global_zero:
+            trainer.callback_metrics.update(received[0])
+
+    def on_train_end(self) -> None:
+        """Gives every rank all the trained weights."""
+        if self._execution is not None:
+            self._execution.clear()
+        if isinstance(self._execution, Pipeline):
+            self._share_state(range(1, self.num_stages + 1))
+            if self._seam is not None:
+                self._seam.stale = False
+
+    def _share_state(self, stages: Sequence[int] | range) -> None:
+        assert self._transport is not None and self.lightning_module is not None and self.stage is not None
+        if self.stage in stages:
+            own = named_state(self.lightning_module, self._owner, self.stage)
+            for rank in self._others:
+                self._transport.send(rank, Kind.STATE, own)
+            self._transport.flush()
+        for stage in stages:
+            if stage != self.stage:
+                assign_state(
+                    self.lightning_module, self._transport.take(rank_of_stage(stage, self.num_stages), Kind.STATE)
+                )
+
+    # ---- evaluation
+
+    def on_validation_start(self) -> None:
+        """Modules outside the network train on the last stage's process; all ranks validate with its weights."""
+        if isinstance(self._execution, Pipeline):
+            in_network = {id(t) for segment in self._segments for t in (*segment.parameters(), *segment.buffers())}
+            assert self.lightning_module is not None
+            module = self.lightning_module
+            others = [t for t in (*module.parameters(), *module.buffers()) if id(t) not in in_network]
+            if others:
+                self._share_outside(in_network)
+
+    def _share_outside(self, in_network: set[int]) -> None:
+        assert self._transport is not None and self.lightning_module is not None
+        module = self.lightning_module
+        named = (*module.named_parameters(), *module.named_buffers())
+        outside = {name: tensor.detach() for name, tensor in named if id(tensor) not in in_network}
+        if self.is_global_zero:
+            for rank in self._others:
+                self._transport.send(rank, Kind.STATE, outside)
+            self._transport.flush()
+        else:
+            assign_state(module, self._transport.take(0, Kind.STATE))
+
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self._evaluating():
+            return super().validation_step(*args, **kwargs)
+
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self._evaluating():
+            return super().test_step(*args, **kwargs)
+
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self._evaluating():
+            return super().predict_step(*args, **kwargs)
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        if self._execution is None:
+            yield
+            return
+        assert self._seam is not None
+        self._draws = (1, self._evaluations)
+        self._evaluations += 1
+        with self._seeded(0, libraries=True), self._seam.handled_by(self._execution.evaluate):
+            yield
+
+    # ---- collectives of Lightning
+
+    def barrier(self, name: str | None = None) -> None:
+        if self._one_process or not dist.is_initialized():
+            return
+        if dist.get_backend() == "nccl":
+            dist.barrier(device_ids=[self.root_device.index])
+        else:
+            dist.barrier()
+
+    def broadcast(self, obj: _T, src: int = 0) -> _T:
+        if self._one_process or not dist.is_initialized():
+            return obj
+        box = [obj]
+        dist.broadcast_object_list(box, src)
+        return box[0]
+
+    def reduce(self, tensor: Tensor | Any, group: Any | None = None, reduce_op: Any | None = "mean") -> Tensor | Any:
+        """Returns the tensor as it is: there is one replica of the data, and each rank has seen all of it."""
+        return tensor
+
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        """Agrees on a decision among all ranks: whether all (or any) of them say yes."""
+        if self._one_process or not dist.is_initialized():
+            return decision
+        device = self.root_device if dist.get_backend() == "nccl" else torch.device("cpu")
+        votes = torch.tensor(int(decision), device=device)
+        dist.all_reduce(votes)
+        return bool(votes == self.world_size) if all else bool(votes)
+
+    def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
+        """Returns the tensor with a new first dimension of length 1: there is one replica of the data to gather from."""
+        return tensor.unsqueeze(0)
+
+    # ---- checkpoints
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The full state dict on rank 0; other ranks have only their own part of it up to date."""
+        assert self.lightning_module is not None
+        state: dict[str, Any] = self.lightning_module.state_dict()
+        if not isinstance(self._execution, Pipeline):
+            return state
+        assert self.stage is not None
+        keys = keys_of_stage(state, self.lightning_module, self._segments, self.stage)
+        for values in self._gather({key: state[key] for key in keys}):
+            state.update(values)
+        return state
+
+    def optimizer_state(self, optimizer: Optimizer | LightningOptimizer) -> dict[str, Any]:
+        """The state of the user's optimizer over the whole module on rank 0, nothing elsewhere."""
+        if isinstance(optimizer, LightningOptimizer):
+            optimizer = optimizer.optimizer
+        if not isinstance(self._execution, Pipeline):
+            return cast(dict[str, Any], super().optimizer_state(optimizer))
+        own = stage_optimizer_state(optimizer, self._groups)
+        others = self._gather(own)
+        return full_optimizer_state(optimizer, self._groups, [own, *others]) if self.is_global_zero else {}
+
+    def _gather(self, own: dict[Any, Any]) -> list[dict[Any, Any]]:
+        """What the other ranks have, on rank 0; an empty list on all others."""
+        assert self._transport is not None
+        if self._failed:
+            raise PeerError("No checkpoint can be assembled after a failure: the state of other stages is out of reach.")
+        if self.is_global_zero:
+            return [self._transport.take(rank, Kind.STATE) for rank in self._others]
+        self._transport.send(0, Kind.STATE, own)
+        self._transport.flush()
+        return []
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        if not isinstance(self._execution, Pipeline):
+            super().load_optimizer_state_dict(checkpoint)
+            return
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            optimizer.load_state_dict(local_optimizer_state(state, optimizer, self._groups))
+            _lightning.optimizer_to_device(optimizer, self.root_device)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        """Writes a plain Lightning checkpoint on rank 0, with the cut recorded beside what Lightning put in it."""
+        if self._recorded_cut is not None:
+            checkpoint[CHECKPOINT_KEY] = {"num_stages": self.num_stages, "split_points": list(self._recorded_cut)}
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Loads a checkpoint; the cut recorded in it is used again if it has this many stages."""
+        loaded = super().load_checkpoint(checkpoint_path, weights_only=weights_only)
+        recorded = loaded.get(CHECKPOINT_KEY)
+        if recorded and recorded["num_stages"] == self.num_stages:
+            self._recorded_cut = list(recorded["split_points"])
+        return loaded
+
+    # ---- the end
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Tells the other ranks, so that none of them waits for this one."""
+        if self._failed:
+            return
+        self._failed = True
+        if self._transport is not None:
+            name = f"Rank {self.global_rank} (stage {self.stage})"
+            self._transport.abort(f"{name} failed with {type(exception).__name__}: {exception}")
+
+    def teardown(self) -> None:
+        assert self.cluster_environment is not None
+        assert self.accelerator is not None
+        transport, undo = self._transport, self._undo
+        self._reset()
+        try:
+            if transport is not None:
+                transport.close()
+        finally:
+            undo.close()
+            super().teardown()
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is not known. Use one of {', '.join(map(repr, choices))}.")
+
+
+def _describe(network: Network) -> str:
+    return f"`self.{network.target_name}`" if network.target_name else "`self(...)`"
+
+
+def _no_call(network: Network) -> str:
+    return (
+        f"`training_step` did not call the network ({_describe(network)}). Call it exactly once in every training step, by"
+        " this name; a step that calls its layers one by one should call the module that holds them."
+    )

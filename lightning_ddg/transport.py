@@ -1,0 +1,368 @@
+"""Messages between ranks over ``torch.distributed``: sends that never block, receives that are always posted, failures that spread.
+
+One thread per peer receives whatever that peer sends and files it by kind; the training thread takes from those queues.
+What is sent when is decided in :mod:`~lightning_ddg.strategy`; only the way it travels may be changed here.
+
+A message is a header of three integers, then its description (only the first time it is seen on this connection), then
+the bytes of its tensors. gloo checks neither length nor dtype, and aborts the process on a message that is too long, so
+a buffer is never allocated from anything but the sender's own description.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from datetime import timedelta
+from enum import IntEnum
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_ddg.messages import (
+    Description,
+    Packed,
+    allocate,
+    as_bytes,
+    describe,
+    pack,
+    tensors_of,
+    unpack,
+)
+
+_HEADER_LENGTH = 3
+_MAX_CACHED_BYTES = 1 << 14
+_MAX_CACHED = 256
+_FOREVER = timedelta(days=365)
+
+
+class Kind(IntEnum):
+    """What a message is for. Messages of one kind from one rank arrive in the order they were sent."""
+
+    FLAG = 1
+    BATCH = 2
+    ACTIVATION = 3
+    GRADIENT = 4
+    OUTPUT = 5
+    STATE = 6
+    EPOCH = 7
+    ERROR = 8
+    BYE = 9
+
+
+class PeerError(RuntimeError):
+    """Another rank failed; the message says which one and how."""
+
+
+class Transport:
+    """Typed point-to-point messages between the ranks of one pipeline.
+
+    Args:
+        group: A gloo group over the ranks, used by nothing else.
+        device: Device on which received tensors are wanted.
+        timeout: The longest a rank waits for one message.
+        names: A readable name of each rank, for error messages.
+        edges: With CUDA and NCCL, a group of its own for each directed pair ``(source, destination)`` whose tensors go
+            from device to device. Tensors of all other pairs go through the host.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        device: torch.device,
+        timeout: timedelta,
+        names: Sequence[str],
+        edges: dict[tuple[int, int], dist.ProcessGroup] | None = None,
+    ) -> None:
+        self.rank = dist.get_rank(group)
+        self.size = dist.get_world_size(group)
+        self.failure: str | None = None
+        self._group = group
+        self._device = device
+        self._timeout = timeout
+        self._names = names
+        self._edges = edges or {}
+        self._peers = [rank for rank in range(self.size) if rank != self.rank]
+        self._arrived: dict[tuple[int, Kind], deque[Any]] = {
+            (peer, kind): deque() for peer in self._peers for kind in Kind
+        }
+        self._news = threading.Condition()
+        self._known: dict[tuple[int, bytes], int] = {}
+        self._closing = False
+        self._leaving: SimpleQueue[Any] = SimpleQueue()
+        self._staged: SimpleQueue[Any] | None = SimpleQueue() if device.type == "cuda" else None
+        self._threads = [
+            threading.Thread(target=self._receive_from, args=(peer,), name=f"ddg-receive-{peer}", daemon=True)
+            for peer in self._peers
+        ]
+        self._threads.append(threading.Thread(target=self._see_off, name="ddg-see-off", daemon=True))
+        if self._staged is not None:
+            self._threads.append(threading.Thread(target=self._send_staged, name="ddg-send", daemon=True))
+        for thread in self._threads:
+            thread.start()
+
+    # ---- sending
+
+    def send(self, peer: int, kind: Kind, value: Any, *, payload: bool = True) -> None:
+        """Sends a nest of tensors and Python values without waiting for the receiver.
+
+        Tensors must not be modified afterwards, unless :meth:`flush` was called in between.
+
+        Args:
+            peer: Destination rank.
+            kind: What the message is for.
+            value: Anything :func:`~lightning_ddg.messages.pack` takes.
+            payload: ``False`` sends shapes and dtypes only; the receiver gets zeros.
+
+        Raises:
+            PeerError: If a rank has already failed.
+        """
+        self.raise_failure()
+        self._post(peer, kind, pack(value, payload=payload))
+
+    def _post(self, peer: int, kind: Kind, packed: Packed) -> None:
+        meta = packed.meta
+        key = (peer, meta)
+        spec = self._known.get(key, 0)
+        new = spec == 0
+        if new and len(meta) <= _MAX_CACHED_BYTES and len(self._known) < _MAX_CACHED:
+            spec = self._known[key] = len(self._known) + 1
+        parts = [torch.tensor([kind, spec, len(meta) if new else 0], dtype=torch.int64)]
+        if new:
+            parts.append(torch.frombuffer(bytearray(meta), dtype=torch.uint8))
+        payload = [as_bytes(tensor) for tensor in packed.payload if tensor.numel()]
+        if self._staged is None:
+            self._isend(peer, parts + payload)
+        else:
+            self._isend_from_device(peer, parts, payload)
+
+    def _isend(self, peer: int, parts: list[Tensor]) -> None:
+        try:
+            for part in parts:
+                work = dist.isend(part, group=self._group, group_dst=peer)
+                self._leaving.put((peer, work, part))
+        except RuntimeError as error:
+            self._fail(peer, error)
+
+    def _isend_from_device(self, peer: int, parts: list[Tensor], payload: list[Tensor]) -> None:
+        assert self._staged is not None
+        edge = self._edges.get((self.rank, peer))
+        if edge is not None:
+            self._staged.put((None, peer, parts))
+            destination = dist.get_global_rank(self._group, peer)
+            for data in payload:
+                data = data.to(self._device)
+                work = dist.isend(data, destination, group=edge)
+                self._leaving.put((peer, work, data))
+            return
+        for data in payload:
+            if data.is_cuda:
+                host = torch.empty_like(data, device="cpu", pin_memory=True)
+                data = host.copy_(data, non_blocking=True)
+            parts.append(data)
+        copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        copied.record()
+        self._staged.put((copied, peer, parts))
+
+    def _send_staged(self) -> None:
+        assert self._staged is not None
+        while (item := self._staged.get()) is not None:
+            if isinstance(item, threading.Event):
+                self._leaving.put(item)
+                continue
+            copied, peer, parts = item
+            if copied is not None:
+                copied.synchronize()
+            self._isend(peer, parts)
+
+    def _see_off(self) -> None:
+        # A gloo send is known to be complete only to somebody who waits for it; until then its tensor must live.
+        while (item := self._leaving.get()) is not None:
+            if isinstance(item, threading.Event):
+                item.set()
+                continue
+            peer, work, _ = item
+            try:
+                if work is not None:
+                    work.wait(_FOREVER)
+            except RuntimeError as error:
+                self._fail(peer, error)
+
+    def flush(self) -> None:
+        """Waits until everything sent so far has left, so that the tensors may be modified.
+
+        Raises:
+            PeerError: If a rank has failed.
+            TimeoutError: If it takes longer than the timeout.
+        """
+        left = threading.Event()
+        if self._staged is None:
+            self._leaving.put(left)
+        else:
+            self._staged.put(left)
+        if not left.wait(self._timeout.total_seconds()):
+            self.raise_failure()
+            raise TimeoutError(
+                f"{self._names[self.rank]} waited {self._timeout} for its messages to leave. If sending can really take"
+                " that long, raise `timeout` of DDGStrategy."
+            )
+        self.raise_failure()
+
+    # ---- receiving
+
+    def take(self, peer: int, kind: Kind) -> Any:
+        """Waits for the next message of a kind from a rank and returns its value.
+
+        Raises:
+            PeerError: If a rank has failed, or ``peer`` has already ended the epoch in which the message was due.
+            TimeoutError: If nothing came within the timeout.
+        """
+        queue = self._arrived[peer, kind]
+        deadline = time.monotonic() + self._timeout.total_seconds()
+        with self._news:
+            while not queue:
+                self.raise_failure()
+                if kind is not Kind.EPOCH and self._arrived[peer, Kind.EPOCH]:
+                    raise PeerError(
+                        f"{self._names[self.rank]} waits for a message ({kind.name.lower()}) from {self._names[peer]},"
+                        " which has already ended the epoch: the ranks count different numbers of batches. Make the"
+                        " data loader's length, `limit_*_batches` and everything that stops an epoch the same on all"
+                        " ranks."
+                    )
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise TimeoutError(
+                        f"{self._names[self.rank]} waited {self._timeout} for a message ({kind.name.lower()}) from"
+                        f" {self._names[peer]}. If a batch can really take that long, raise `timeout` of DDGStrategy."
+                    )
+                self._news.wait(left)
+            value, ready = queue.popleft()
+        if ready is not None:
+            stream = torch.cuda.current_stream(self._device)
+            stream.wait_event(ready)
+            for tensor in _cuda_tensors(value):
+                tensor.record_stream(stream)
+        return value
+
+    def _receive_from(self, peer: int) -> None:
+        seen: dict[int, Description] = {}
+        header = torch.empty(_HEADER_LENGTH, dtype=torch.int64)
+        stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        try:
+            while True:
+                self._irecv(header, peer)
+                kind, spec, meta_length = header.tolist()
+                if meta_length:
+                    meta = torch.empty(meta_length, dtype=torch.uint8)
+                    self._irecv(meta, peer)
+                    description = describe(meta.numpy().tobytes())
+                    if spec:
+                        seen[spec] = description
+                else:
+                    description = seen[spec]
+                value, ready = self._receive_tensors(peer, description, stream)
+                with self._news:
+                    if kind == Kind.ERROR and self.failure is None:
+                        self.failure = value
+                    self._arrived[peer, Kind(kind)].append((value, ready))
+                    self._news.notify_all()
+                if kind == Kind.BYE:
+                    return
+        except Exception as error:  # noqa: BLE001 - whatever ends this thread must reach the training thread
+            self._fail(peer, error)
+
+    def _receive_tensors(self, peer: int, description: Description, stream: Any) -> tuple[Any, Any]:
+        if not description.payload:
+            zeros = [allocate(spec, self._device).zero_() for spec in description.specs]
+            return unpack(description, zeros), None
+        if stream is None:
+            tensors = [allocate(spec) for spec in description.specs]
+            for tensor in tensors:
+                if tensor.numel():
+                    self._irecv(as_bytes(tensor), peer)
+            return unpack(description, tensors), None
+        edge = self._edges.get((peer, self.rank))
+        source = dist.get_global_rank(self._group, peer)
+        with torch.cuda.stream(stream):
+            tensors = [allocate(spec, self._device) for spec in description.specs]
+            for spec, tensor in zip(description.specs, tensors, strict=True):
+                if not tensor.numel():
+                    continue
+                if edge is not None:
+                    work = dist.irecv(as_bytes(tensor), source, group=edge)
+                    if work is not None:
+                        work.wait()
+                else:
+                    host = allocate(spec, pin_memory=True)
+                    self._irecv(as_bytes(host), peer)
+                    tensor.copy_(host, non_blocking=True)
+            ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            ready.record(stream)
+        return unpack(description, tensors), ready
+
+    def _irecv(self, tensor: Tensor, peer: int) -> None:
+        work = dist.irecv(tensor, group=self._group, group_src=peer)
+        if work is not None:
+            # The limit of a wait is kept by `take`: between two epochs a peer may rightly be silent for long.
+            work.wait(_FOREVER)
+
+    # ---- failing and ending
+
+    def raise_failure(self) -> None:
+        """Raises :class:`PeerError` if another rank has failed."""
+        if self.failure is not None:
+            raise PeerError(self.failure)
+
+    def _fail(self, peer: int, error: Exception) -> None:
+        with self._news:
+            if not self._closing and self.failure is None:
+                self.failure = (
+                    f"{self._names[peer]} is gone: its process ended or the connection to it broke ({error}). Its own"
+                    " output, above or in its log, says why."
+                )
+            self._news.notify_all()
+
+    def abort(self, reason: str, grace: float = 2.0) -> None:
+        """Tells every other rank that this one failed, waiting at most ``grace`` seconds for the message to leave."""
+        with self._news:
+            text = self.failure or reason
+            if self.failure is None:
+                self.failure = f"This rank has failed: {reason}"
+            self._closing = True
+        packed = pack(text)
+        for peer in self._peers:
+            self._post(peer, Kind.ERROR, packed)
+        left = threading.Event()
+        self._leaving.put(left)
+        left.wait(grace)
+
+    def close(self) -> None:
+        """Ends the conversation: says goodbye and waits until all others have, so that nothing is lost in transit.
+
+        Does not wait when a rank has failed.
+        """
+        if self.failure is None:
+            for peer in self._peers:
+                self._post(peer, Kind.BYE, pack(None))
+        deadline = time.monotonic() + self._timeout.total_seconds()
+        with self._news:
+            while self.failure is None and not all(self._arrived[peer, Kind.BYE] for peer in self._peers):
+                if not self._news.wait(max(0.0, deadline - time.monotonic())):
+                    break
+            self._closing = True
+        if self.failure is None:
+            self.flush()
+        self._leaving.put(None)
+        if self._staged is not None:
+            self._staged.put(None)
+        if self.failure is None:
+            for thread in self._threads:
+                thread.join(timeout=5.0)
+
+
+def _cuda_tensors(value: Any) -> list[Tensor]:
+    return [tensor for tensor in tensors_of(value) if tensor.is_cuda]

@@ -1,0 +1,246 @@
+"""Tests of ``partition/cost.py``: the figures, and that measuring leaves no trace. New measures join ``MEASURES``."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_ddg.partition import Chain, flop_costs, parameter_costs, time_costs
+
+MEASURES = [flop_costs, time_costs]
+Measure = Callable[..., list[float]]
+
+
+def chain_of(*layers: nn.Module) -> Chain:
+    return Chain([(f"net.{i}", layer) for i, layer in enumerate(layers)])
+
+
+class Repeated(nn.Module):
+    """The same matrix product, some number of times."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.times = times
+        self.weight = nn.Parameter(torch.eye(64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(self.times):
+            x = x @ self.weight
+        return x
+
+
+def test_parameters_count_where_they_are_used_first() -> None:
+    first, last = nn.Linear(3, 4), nn.Linear(3, 4)
+    last.weight = first.weight
+    assert parameter_costs(chain_of(first, nn.ReLU(), last)) == [16.0, 0.0, 4.0]
+
+
+def test_flops_of_forward_and_backward() -> None:
+    # A product of 2 x 4 by 4 x 8 is 128 FLOPs. The first layer's input needs no gradient, so it does two, not three.
+    layers = nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)
+    assert flop_costs(chain_of(*layers), (torch.randn(2, 4),), {}) == [2 * 128 + 1, 1, 3 * 96 + 1]
+
+
+def test_frozen_layers_before_the_first_trained_one_are_forward_only() -> None:
+    frozen = nn.Linear(4, 4).requires_grad_(False)
+    assert flop_costs(chain_of(frozen, nn.Linear(4, 4)), (torch.randn(1, 4),), {}) == [32 + 1, 64 + 1]
+
+
+def test_a_layer_with_fifty_times_the_work_takes_longer() -> None:
+    costs = time_costs(chain_of(Repeated(1), Repeated(50), Repeated(1)), (torch.randn(64, 64),), {})
+    assert costs[1] > costs[0] > 0
+    assert costs[1] > costs[2] > 0
+
+
+def test_the_context_is_entered_around_each_forward() -> None:
+    entered = []
+
+    @contextmanager
+    def context() -> Iterator[None]:
+        entered.append("in")
+        with torch.autocast("cpu", torch.bfloat16):
+            yield
+        entered.append("out")
+
+    seen: list[torch.dtype] = []
+    probe = nn.Identity()
+    probe.register_forward_hook(lambda _module, _args, output: seen.append(output.dtype))
+    time_costs(chain_of(nn.Linear(2, 2), probe), (torch.randn(2, 2),), {}, repeats=1, context=context)
+    assert entered == ["in", "out"] * 4
+    assert seen == [torch.bfloat16] * 2
+
+
+def test_rounds_go_through_all_layers() -> None:
+    order: list[str] = []
+    a, b = nn.Linear(2, 2), nn.Linear(2, 2)
+    a.register_forward_hook(lambda *_: order.append("a"))
+    b.register_forward_hook(lambda *_: order.append("b"))
+    time_costs(chain_of(a, b), (torch.randn(2, 2),), {}, repeats=2)
+    assert order == ["a", "b"] * 3
+
+
+def test_fewer_repeats_than_one_are_refused() -> None:
+    with pytest.raises(ValueError, match="repeats=0: measure each layer at least once"):
+        time_costs(chain_of(nn.ReLU()), (torch.randn(2),), {}, repeats=0)
+
+
+# No trace.
+
+
+class Caching(nn.Module):
+    """Binds, replaces and adds buffers in its forward, as some layers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()))
+        self.register_buffer("mask", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count = self.count + 1
+        self.mask = torch.ones_like(x)
+        self.register_buffer("late", torch.ones(1))
+        return x * self.mask
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_measuring_leaves_no_trace(measure: Measure) -> None:
+    net = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Dropout(), Caching(), nn.Flatten(),
+        nn.Linear(144, 2), nn.LayerNorm(2),
+    )  # fmt: skip
+    net[6].eval()
+    net(torch.randn(2, 1, 8, 8)).sum().backward()
+    net[4]._buffers.pop("late")
+    net[4].mask = None
+    net[0].bias.grad = None
+    buffers = dict(net.named_buffers())
+    before = copy.deepcopy(net.state_dict())
+    grads = {name: (p.grad, None if p.grad is None else p.grad.clone()) for name, p in net.named_parameters()}
+    modes = [module.training for module in net.modules()]
+    x = torch.randn(4, 1, 8, 8)
+    kept = x.clone()
+    fired = []
+    net[0].weight.register_post_accumulate_grad_hook(lambda _: fired.append(1))
+    state = torch.get_rng_state()
+
+    costs = measure(chain_of(*net), (x,), {})
+
+    assert len(costs) == len(net)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(x, kept)
+    assert not x.requires_grad
+    assert not fired
+    assert [module.training for module in net.modules()] == modes
+    assert dict(net.named_buffers()).keys() == buffers.keys()
+    assert all(buffer is buffers[name] for name, buffer in net.named_buffers())
+    assert net.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    for name, parameter in net.named_parameters():
+        grad, value = grads[name]
+        assert parameter.grad is grad
+        assert grad is None or torch.equal(grad, value)
+
+
+def test_an_error_in_a_layer_leaves_no_trace_either() -> None:
+    norm = nn.BatchNorm1d(2)
+    chain = chain_of(norm, nn.Dropout(), nn.Linear(3, 3))
+    x = torch.randn(4, 2)
+    state = torch.get_rng_state()
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        time_costs(chain, (x,), {})
+    assert torch.equal(norm.running_mean, torch.zeros(2))
+    assert norm.num_batches_tracked == 0
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("measure", MEASURES)
+def test_the_callers_grad_mode_does_not_matter(measure: Measure, mode: Callable[[], Any]) -> None:
+    chain = chain_of(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    with mode():
+        costs = measure(chain, (torch.randn(2, 4),), {})
+        assert not torch.is_grad_enabled()
+    if measure is flop_costs:
+        assert costs == flop_costs(chain, (torch.randn(2, 4),), {})
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("measure", MEASURES)
+def test_the_generator_of_the_device_is_put_back(measure: Measure) -> None:
+    chain = chain_of(nn.Linear(4, 8).cuda(), nn.Dropout())
+    state = torch.cuda.get_rng_state()
+    assert all(cost > 0 for cost in measure(chain, (torch.randn(2, 4, device="cuda"),), {}))
+    assert torch.equal(torch.cuda.get_rng_state(), state)
+
+
+# What passes between layers.
+
+
+class Pair(NamedTuple):
+    x: Tensor
+    index: Tensor
+
+
+@dataclass(frozen=True)
+class Record:
+    x: Tensor
+    parts: list[Tensor]
+    name: str
+
+
+class Embed(nn.Module):
+    """Takes positional and keyword arguments, returns a nest."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, *, index: Tensor) -> Any:
+        x = self.linear(x)
+        nests = {
+            "tuple": (x, [index, "text"], None),
+            "namedtuple": Pair(x, index),
+            "dict": {"x": x, "index": index},
+            "dataclass": Record(x, [index, x], "text"),
+        }
+        return nests[self.kind]
+
+
+class Pick(nn.Module):
+    """Takes the nest; its tensors must arrive in the same places, the floating one with a gradient."""
+
+    def forward(self, nest: Any) -> Tensor:
+        match nest:
+            case Record(x, [index, Tensor()], "text") | Pair(x, index) | {"x": x, "index": index}:
+                pass
+            case (x, [index, "text"], None):
+                pass
+        assert x.requires_grad
+        assert index.dtype is torch.long
+        assert not index.requires_grad
+        return x[index]
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+@pytest.mark.parametrize("kind", ["tuple", "namedtuple", "dict", "dataclass"])
+def test_nests_between_layers(measure: Measure, kind: str) -> None:
+    chain = chain_of(Embed(kind), Pick(), nn.Linear(4, 2))
+    costs = measure(chain, (torch.randn(3, 4),), {"index": torch.tensor([0, 2])})
+    assert all(cost > 0 for cost in costs)
+    if measure is flop_costs:
+        assert costs == [2 * 96 + 1, 1, 3 * 32 + 1]
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_layers_without_parameters_or_gradient(measure: Measure) -> None:
+    chain = chain_of(nn.Flatten(), nn.Embedding(4, 2), nn.Identity())
+    costs = measure(chain, (torch.ones(2, 2, dtype=torch.long),), {})
+    assert all(cost > 0 for cost in costs)

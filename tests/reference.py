@@ -1,0 +1,66 @@
+"""The oracle: decoupled parallel backpropagation by plain backprop and a history of gradients, without the package.
+
+It knows nothing of Lightning, stages as modules, messages or stashes, so that it can only be right or wrong by itself.
+It may be changed when the algorithm's definition does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def train(
+    network: nn.Sequential,
+    starts: Sequence[int],
+    epochs: Iterable[Sequence[Any]],
+    optimizer: Callable[[Any], torch.optim.Optimizer],
+    scheduler: Callable[[torch.optim.Optimizer], Any] | None,
+    drain: str,
+) -> None:
+    """Trains a flat ``nn.Sequential`` cut at ``starts``; each stage has an optimizer and a scheduler of its own."""
+    bounds = [0, *starts, len(network)]
+    stages: list[list[nn.Parameter]] = [
+        [p for layer in network[begin:end] for p in layer.parameters()]
+        for begin, end in zip(bounds[:-1], bounds[1:], strict=True)
+    ]
+    optimizers = [optimizer(parameters) if parameters else None for parameters in stages]
+    schedulers = [scheduler(o) if scheduler and o is not None else None for o in optimizers]
+    history: list[list[list[Tensor | None]]] = []
+
+    def update(stage: int, batch: int) -> None:
+        chosen = optimizers[stage]
+        if chosen is None:
+            return
+        for parameter, grad in zip(stages[stage], history[batch][stage], strict=True):
+            parameter.grad = None if grad is None else grad.clone()
+        chosen.step()
+
+    def apply_the_rest() -> None:
+        for ahead in range(1, len(stages)):
+            for stage in range(len(stages)):
+                delay = len(stages) - 1 - stage
+                batch = len(history) - 1 + ahead - delay
+                if ahead <= delay and batch >= 0:
+                    update(stage, batch)
+        history.clear()
+
+    for batches in epochs:
+        for x, y in batches:
+            network.zero_grad()
+            nn.functional.cross_entropy(network(x), y).backward()
+            history.append([[None if p.grad is None else p.grad.clone() for p in stage] for stage in stages])
+            for stage in range(len(stages)):
+                batch = len(history) - 1 - (len(stages) - 1 - stage)
+                if batch >= 0:
+                    update(stage, batch)
+            for chosen in schedulers:
+                if chosen is not None:
+                    chosen.step()
+        if drain == "epoch":
+            apply_the_rest()
+    if drain == "fit":
+        apply_the_rest()
