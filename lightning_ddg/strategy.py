@@ -306,6 +306,8 @@ class DDGStrategy(ParallelStrategy):
             device_id=self.root_device if self.root_device.type != "cpu" else None,
         )
         self._check_world_size(dist.get_world_size())
+        # Making groups waits for every rank without noticing that one is gone; a barrier notices.
+        self.barrier()
         self._device_mesh = init_device_mesh(
             self.root_device.type, (1, self.num_stages), mesh_dim_names=("data", "stage")
         )
