@@ -1,0 +1,152 @@
+"""Evaluation, prediction, metrics and the callbacks that monitor them, on every rank of real processes."""
+
+from __future__ import annotations
+
+import csv
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor, nn
+from torchmetrics import Accuracy, MetricCollection
+
+from lightning_ddg import DDGStrategy
+from tests.harness import run_ranks
+from tests.networks import Classifier, dataset, loader, quiet_trainer
+
+
+class Measured(Classifier):
+    """torchmetrics in all steps, a head outside the network, and outputs collected for the end of the epoch."""
+
+    def __init__(self) -> None:
+        super().__init__("convnet", "nesterov")
+        self.head = nn.Linear(3, 3).double()
+        self.train_acc = Accuracy("multiclass", num_classes=3)
+        self.val_metrics = MetricCollection({"val_acc": Accuracy("multiclass", num_classes=3)})
+        self.test_acc = Accuracy("multiclass", num_classes=3)
+        self.outputs: list[Tensor] = []
+        self.concatenated: list[Tensor] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        logits = self.head(self(x))
+        self.train_acc(logits, y)
+        self.log("train_acc", self.train_acc, on_step=False, on_epoch=True)
+        loss = nn.functional.cross_entropy(logits, y)
+        self.log("train_loss", loss, on_epoch=True, sync_dist=True)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        x, y = batch
+        logits = self.head(self(x))
+        self.val_metrics(logits, y)
+        self.log_dict(self.val_metrics)
+        self.log("val_loss", nn.functional.cross_entropy(logits, y), sync_dist=True)
+        self.outputs.append(logits)
+
+    def on_validation_epoch_end(self) -> None:
+        self.concatenated.append(torch.cat(self.outputs))
+        self.outputs.clear()
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        x, y = batch
+        self.test_acc(self.head(self(x)), y)
+        self.log("test_acc", self.test_acc)
+
+
+def everything(folder: str, devices: int) -> dict[str, Any]:
+    warnings.simplefilter("error", category=UserWarning)
+    for message in (".*num_workers.*", ".*Checkpoint directory.*", ".*deprecated.*", ".*lr_scheduler.step.*", ".*exists.*"):
+        warnings.filterwarnings("ignore", message=message)
+    torch.manual_seed(0)
+    module = Measured()
+    best = ModelCheckpoint(folder, "best", monitor="val_loss", save_last=True)
+    stop = EarlyStopping("val_acc", mode="max", patience=2)
+    stop_on_training = EarlyStopping("train_acc", mode="max", patience=50)
+    strategy = DDGStrategy(num_stages=3, split_points=["net.3", "net.7"])
+    trainer = quiet_trainer(
+        devices=devices, strategy=strategy, max_epochs=6, logger=CSVLogger(folder, "logs", ""), log_every_n_steps=1,
+        callbacks=[best, stop, stop_on_training, LearningRateMonitor("step")], enable_checkpointing=True,
+    )  # fmt: skip
+    data = loader("convnet")
+    trainer.fit(module, data, data)
+    result = {
+        "fit": {name: float(value) for name, value in trainer.callback_metrics.items()},
+        "epochs": trainer.current_epoch,
+        "steps": trainer.global_step,
+        "best": Path(best.best_model_path).name,
+        "score": float(best.best_model_score),
+        "concatenated": [tensor.tolist() for tensor in module.concatenated],
+        "metrics_restored": module.test_acc.distributed_available_fn is not None
+        and module.test_acc.distributed_available_fn.__name__ != "_never_distributed",
+    }
+    result["validate"] = trainer.validate(module, data, verbose=False)
+    result["test"] = trainer.test(module, data, ckpt_path="best", verbose=False, weights_only=True)
+    result["predict"] = [batch.tolist() for batch in trainer.predict(module, data) or []]
+    with torch.no_grad():
+        module.eval()
+        module.cpu()
+        result["own_predict"] = [module(x).argmax(dim=1).tolist() for x, _ in data]
+    return result
+
+
+def test_metrics_monitors_and_predictions_agree_on_all_ranks(tmp_path: Path) -> None:
+    ranks = run_ranks(everything, 3, str(tmp_path / "ranks"), 3)
+    alone = run_ranks(everything, 1, str(tmp_path / "alone"), 1)[0]
+    for rank in ranks:
+        assert rank["fit"].keys() >= {"train_loss", "train_loss_epoch", "train_acc", "val_loss", "val_acc"}
+        assert rank["fit"] == ranks[0]["fit"]
+        assert rank["steps"] == ranks[0]["steps"] == alone["steps"]
+        assert rank["epochs"] == alone["epochs"]
+        assert rank["best"] == "best.ckpt"
+        assert rank["predict"] == rank["own_predict"] == alone["predict"]
+        assert len(rank["predict"]) == 5
+        assert sum(map(len, rank["predict"])) == len(dataset("convnet"))
+        assert rank["test"] == ranks[0]["test"]
+        assert rank["validate"] == ranks[0]["validate"]
+        assert rank["concatenated"] == ranks[0]["concatenated"]
+        assert rank["metrics_restored"]
+    for name, value in alone["fit"].items():
+        assert abs(ranks[0]["fit"][name] - value) < 1e-6, name
+    assert abs(ranks[0]["test"][0]["test_acc"] - alone["test"][0]["test_acc"]) < 1e-6
+    assert abs(ranks[0]["score"] - alone["score"]) < 1e-6
+
+    with open(tmp_path / "ranks" / "logs" / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert {"train_loss_step", "train_acc", "val_loss", "val_acc", "lr-SGD"} <= rows[0].keys()
+    losses = [row["train_loss_step"] for row in rows if row["train_loss_step"]]
+    assert len(losses) == ranks[0]["steps"]
+
+
+def validate_twice_an_epoch() -> Any:
+    warnings.simplefilter("ignore")
+    module = Classifier("mlp", "adam")
+    stop = EarlyStopping("val_loss", patience=1, min_delta=10.0)
+    trainer = quiet_trainer(devices=2, strategy="ddg", val_check_interval=0.4, callbacks=[stop], max_epochs=9)
+    trainer.fit(module, loader("mlp"), [loader("mlp", 7)])
+    return trainer.global_step, stop.stopped_epoch, float(trainer.callback_metrics["val_loss"])
+
+
+def test_validation_inside_an_epoch() -> None:
+    first, second = run_ranks(validate_twice_an_epoch, 2)
+    assert first == second
+    assert first[0] < 45
+
+
+def evaluate_without_fit() -> Any:
+    warnings.simplefilter("ignore")
+    module = Classifier("mlp")
+    trainer = quiet_trainer(devices=2, strategy="ddg")
+    (result,) = trainer.test(module, loader("mlp"), verbose=False)
+    x, y = dataset("mlp").tensors
+    expected = nn.functional.cross_entropy(module.net(x), y)
+    return result["test_loss"], float(expected), trainer.strategy.stage_parameter_names
+
+
+def test_evaluation_without_a_fit() -> None:
+    for got, expected, names in run_ranks(evaluate_without_fit, 2):
+        assert abs(got - expected) < 1e-12
+        assert len(names) == 2
