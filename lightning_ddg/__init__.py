@@ -1,6 +1,6 @@
-"""lightning-ddg: train a network cut into stages without waiting for backpropagation; importing it registers the strategies.
+"""lightning-ddg: train a network cut into stages without waiting for backpropagation.
 
-Public names only; what they do lives in the modules they come from.
+Importing the package registers the strategies. Public names only; what they do lives in the modules they come from.
 """
 
 from lightning.pytorch.strategies import StrategyRegistry

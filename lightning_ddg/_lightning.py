@@ -137,6 +137,12 @@ def keep_in_place(module: nn.Module) -> Undo:
     return _replace(module, "_apply", lambda fn, recurse=True: module)
 
 
+def transfer_batch(module: LightningModule, batch: Any, device: torch.device) -> Any:
+    """Runs the user's three hooks of a batch's transfer, as the loop does."""
+    batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return module._apply_batch_transfer_handler(batch, device=device, dataloader_idx=0)
+
+
 def step_arguments(step: Callable[..., Any], batch: Any) -> list[Any]:
     """The arguments of a training step: the batch, and its index where the step asks for one."""
     takes_index = is_param_in_hook_signature(step, "batch_idx", min_args=2)
@@ -189,6 +195,7 @@ def refuse_trainer_flags(trainer: Trainer) -> None:
     interval = getattr(trainer, "_val_check_time_interval", None)
     if interval is not None:
         raise ValueError(
-            f"A time-based `val_check_interval` ({interval} seconds) is measured by each process for itself, so that the"
-            " stages would validate at different batches. Give a number of batches or a fraction of an epoch instead."
+            f"A time-based `val_check_interval` ({interval} seconds) is measured by each process for itself, so that"
+            " the stages would validate at different batches. Give a number of batches or a fraction of an epoch"
+            " instead."
         )

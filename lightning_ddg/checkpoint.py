@@ -28,37 +28,13 @@ def owner_by_name(root: nn.Module, segments: Sequence[nn.Module]) -> dict[str, i
     return {name: owner.get(id(tensor), len(segments)) for name, tensor in named}
 
 
-def check_ties_outside(root: nn.Module, segments: Sequence[nn.Module]) -> None:
-    """Refuses a parameter that a module outside the network shares with a stage before the last.
-
-    Raises:
-        ValueError: Naming the parameter, the stage and the module.
-    """
-    stage_of = {
-        id(parameter): stage for stage, segment in enumerate(segments, start=1) for parameter in segment.parameters()
-    }
-    inside = {id(module) for segment in segments for module in segment.modules()}
-    for module_name, module in root.named_modules():
-        if id(module) in inside:
-            continue
-        for name, parameter in module.named_parameters(recurse=False):
-            stage = stage_of.get(id(parameter), len(segments))
-            if stage < len(segments):
-                where = f"{module_name}.{name}" if module_name else name
-                raise ValueError(
-                    f"The parameter {where!r} is tied to one of stage {stage}, but lies outside the network and so on stage"
-                    f" {len(segments)}, in another process. Untie it, or make its module part of the network"
-                    " (`configure_stages`) and keep both in one stage (`split_points`)."
-                )
-
-
 def keys_of_stage(
     state_dict: Mapping[str, Any], root: nn.Module, segments: Sequence[nn.Module], stage: int
 ) -> list[str]:
     """Keys of a full ``state_dict`` whose values a stage owns.
 
-    Keys are matched by name; where a module renames its keys, by the memory they share with a parameter or a buffer; and
-    a module's extra state by the module's name. Everything else belongs to the last stage.
+    Keys are matched by name; where a module renames its keys, by the memory they share with a parameter or a buffer;
+    and a module's extra state by the module's name. Everything else belongs to the last stage.
     """
     by_name = owner_by_name(root, segments)
     by_memory: dict[int, int] = {}
@@ -91,7 +67,7 @@ def parameter_groups(optimizer: Optimizer) -> list[list[nn.Parameter]]:
 
 
 def keep_only(optimizer: Optimizer, own: Iterable[nn.Parameter]) -> None:
-    """Takes all other parameters out of an optimizer, keeping its groups, so that learning rates and schedulers align."""
+    """Takes all other parameters out of an optimizer; its groups stay, so that schedulers align on all ranks."""
     kept = {id(parameter) for parameter in own}
     for group in optimizer.param_groups:
         group["params"] = [parameter for parameter in group["params"] if id(parameter) in kept]

@@ -47,8 +47,8 @@ class DelayLine:
     def backward(self, run: Callable[[], object]) -> None:
         """Runs a backward and replaces the gradients it adds by those that are due.
 
-        Gradients accumulated since the last step stay: what is due is added to them. A stage to which nothing is due and
-        nothing was added since then has ``p.grad = None``, so that its optimizer leaves it alone.
+        Gradients accumulated since the last step stay: what is due is added to them. A stage to which nothing is due
+        and nothing was added since then has ``p.grad = None``, so that its optimizer leaves it alone.
 
         Args:
             run: Runs the backward of the whole network, adding to ``p.grad``.

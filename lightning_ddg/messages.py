@@ -1,4 +1,4 @@
-"""What a message is: a nest of tensors and Python values, taken apart into a description and flat byte buffers, and back.
+"""What a message is: a nest of tensors and Python values, taken apart into a description and bytes, and back.
 
 Every tensor travels with its shape, strides, dtype and whether it wants a gradient. A new kind of value needs no change
 here as long as it pickles; the order in which messages travel is :mod:`~lightning_ddg.transport`'s business.
@@ -112,7 +112,7 @@ def allocate(spec: TensorSpec, device: torch.device | str = "cpu", pin_memory: b
 
 
 class Packed(NamedTuple):
-    """A message ready to travel: ``meta`` describes it, ``payload`` are dense tensors in the order of the description."""
+    """A message ready to travel: ``meta`` describes it, ``payload`` are its tensors, dense, in that order."""
 
     meta: bytes
     payload: list[Tensor]

@@ -69,8 +69,8 @@ class DDGMixin:
         optimizer = self.optimizers()
         if isinstance(optimizer, list):
             raise TypeError(
-                f"`ddg_step` updates with one optimizer, but {type(self).__name__} has {len(optimizer)}. Return a single"
-                " optimizer (with parameter groups, if need be) from `configure_optimizers`."
+                f"`ddg_step` updates with one optimizer, but {type(self).__name__} has {len(optimizer)}. Return a"
+                " single optimizer (with parameter groups, if need be) from `configure_optimizers`."
             )
         optimizer.zero_grad()
         self.manual_backward(loss)

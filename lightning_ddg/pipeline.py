@@ -7,7 +7,7 @@ other execution with the same methods is :mod:`~lightning_ddg.delayline`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -184,17 +184,3 @@ def _copy_on_meta(module: nn.Module) -> nn.Module:
     for buffer in module.buffers():
         memo[id(buffer)] = torch.empty_like(buffer, device="meta")
     return copy.deepcopy(module, memo)
-
-
-def named_state(root: nn.Module, owner: Mapping[str, int], stage: int) -> dict[str, Tensor]:
-    """The parameters and buffers of ``root`` that a stage owns, by name, sharing their memory."""
-    named = (*root.named_parameters(), *root.named_buffers())
-    return {name: tensor.detach() for name, tensor in named if owner[name] == stage}
-
-
-def assign_state(root: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Copies values into the parameters and buffers of ``root`` that have these names."""
-    named = dict((*root.named_parameters(), *root.named_buffers()))
-    with torch.no_grad():
-        for name, value in values.items():
-            named[name].detach().copy_(value)

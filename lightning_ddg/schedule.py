@@ -20,7 +20,7 @@ def delay(stage: int, num_stages: int) -> int:
         ValueError: If ``stage`` is not in ``1..num_stages``.
     """
     if not 1 <= stage <= num_stages:
-        raise ValueError(f"stage={stage} does not exist; with num_stages={num_stages} stages run from 1 to {num_stages}.")
+        raise ValueError(f"stage={stage} does not exist: with num_stages={num_stages} there are 1 to {num_stages}.")
     return num_stages - stage
 
 
@@ -35,7 +35,7 @@ def batches_in_flight(num_batches: int, delay: int) -> range:
 
 
 def stage_of_rank(rank: int, num_stages: int) -> int:
-    """Stage of a global rank: rank 0 owns the last stage, the one with the loss, as Lightning's rank 0 logs and decides."""
+    """Stage of a global rank. Rank 0 owns the last stage, with the loss: Lightning's rank 0 logs and decides."""
     return num_stages - rank % num_stages
 
 

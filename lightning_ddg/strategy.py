@@ -6,11 +6,9 @@ for the gradient its backward needs, and for nothing else inside an iteration: k
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import timedelta
-from itertools import pairwise
 from typing import Any, Literal, TypeVar, cast
 
 import torch
@@ -24,14 +22,12 @@ from lightning.pytorch.strategies.parallel import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.optim import LBFGS, Optimizer
-from torch.utils._pytree import tree_map
+from torch.optim import Optimizer
 
 from lightning_ddg import _lightning
 from lightning_ddg.callbacks import EpochEnd
 from lightning_ddg.checkpoint import (
     CHECKPOINT_KEY,
-    check_ties_outside,
     full_optimizer_state,
     keep_only,
     keys_of_stage,
@@ -40,38 +36,37 @@ from lightning_ddg.checkpoint import (
     parameter_groups,
     stage_optimizer_state,
 )
+from lightning_ddg.cutting import Cut, decide_cut, measured_costs
 from lightning_ddg.data import RemoteLoader, SourceLoader
 from lightning_ddg.delayline import DelayLine
 from lightning_ddg.messages import map_tensors, tensors_of
-from lightning_ddg.partition import (
-    Network,
-    best_cut,
-    check_cut,
-    cut_at,
-    find_network,
-    flop_costs,
-    forbidden_cuts,
-    parameter_costs,
-    print_cut,
-    time_costs,
-)
+from lightning_ddg.partition import Network, find_network, print_cut
 from lightning_ddg.pipeline import (
     Pipeline,
-    assign_state,
-    named_state,
     placeholder_maker,
+)
+from lightning_ddg.refusals import (
+    check_call,
+    check_choice,
+    check_foreign_grads,
+    check_layer_sync,
+    check_optimizers,
+    check_precision,
+    check_stages,
+    check_ties_outside,
+    check_timeout,
+    check_world_size,
+    no_call_of,
 )
 from lightning_ddg.rng import seeded
 from lightning_ddg.schedule import delay, rank_of_stage, seed_of, stage_of_rank
 from lightning_ddg.seam import Seam, StepDone
+from lightning_ddg.sharing import gather_to_rank_zero, share_with_all
 from lightning_ddg.stage import Stage
 from lightning_ddg.transport import Kind, PeerError, Transport
 
 _T = TypeVar("_T")
 
-_BALANCES = {"time": "measured time", "parameters": "parameters", "flops": "FLOPs"}
-_DRAINS = ("epoch", "fit", "never")
-_START_METHODS = ("popen", "spawn", "fork", "forkserver")
 _STRATEGIES = {
     "ddg": ("popen", "Decoupled parallel backpropagation, one process per stage started as scripts"),
     "ddg_spawn": ("spawn", "Decoupled parallel backpropagation, one process per stage started by spawning"),
@@ -80,7 +75,7 @@ _STRATEGIES = {
 
 
 class DDGStrategy(ParallelStrategy):
-    """Trains a network cut into ``K`` stages with delayed gradients, so that no stage waits for the backward of another.
+    """Trains a network cut into ``K`` stages with delayed gradients: no stage waits for another's backward.
 
     This is decoupled parallel backpropagation (Huo, Gu, Yang and Huang, ICML 2018, arXiv 1804.10574). With ``K``
     processes each trains one stage; with one process all stages train in it, with the same delays and the same weights.
@@ -129,22 +124,11 @@ class DDGStrategy(ParallelStrategy):
             checkpoint_io=checkpoint_io,
             precision_plugin=precision_plugin,
         )
-        _check_choice("balance", balance, tuple(_BALANCES))
-        _check_choice("drain", drain, _DRAINS)
-        _check_choice("start_method", start_method, _START_METHODS)
-        if num_stages != "auto" and (not isinstance(num_stages, int) or isinstance(num_stages, bool) or num_stages < 1):
-            raise ValueError(f"num_stages={num_stages!r} is not a number of stages. Use a positive integer or 'auto'.")
-        if isinstance(split_points, str):
-            raise ValueError(
-                f"split_points={split_points!r} is a string. Use a list of submodule names: split_points=[{split_points!r}]."
-            )
-        if split_points is not None and num_stages != "auto" and len(split_points) != num_stages - 1:
-            raise ValueError(
-                f"split_points={split_points!r} begin {len(split_points)} stages after the first, but"
-                f" num_stages={num_stages} needs {num_stages - 1}. Name the submodules that begin stages 2 to {num_stages}."
-            )
-        if not isinstance(timeout, timedelta) or timeout <= timedelta(0):
-            raise ValueError(f"timeout={timeout!r} is not a limit. Use a positive datetime.timedelta.")
+        check_choice("balance", balance)
+        check_choice("drain", drain)
+        check_choice("start_method", start_method)
+        check_stages(num_stages, split_points)
+        check_timeout(timeout)
         self.num_nodes = 1
         self._num_stages = num_stages
         self._split_points = split_points
@@ -155,18 +139,19 @@ class DDGStrategy(ParallelStrategy):
         self._start_method = start_method
         self._device_mesh: DeviceMesh | None = None
         self._recorded_cut: list[str] | None = None
-        self._stage_parameter_names: list[list[str]] | None = None
-        self._reset()
-
-    def _reset(self) -> None:
-        self._undo = ExitStack()
-        self._failed = False
-        self._transport: Transport | None = None
-        self._network: Network | None = None
+        self._begin()
+        self._cut: Cut | None = None
         self._segments: list[nn.Module] = []
         self._owner: dict[str, int] = {}
-        self._foreign: dict[nn.Module, int] = {}
         self._groups: list[list[nn.Parameter]] = []
+        self._weights_complete = True
+        self._failed = False
+
+    def _begin(self) -> None:
+        """The state of one run, from `setup_environment` to `teardown`; what is set elsewhere outlives it."""
+        self._undo = ExitStack()
+        self._transport: Transport | None = None
+        self._network: Network | None = None
         self._execution: Pipeline | DelayLine | None = None
         self._seam: Seam | None = None
         self._seed = 0
@@ -213,12 +198,16 @@ class DDGStrategy(ParallelStrategy):
         Raises:
             RuntimeError: Before the Trainer has set the strategy up.
         """
-        if self._stage_parameter_names is None:
+        if self.num_stages > 1 and self._cut is None:
             raise RuntimeError(
                 "The network has not been cut yet, so that `stage_parameter_names` is not known. Read it from"
                 " `on_fit_start` on, or after `trainer.fit`."
             )
-        return self._stage_parameter_names
+        assert self.lightning_module is not None
+        names = [name for name, _ in self.lightning_module.named_parameters()]
+        return [
+            [name for name in names if self._owner.get(name, 1) == stage] for stage in range(1, self.num_stages + 1)
+        ]
 
     @property
     def device_mesh(self) -> DeviceMesh:
@@ -228,7 +217,7 @@ class DDGStrategy(ParallelStrategy):
             RuntimeError: In one process, or before the processes have been connected.
         """
         if self._device_mesh is None:
-            raise RuntimeError("There is no device mesh in one process, nor before the Trainer has connected processes.")
+            raise RuntimeError("There is no device mesh in one process, nor before the Trainer has connected several.")
         return self._device_mesh
 
     @property
@@ -259,11 +248,7 @@ class DDGStrategy(ParallelStrategy):
 
     @precision_plugin.setter
     def precision_plugin(self, precision_plugin: Precision | None) -> None:
-        if getattr(precision_plugin, "scaler", None) is not None or getattr(precision_plugin, "precision", "") == "16-mixed":
-            raise ValueError(
-                f"precision='{getattr(precision_plugin, 'precision', '16-mixed')}' scales the loss by a factor that each"
-                f" process would choose for itself, which `{type(self).__name__}` does not support. Use 'bf16-mixed'."
-            )
+        check_precision(precision_plugin)
         self._precision_plugin = precision_plugin
 
     @property
@@ -274,7 +259,7 @@ class DDGStrategy(ParallelStrategy):
 
     def _configure_launcher(self) -> None:
         assert self.cluster_environment is not None
-        self._check_world_size(self.world_size)
+        check_world_size(self._num_stages, self._split_points, self.world_size)
         if self._one_process:
             return
         if self._start_method != "popen":
@@ -284,15 +269,9 @@ class DDGStrategy(ParallelStrategy):
                 self.cluster_environment, self.num_processes, self.num_nodes
             )
 
-    def _check_world_size(self, world_size: int) -> None:
-        if self._num_stages != "auto" and world_size > 1 and world_size != self._num_stages:
-            raise ValueError(
-                f"num_stages={self._num_stages} stages cannot be trained by {world_size} processes: each process trains"
-                f" one stage. Use devices={self._num_stages}, num_stages={world_size} or num_stages='auto', or one process."
-            )
-
     def setup_environment(self) -> None:
         super().setup_environment()
+        self._failed = False
         _lightning.reset_seed()
         self.set_world_ranks()
         if self._one_process:
@@ -305,7 +284,7 @@ class DDGStrategy(ParallelStrategy):
             timeout=max(self._timeout, timedelta(minutes=30)),
             device_id=self.root_device if self.root_device.type != "cpu" else None,
         )
-        self._check_world_size(dist.get_world_size())
+        check_world_size(self._num_stages, self._split_points, dist.get_world_size())
         # Making groups waits for every rank without noticing that one is gone; a barrier notices.
         self.barrier()
         self._device_mesh = init_device_mesh(
@@ -352,7 +331,7 @@ class DDGStrategy(ParallelStrategy):
         if fitting:
             self.setup_optimizers(trainer)
         if self._network is not None:
-            self._cut(trainer, self._network)
+            self._divide(trainer, self._network)
         self.model_to_device()
         if fitting:
             self._keep_own_parameters()
@@ -363,11 +342,7 @@ class DDGStrategy(ParallelStrategy):
     def _refuse(self, trainer: Trainer) -> None:
         assert self.lightning_module is not None
         _lightning.refuse_trainer_flags(trainer)
-        if self._layer_sync is not None:
-            raise ValueError(
-                "sync_batchnorm=True synchronises replicas of a layer, and each stage has only one: its BatchNorm sees"
-                " the whole batch already. Remove sync_batchnorm=True."
-            )
+        check_layer_sync(self._layer_sync)
         if not self._one_process:
             _lightning.refuse_dataloader_iter(self.lightning_module)
 
@@ -393,132 +368,64 @@ class DDGStrategy(ParallelStrategy):
     def setup_optimizers(self, trainer: Trainer) -> None:
         self._reset_optimizers_and_schedulers()
         super().setup_optimizers(trainer)
-        if len(self.optimizers) > 1:
-            names = ", ".join(type(optimizer).__name__ for optimizer in self.optimizers)
-            raise ValueError(
-                f"`configure_optimizers` returned {len(self.optimizers)} optimizers ({names}), and"
-                f" `{type(self).__name__}` applies delayed gradients with one. Use one optimizer with parameter groups."
-            )
-        for optimizer in self.optimizers:
-            if isinstance(optimizer, LBFGS):
-                raise ValueError(
-                    "LBFGS evaluates the loss several times in a step, which delayed gradients cannot do. Use an optimizer"
-                    " that needs one gradient a step, such as SGD or AdamW."
-                )
+        check_optimizers(self.optimizers)
 
-    def _cut(self, trainer: Trainer, network: Network) -> None:
+    def _divide(self, trainer: Trainer, network: Network) -> None:
+        """Cuts the network and gives this process its part."""
         assert self.lightning_module is not None
-        module, chain, num_stages = self.lightning_module, network.chain, self.num_stages
-        starts, costs, unit = self._decide_cut(trainer, network)
-        bounds = [0, *starts, len(chain)]
-        self._segments = [chain.segment(start, stop) for start, stop in pairwise(bounds)]
-        self._recorded_cut = [chain.names[start] for start in starts]
+        module, fitting = self.lightning_module, trainer.state.fn == TrainerFn.FITTING
+
+        def measure() -> list[float] | None:
+            loaders = _lightning.training_iterables(trainer) if fitting else None
+            if loaders is None:
+                return None
+            costs = None
+            if self._reads:
+                with self._seeded(0, libraries=True):
+                    costs = measured_costs(
+                        module, network, loaders, self._balance, self.precision_plugin, self.root_device
+                    )
+            return self.broadcast(costs, src=self._reading_rank)
+
+        self._cut = decide_cut(
+            network.chain, self.num_stages, self._split_points, self._recorded_cut, self._balance, measure
+        )
+        self._recorded_cut = self._cut.split_points
+        self._segments = self._cut.segments()
         check_ties_outside(module, self._segments)
         self._owner = owner_by_name(module, self._segments)
-        names = [name for name, _ in module.named_parameters()]
-        self._stage_parameter_names = [
-            [name for name in names if self._owner[name] == stage] for stage in range(1, num_stages + 1)
-        ]
-        if trainer.state.fn == TrainerFn.FITTING and self.is_global_zero and not trainer.barebones:
-            print_cut(chain, starts, costs, unit)
-
-        if self._one_process:
-            in_network = {id(parameter) for segment in self._segments for parameter in segment.parameters()}
-            others = [parameter for parameter in module.parameters() if id(parameter) not in in_network]
-            self._execution = DelayLine(self._segments, others, self._seeded)
-            stages = [list(segment.parameters()) for segment in self._segments]
-            self._undo.callback(_lightning.clip_norm_per_stage(self.precision_plugin, stages))
-        else:
-            assert self._transport is not None and self.stage is not None
-            stage = self.stage
-            shape_of_output = None
-            if not module.automatic_optimization and stage < num_stages:
-                shape_of_output = placeholder_maker(chain.segment(bounds[stage], len(chain)))
-            own = Stage(self._segments[stage - 1], delay(stage, num_stages))
-            self._execution = Pipeline(own, stage, num_stages, self._transport, self._seeded, shape_of_output)
-            mine = {id(layer) for layer in own.module.modules()}
-            self._foreign = {
-                layer: number
-                for number, (start, stop) in enumerate(pairwise(bounds), start=1)
-                for layer in chain.layers[start:stop]
-                if id(layer) not in mine
-            }
+        if fitting and self.is_global_zero and not trainer.barebones:
+            print_cut(self._cut.chain, self._cut.starts, self._cut.costs, self._cut.unit)
+        self._execution = self._all_stages(module) if self._one_process else self._own_stage(module, self._cut)
         self._seam = Seam(network.target, self._foreign)
         self._undo.callback(self._seam.remove)
 
-    def _decide_cut(self, trainer: Trainer, network: Network) -> tuple[list[int], list[float], str]:
-        chain, num_stages = network.chain, self.num_stages
-        forbidden = forbidden_cuts(chain)
-        points = self._split_points
-        if points is None and self._recorded_cut is not None and len(self._recorded_cut) == num_stages - 1:
-            points = self._recorded_cut if set(self._recorded_cut) <= set(chain.names) else None
-        if points is not None:
-            starts = cut_at(chain, points, num_stages)
-            check_cut(starts, forbidden)
-            return starts, parameter_costs(chain), _BALANCES["parameters"]
-        best_cut(parameter_costs(chain), num_stages, forbidden)
-        costs, unit = parameter_costs(chain), "parameters"
-        if self._balance != "parameters" and trainer.state.fn == TrainerFn.FITTING:
-            iterables = _lightning.training_iterables(trainer)
-            measured = None
-            if iterables is not None and (self._one_process or self._reads):
-                measured = self._measure(trainer, network, iterables)
-            measured = self.broadcast(measured, src=0 if self._one_process else self._reading_rank)
-            if measured is not None:
-                costs, unit = measured, self._balance
-        return best_cut(costs, num_stages, forbidden), costs, _BALANCES[unit]
+    def _all_stages(self, module: LightningModule) -> DelayLine:
+        in_network = {id(parameter) for segment in self._segments for parameter in segment.parameters()}
+        others = [parameter for parameter in module.parameters() if id(parameter) not in in_network]
+        stages = [list(segment.parameters()) for segment in self._segments]
+        self._undo.callback(_lightning.clip_norm_per_stage(self.precision_plugin, stages))
+        return DelayLine(self._segments, others, self._seeded)
 
-    def _measure(self, trainer: Trainer, network: Network, iterables: Any) -> list[float] | None:
-        assert self.lightning_module is not None
-        module = self.lightning_module
-        wanted = [parameter.requires_grad for parameter in module.parameters()]
-        try:
-            # The layers are measured where they will run; with several devices they need not stay there.
-            module.to(self.root_device)
-            args, kwargs = self._network_input(network, iterables)
-            if self._balance == "flops":
-                return flop_costs(network.chain, args, kwargs)
-            return time_costs(network.chain, args, kwargs, context=self.precision_plugin.train_step_context)
-        except Exception as error:  # noqa: BLE001 - any layer and any user code may fail here, and none of it must
-            # Not on rank zero only: the rank that reads, and so measures, is another one.
-            warnings.warn(
-                f"The layers could not be measured for balance={self._balance!r} ({type(error).__name__}: {error}), so that"
-                " the network is cut by its parameters. Give `split_points` or balance='parameters' to decide it yourself.",
-                stacklevel=2,
-            )
-            return None
-        finally:
-            for parameter, requires_grad in zip(module.parameters(), wanted, strict=True):
-                parameter.requires_grad_(requires_grad)
-            if self.root_device.type != "cpu":
-                module.to("cpu")
+    def _own_stage(self, module: LightningModule, cut: Cut) -> Pipeline:
+        assert self._transport is not None and self.stage is not None
+        placeholder = None
+        if not module.automatic_optimization and self.stage < self.num_stages:
+            placeholder = placeholder_maker(cut.chain.segment(cut.bounds[self.stage], len(cut.chain)))
+        own = Stage(self._segments[self.stage - 1], delay(self.stage, self.num_stages))
+        return Pipeline(own, self.stage, self.num_stages, self._transport, self._seeded, placeholder)
 
-    def _network_input(self, network: Network, iterables: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """What the user's training step passes to the network for the first batch."""
-        assert self.lightning_module is not None
-        module = self.lightning_module
-
-        def capture(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            raise StepDone((args, kwargs))
-
-        seam = Seam(network.target, {})
-        unmute = _lightning.mute_logging(module)
-        try:
-            with self._seeded(0, libraries=True), seam.handled_by(capture):
-                batch = tree_map(lambda loader: loader.peek(), iterables)
-                batch = module._on_before_batch_transfer(self.precision_plugin.convert_input(batch), dataloader_idx=0)
-                batch = module._apply_batch_transfer_handler(batch, device=self.root_device)
-                with self.precision_plugin.train_step_context(), torch.enable_grad():
-                    module.training_step(*_lightning.step_arguments(module.training_step, batch))
-        except StepDone as done:
-            return cast(tuple[tuple[Any, ...], dict[str, Any]], done.value)
-        finally:
-            unmute()
-            seam.remove()
-        raise RuntimeError(_no_call(network))
+    @property
+    def _foreign(self) -> dict[nn.Module, int]:
+        """Layers whose weights live on another rank, with their stage."""
+        if self._cut is None or self.stage is None:
+            return {}
+        own = {id(module) for module in self._segments[self.stage - 1].modules()}
+        stages = range(1, self.num_stages + 1)
+        return {layer: stage for stage in stages for layer in self._cut.layers_of(stage) if id(layer) not in own}
 
     def _keep_own_parameters(self) -> None:
-        if not isinstance(self._execution, Pipeline):
+        if self._one_process:
             return
         assert self.lightning_module is not None and self.stage is not None
         named = self.lightning_module.named_parameters()
@@ -528,7 +435,7 @@ class DDGStrategy(ParallelStrategy):
             keep_only(optimizer, own)
 
     def model_to_device(self) -> None:
-        """Moves this process's layers, and everything outside the network, to its device; foreign layers stay on the CPU."""
+        """Moves this process's layers and everything outside the network to its device; others stay on the CPU."""
         assert self.lightning_module is not None
         undo = [_lightning.keep_in_place(layer) for layer in self._foreign]
         try:
@@ -548,7 +455,7 @@ class DDGStrategy(ParallelStrategy):
 
     @property
     def _reading_rank(self) -> int:
-        return rank_of_stage(1, self.num_stages)
+        return 0 if self._one_process else rank_of_stage(1, self.num_stages)
 
     @property
     def _reads(self) -> bool:
@@ -614,8 +521,8 @@ class DDGStrategy(ParallelStrategy):
                 output = self._run_training_step(module, self._execution, *args, **kwargs)
             if not module.automatic_optimization and not self._backward_ran:
                 raise RuntimeError(
-                    f"`{type(module).__name__}.training_step` ended without `self.manual_backward(loss)`, which every batch"
-                    " needs once. Call it exactly once, and not `loss.backward()`."
+                    f"`{type(module).__name__}.training_step` ended without `self.manual_backward(loss)`, which every"
+                    " batch needs once. Call it exactly once, and not `loss.backward()`."
                 )
         return output
 
@@ -636,33 +543,17 @@ class DDGStrategy(ParallelStrategy):
         else:
             output = module.training_step(*args, **kwargs)
         if not self._seam.calls:
-            raise RuntimeError(_no_call(self._network))
+            raise RuntimeError(no_call_of(self._network))
         if output is None and module.automatic_optimization:
             raise RuntimeError(
-                f"`{type(module).__name__}.training_step` returned None, but the other stages cannot skip a batch. Return"
-                " the loss for every batch, multiplied by 0 where it should not count."
+                f"`{type(module).__name__}.training_step` returned None, but the other stages cannot skip a batch."
+                " Return the loss for every batch, multiplied by 0 where it should not count."
             )
         return output
 
     def _train(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         assert self._seam is not None and self._execution is not None and self._network is not None
-        if self._seam.calls > 1:
-            raise RuntimeError(
-                f"The network ({_describe(self._network)}) was called {self._seam.calls} times in one training step, and"
-                " its stages process one forward a batch. Concatenate the inputs along the batch dimension, call it once"
-                " and split the output."
-            )
-        if not torch.is_grad_enabled():
-            raise RuntimeError(
-                f"The network ({_describe(self._network)}) was called under `torch.no_grad` in a training step. Call it"
-                " with gradients, exactly once; a second network without gradients should be another module."
-            )
-        if self._reads and any(tensor.requires_grad for tensor in tensors_of((args, kwargs))):
-            raise RuntimeError(
-                f"An input of the network ({_describe(self._network)}) requires a gradient: something before it would be"
-                " trained, but its gradient ends at the first stage. Make those layers part of the network"
-                " (`configure_stages`), or detach the input."
-            )
+        check_call(self._network, self._seam.calls, tensors_of((args, kwargs)) if self._reads else ())
         return self._execution.train(args, kwargs)
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
@@ -679,23 +570,13 @@ class DDGStrategy(ParallelStrategy):
         self.pre_backward(closure_loss)
         closure_loss = plugin.pre_backward(closure_loss, module)
         self._execution.backward(lambda: plugin.backward(closure_loss, module, optimizer, *args, **kwargs))
-        self._check_foreign_grads()
+        if not self._foreign_grads_checked and self.stage == self.num_stages:
+            # Once is enough: it is in the nature of the loss.
+            self._foreign_grads_checked = True
+            check_foreign_grads(module, self._owner, self.stage)
         closure_loss = plugin.post_backward(closure_loss, module)
         self.post_backward(closure_loss)
         return closure_loss
-
-    def _check_foreign_grads(self) -> None:
-        """Once a run: a loss that uses the weights of other stages directly would use stale ones."""
-        if self._foreign_grads_checked or self.stage != self.num_stages:
-            return
-        assert self.lightning_module is not None
-        self._foreign_grads_checked = True
-        for name, parameter in self.lightning_module.named_parameters():
-            if self._owner[name] != self.stage and parameter.grad is not None:
-                raise RuntimeError(
-                    f"The loss uses the parameter {name!r} directly, but its weights live on stage {self._owner[name]}, in"
-                    " another process. For an L2 penalty use the optimizer's `weight_decay`."
-                )
 
     def optimizer_step(
         self,
@@ -708,8 +589,8 @@ class DDGStrategy(ParallelStrategy):
         output = super().optimizer_step(optimizer, closure, model, **kwargs)
         if self._execution is not None:
             self._execution.stepped()
-            if self._seam is not None:
-                self._seam.stale = not self._one_process
+        if self._transport is not None and self._seam is not None:
+            self._weights_complete, self._seam.stale = False, True
         return output
 
     def drain(self, when: str, batch_idx: int = 0) -> None:
@@ -760,47 +641,25 @@ class DDGStrategy(ParallelStrategy):
         """Gives every rank all the trained weights."""
         if self._execution is not None:
             self._execution.clear()
-        if isinstance(self._execution, Pipeline):
-            self._share_state(range(1, self.num_stages + 1))
-            if self._seam is not None:
-                self._seam.stale = False
-
-    def _share_state(self, stages: Sequence[int] | range) -> None:
-        assert self._transport is not None and self.lightning_module is not None and self.stage is not None
-        if self.stage in stages:
-            own = named_state(self.lightning_module, self._owner, self.stage)
-            for rank in self._others:
-                self._transport.send(rank, Kind.STATE, own)
-            self._transport.flush()
-        for stage in stages:
-            if stage != self.stage:
-                assign_state(
-                    self.lightning_module, self._transport.take(rank_of_stage(stage, self.num_stages), Kind.STATE)
-                )
+        if self._transport is not None and self._seam is not None:
+            assert self.lightning_module is not None
+            own = [name for name, stage in self._owner.items() if stage == self.stage]
+            share_with_all(self._transport, self.lightning_module, own, range(self.num_stages))
+            self._weights_complete, self._seam.stale = True, False
 
     # ---- evaluation
 
     def on_validation_start(self) -> None:
         """Modules outside the network train on the last stage's process; all ranks validate with its weights."""
-        if isinstance(self._execution, Pipeline):
-            in_network = {id(t) for segment in self._segments for t in (*segment.parameters(), *segment.buffers())}
-            assert self.lightning_module is not None
-            module = self.lightning_module
-            others = [t for t in (*module.parameters(), *module.buffers()) if id(t) not in in_network]
-            if others:
-                self._share_outside(in_network)
-
-    def _share_outside(self, in_network: set[int]) -> None:
-        assert self._transport is not None and self.lightning_module is not None
+        if self._transport is None or self._cut is None:
+            return
+        assert self.lightning_module is not None
         module = self.lightning_module
+        inside = {id(tensor) for part in self._segments for tensor in (*part.parameters(), *part.buffers())}
         named = (*module.named_parameters(), *module.named_buffers())
-        outside = {name: tensor.detach() for name, tensor in named if id(tensor) not in in_network}
-        if self.is_global_zero:
-            for rank in self._others:
-                self._transport.send(rank, Kind.STATE, outside)
-            self._transport.flush()
-        else:
-            assign_state(module, self._transport.take(0, Kind.STATE))
+        outside = [name for name, tensor in named if id(tensor) not in inside]
+        if outside:
+            share_with_all(self._transport, module, outside, [0])
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         with self._evaluating():
@@ -856,16 +715,16 @@ class DDGStrategy(ParallelStrategy):
         return bool(votes == self.world_size) if all else bool(votes)
 
     def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
-        """Returns the tensor with a new first dimension of length 1: there is one replica of the data to gather from."""
+        """Returns the tensor with a new first dimension of length 1: there is one replica of the data."""
         return tensor.unsqueeze(0)
 
     # ---- checkpoints
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The full state dict on rank 0; other ranks have only their own part of it up to date."""
+        """The full state dict on rank 0; before the fit has ended, other ranks have only their own part up to date."""
         assert self.lightning_module is not None
         state: dict[str, Any] = self.lightning_module.state_dict()
-        if not isinstance(self._execution, Pipeline):
+        if self._weights_complete:
             return state
         assert self.stage is not None
         keys = keys_of_stage(state, self.lightning_module, self._segments, self.stage)
@@ -877,7 +736,7 @@ class DDGStrategy(ParallelStrategy):
         """The state of the user's optimizer over the whole module on rank 0, nothing elsewhere."""
         if isinstance(optimizer, LightningOptimizer):
             optimizer = optimizer.optimizer
-        if not isinstance(self._execution, Pipeline):
+        if self._one_process:
             return cast(dict[str, Any], super().optimizer_state(optimizer))
         own = stage_optimizer_state(optimizer, self._groups)
         others = self._gather(own)
@@ -885,17 +744,19 @@ class DDGStrategy(ParallelStrategy):
 
     def _gather(self, own: dict[Any, Any]) -> list[dict[Any, Any]]:
         """What the other ranks have, on rank 0; an empty list on all others."""
-        assert self._transport is not None
         if self._failed:
-            raise PeerError("No checkpoint can be assembled after a failure: the state of other stages is out of reach.")
-        if self.is_global_zero:
-            return [self._transport.take(rank, Kind.STATE) for rank in self._others]
-        self._transport.send(0, Kind.STATE, own)
-        self._transport.flush()
-        return []
+            raise PeerError("No checkpoint can be assembled after a failure: other stages are out of reach.")
+        if self._transport is not None:
+            return gather_to_rank_zero(self._transport, own)
+        # After a fit, `trainer.save_checkpoint` finds the ranks no longer connected.
+        transport = self._connect_ranks()
+        try:
+            return gather_to_rank_zero(transport, own)
+        finally:
+            transport.close()
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        if not isinstance(self._execution, Pipeline):
+        if self._one_process:
             super().load_optimizer_state_dict(checkpoint)
             return
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
@@ -931,26 +792,10 @@ class DDGStrategy(ParallelStrategy):
         assert self.cluster_environment is not None
         assert self.accelerator is not None
         transport, undo = self._transport, self._undo
-        self._reset()
+        self._begin()
         try:
             if transport is not None:
                 transport.close()
         finally:
             undo.close()
             super().teardown()
-
-
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} is not known. Use one of {', '.join(map(repr, choices))}.")
-
-
-def _describe(network: Network) -> str:
-    return f"`self.{network.target_name}`" if network.target_name else "`self(...)`"
-
-
-def _no_call(network: Network) -> str:
-    return (
-        f"`training_step` did not call the network ({_describe(network)}). Call it exactly once in every training step, by"
-        " this name; a step that calls its layers one by one should call the module that holds them."
-    )

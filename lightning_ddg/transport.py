@@ -1,4 +1,4 @@
-"""Messages between ranks over ``torch.distributed``: sends that never block, receives that are always posted, failures that spread.
+"""Messages between ranks over ``torch.distributed``: sends never block, receives are posted ahead, failures spread.
 
 One thread per peer receives whatever that peer sends and files it by kind; the training thread takes from those queues.
 What is sent when is decided in :mod:`~lightning_ddg.strategy`; only the way it travels may be changed here.

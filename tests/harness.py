@@ -56,7 +56,9 @@ def _rank_main(pipe: Any, function: Callable[..., Any], rank: int, world_size: i
         raise SystemExit(1)
 
 
-def run_ranks_raw(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0) -> list[RankResult]:
+def run_ranks_raw(
+    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0
+) -> list[RankResult]:
     """Runs ``function(*args)`` on ``world_size`` ranks; ``function`` must be importable and its value must pickle.
 
     Raises:

@@ -28,26 +28,46 @@ class MeanOverTime(nn.Module):
 
 def mlp() -> nn.Sequential:
     return nn.Sequential(
-        nn.Linear(6, 10), nn.LayerNorm(10), nn.Tanh(), nn.Linear(10, 10), nn.ReLU(inplace=True), nn.Linear(10, 8), nn.Linear(8, 3)
+        nn.Linear(6, 10),
+        nn.LayerNorm(10),
+        nn.Tanh(),
+        nn.Linear(10, 10),
+        nn.ReLU(inplace=True),
+        nn.Linear(10, 8),
+        nn.Linear(8, 3),
     )
 
 
 def convnet() -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Conv2d(4, 4, 3, padding=1),
-        nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 8), nn.PReLU(), nn.Linear(8, 3),
+        nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
+        nn.Linear(16, 8), nn.PReLU(), nn.Linear(8, 3),
     )  # fmt: skip
 
 
 def transformer() -> nn.Sequential:
     return nn.Sequential(
-        nn.Embedding(11, 8), SelfAttention(8, 2), nn.Linear(8, 8), nn.GELU(), SelfAttention(8, 2), MeanOverTime(), nn.Linear(8, 3)
+        nn.Embedding(11, 8),
+        SelfAttention(8, 2),
+        nn.Linear(8, 8),
+        nn.GELU(),
+        SelfAttention(8, 2),
+        MeanOverTime(),
+        nn.Linear(8, 3),
     )
 
 
 def dropout_mlp() -> nn.Sequential:
     return nn.Sequential(
-        nn.Linear(6, 16), nn.Dropout(0.5), nn.ReLU(), nn.Linear(16, 16), nn.Dropout(0.3), nn.Linear(16, 16), nn.Dropout(0.5), nn.Linear(16, 3)
+        nn.Linear(6, 16),
+        nn.Dropout(0.5),
+        nn.ReLU(),
+        nn.Linear(16, 16),
+        nn.Dropout(0.3),
+        nn.Linear(16, 16),
+        nn.Dropout(0.5),
+        nn.Linear(16, 3),
     )
 
 

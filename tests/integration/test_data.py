@@ -155,7 +155,7 @@ def test_every_loader_and_batch() -> None:
         assert seen, case
         for _, (_, _, other_steps) in others:
             assert other_steps == steps, case
-    by_case = {case: result for case, result in ranks[0]}
+    by_case = dict(ranks[0])
     assert by_case["pair_shuffled", 3][2] == 6
     assert by_case["stream", 2][2] == 4
     # sanity check 1, then two epochs of 5 training and 5 validation batches

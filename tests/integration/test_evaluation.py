@@ -59,7 +59,13 @@ class Measured(Classifier):
 
 def everything(folder: str, devices: int) -> dict[str, Any]:
     warnings.simplefilter("error", category=UserWarning)
-    for message in (".*num_workers.*", ".*Checkpoint directory.*", ".*deprecated.*", ".*lr_scheduler.step.*", ".*exists.*"):
+    for message in (
+        ".*num_workers.*",
+        ".*Checkpoint directory.*",
+        ".*deprecated.*",
+        ".*lr_scheduler.step.*",
+        ".*exists.*",
+    ):
         warnings.filterwarnings("ignore", message=message)
     torch.manual_seed(0)
     module = Measured()

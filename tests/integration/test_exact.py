@@ -35,7 +35,9 @@ PAIRS = [
 
 def strategy(num_stages: int, drain: str = "epoch") -> DDGStrategy:
     return DDGStrategy(
-        num_stages=num_stages, split_points=[f"net.{start}" for start in STARTS[num_stages]], drain=drain  # type: ignore[arg-type]
+        num_stages=num_stages,
+        split_points=[f"net.{start}" for start in STARTS[num_stages]],
+        drain=drain,  # type: ignore[arg-type]
     )
 
 

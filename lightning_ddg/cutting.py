@@ -1,0 +1,172 @@
+"""Where a LightningModule's network is cut: the user says so, a checkpoint remembers, or a real batch is measured.
+
+The arithmetic of cutting is in :mod:`~lightning_ddg.partition`, which knows no Lightning; only what needs the module's
+own training step and data lives here.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.plugins.precision import Precision
+from torch import nn
+from torch.utils._pytree import tree_map
+
+from lightning_ddg import _lightning
+from lightning_ddg.partition import (
+    Chain,
+    Network,
+    best_cut,
+    check_cut,
+    cut_at,
+    flop_costs,
+    forbidden_cuts,
+    parameter_costs,
+    time_costs,
+)
+from lightning_ddg.refusals import no_call_of
+from lightning_ddg.seam import Seam, StepDone
+
+BALANCES = {"time": "measured time", "parameters": "parameters", "flops": "FLOPs"}
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A network's layers and where its stages begin.
+
+    Attributes:
+        chain: The layers.
+        starts: Positions at which stages ``2..K`` begin.
+        costs: Cost of each layer.
+        unit: What the costs count, for people.
+    """
+
+    chain: Chain
+    starts: list[int]
+    costs: list[float]
+    unit: str
+
+    @property
+    def bounds(self) -> list[int]:
+        """Where each stage begins, and the end of the last."""
+        return [0, *self.starts, len(self.chain)]
+
+    @property
+    def split_points(self) -> list[str]:
+        """Names of the layers that begin stages ``2..K``."""
+        return [self.chain.names[start] for start in self.starts]
+
+    def segments(self) -> list[nn.Module]:
+        """The stages as modules, sharing the layers."""
+        return [self.chain.segment(start, stop) for start, stop in pairwise(self.bounds)]
+
+    def layers_of(self, stage: int) -> Sequence[nn.Module]:
+        """The layers of stage ``1..K``."""
+        return self.chain.layers[self.bounds[stage - 1] : self.bounds[stage]]
+
+
+def decide_cut(
+    chain: Chain,
+    num_stages: int,
+    split_points: list[str] | None,
+    recorded: list[str] | None,
+    balance: str,
+    measure: Callable[[], list[float] | None],
+) -> Cut:
+    """Cuts where the user says, else where an earlier run did, else evenly.
+
+    Args:
+        chain: The layers.
+        num_stages: ``K``.
+        split_points: The user's choice, if any.
+        recorded: An earlier run's choice, if any; ignored where it does not fit.
+        balance: What to even out.
+        measure: Gives the costs of the layers, the same on every rank, or ``None`` if there are none; called only if
+            needed, and then on every rank.
+
+    Raises:
+        ValueError: If the network cannot be cut so.
+    """
+    forbidden = forbidden_cuts(chain)
+    parameters = parameter_costs(chain)
+    if split_points is None and recorded is not None:
+        fits = len(recorded) == num_stages - 1 and set(recorded) <= set(chain.names)
+        split_points = recorded if fits else None
+    if split_points is not None:
+        starts = cut_at(chain, split_points, num_stages)
+        check_cut(starts, forbidden)
+        return Cut(chain, starts, parameters, BALANCES["parameters"])
+    # Before anything is measured: it says whether so many stages are possible at all.
+    starts = best_cut(parameters, num_stages, forbidden)
+    costs = None if balance == "parameters" else measure()
+    if costs is None:
+        return Cut(chain, starts, parameters, BALANCES["parameters"])
+    return Cut(chain, best_cut(costs, num_stages, forbidden), costs, BALANCES[balance])
+
+
+def measured_costs(
+    module: LightningModule, network: Network, loaders: Any, balance: str, precision: Precision, device: torch.device
+) -> list[float] | None:
+    """Cost of each layer for the first batch, by ``balance``; leaves the module as it was.
+
+    Args:
+        module: The LightningModule.
+        network: Its network.
+        loaders: The training loaders that can :meth:`~lightning_ddg.data.SourceLoader.peek`, in the user's nest.
+        balance: ``"time"`` or ``"flops"``.
+        precision: Whose context the forward runs in.
+        device: Where to measure.
+
+    Returns:
+        The costs, or ``None`` (and a warning) if the layers cannot be measured.
+    """
+    wanted = [parameter.requires_grad for parameter in module.parameters()]
+    try:
+        module.to(device)
+        args, kwargs = _network_input(module, network, loaders, precision, device)
+        if balance == "flops":
+            return flop_costs(network.chain, args, kwargs)
+        return time_costs(network.chain, args, kwargs, context=precision.train_step_context)
+    except Exception as error:  # noqa: BLE001 - any layer and any user code may fail here; training will tell
+        # Not on rank zero only: the rank that reads, and so measures, is another one.
+        warnings.warn(
+            f"The layers could not be measured for balance={balance!r} ({type(error).__name__}: {error}), so that the"
+            " network is cut by its parameters. Give `split_points` or balance='parameters' to decide it yourself.",
+            stacklevel=2,
+        )
+        return None
+    finally:
+        for parameter, requires_grad in zip(module.parameters(), wanted, strict=True):
+            parameter.requires_grad_(requires_grad)
+        if device.type != "cpu":
+            module.to("cpu")
+
+
+def _network_input(
+    module: LightningModule, network: Network, loaders: Any, precision: Precision, device: torch.device
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What the user's training step passes to the network for the first batch."""
+
+    def capture(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        raise StepDone((args, kwargs))
+
+    seam = Seam(network.target, {})
+    unmute = _lightning.mute_logging(module)
+    try:
+        with seam.handled_by(capture):
+            batch = tree_map(lambda loader: loader.peek(), loaders)
+            batch = _lightning.transfer_batch(module, precision.convert_input(batch), device)
+            with precision.train_step_context(), torch.enable_grad():
+                module.training_step(*_lightning.step_arguments(module.training_step, batch))
+    except StepDone as done:
+        return cast(tuple[tuple[Any, ...], dict[str, Any]], done.value)
+    finally:
+        unmute()
+        seam.remove()
+    raise RuntimeError(no_call_of(network))

@@ -1,0 +1,211 @@
+"""What cannot work is refused here, by a message that names the value and the remedy.
+
+The errors of finding and cutting a network are in :mod:`~lightning_ddg.partition`. Add a refusal with its test; remove
+one when the thing it refuses works.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import LBFGS, Optimizer
+
+from lightning_ddg.partition import Network
+
+_CHOICES = {
+    "balance": ("time", "parameters", "flops"),
+    "drain": ("epoch", "fit", "never"),
+    "start_method": ("popen", "spawn", "fork", "forkserver"),
+}
+
+
+def check_choice(name: str, value: Any) -> None:
+    """Refuses an unknown value of an argument that has a fixed set of them.
+
+    Raises:
+        ValueError: Naming the known ones.
+    """
+    if value not in _CHOICES[name]:
+        raise ValueError(f"{name}={value!r} is not known. Use one of {', '.join(map(repr, _CHOICES[name]))}.")
+
+
+def check_stages(num_stages: Any, split_points: Any) -> None:
+    """Refuses a number of stages that is none, and split points that are not one for each stage after the first.
+
+    Raises:
+        ValueError: Naming both.
+        TypeError: If ``split_points`` is a string.
+    """
+    if num_stages != "auto" and (not isinstance(num_stages, int) or isinstance(num_stages, bool) or num_stages < 1):
+        raise ValueError(f"num_stages={num_stages!r} is not a number of stages. Use a positive integer or 'auto'.")
+    if isinstance(split_points, str):
+        raise TypeError(
+            f"split_points={split_points!r} is a string. Use a list of submodule names:"
+            f" split_points=[{split_points!r}]."
+        )
+    if split_points is not None and num_stages != "auto" and len(split_points) != num_stages - 1:
+        raise ValueError(
+            f"split_points={split_points!r} begin {len(split_points)} stages after the first, but"
+            f" num_stages={num_stages} needs {num_stages - 1}. Name the submodules that begin stages 2 to {num_stages}."
+        )
+
+
+def check_timeout(timeout: Any) -> None:
+    """Refuses a limit that is none.
+
+    Raises:
+        ValueError: If it is not a positive ``timedelta``.
+    """
+    if not isinstance(timeout, timedelta) or timeout <= timedelta(0):
+        raise ValueError(f"timeout={timeout!r} is not a limit. Use a positive datetime.timedelta.")
+
+
+def check_world_size(num_stages: Any, split_points: Sequence[str] | None, world_size: int) -> None:
+    """Refuses several processes that are not as many as the stages.
+
+    Raises:
+        ValueError: Naming both numbers.
+    """
+    if world_size == 1:
+        return
+    if num_stages != "auto" and num_stages != world_size:
+        raise ValueError(
+            f"num_stages={num_stages} stages cannot be trained by {world_size} processes: each process trains one"
+            f" stage. Use devices={num_stages}, num_stages={world_size} or num_stages='auto', or one process."
+        )
+    if split_points is not None and len(split_points) + 1 != world_size:
+        raise ValueError(
+            f"split_points={list(split_points)!r} make {len(split_points) + 1} stages, but there are {world_size}"
+            f" processes, and each trains one stage. Use devices={len(split_points) + 1}, or name {world_size - 1}"
+            " split points."
+        )
+
+
+def check_precision(plugin: Any) -> None:
+    """Refuses a precision that scales the loss.
+
+    Raises:
+        ValueError: For ``"16-mixed"``.
+    """
+    if getattr(plugin, "scaler", None) is not None or getattr(plugin, "precision", None) == "16-mixed":
+        raise ValueError(
+            f"precision={plugin.precision!r} scales the loss by a factor that each process would choose for itself,"
+            " which delayed gradients do not survive. Use precision='bf16-mixed'."
+        )
+
+
+def check_layer_sync(layer_sync: Any) -> None:
+    """Refuses the synchronisation of layers between replicas.
+
+    Raises:
+        ValueError: For ``sync_batchnorm=True``.
+    """
+    if layer_sync is not None:
+        raise ValueError(
+            "sync_batchnorm=True synchronises the replicas of a layer, but each stage has only one, and its BatchNorm"
+            " sees the whole batch already. Remove sync_batchnorm=True."
+        )
+
+
+def check_optimizers(optimizers: Sequence[Optimizer]) -> None:
+    """Refuses several optimizers, and those that need the loss more than once a step.
+
+    Raises:
+        ValueError: Naming their types.
+    """
+    if len(optimizers) > 1:
+        names = ", ".join(type(optimizer).__name__ for optimizer in optimizers)
+        raise ValueError(
+            f"`configure_optimizers` returned {len(optimizers)} optimizers ({names}), but delayed gradients are applied"
+            " with one. Use one optimizer with parameter groups."
+        )
+    lbfgs = [optimizer for optimizer in optimizers if isinstance(optimizer, LBFGS)]
+    if lbfgs:
+        raise ValueError(
+            f"{type(lbfgs[0]).__name__} evaluates the loss several times in a step, which delayed gradients cannot do."
+            " Use an optimizer that needs one gradient a step, such as SGD or AdamW."
+        )
+
+
+def check_ties_outside(root: nn.Module, segments: Sequence[nn.Module]) -> None:
+    """Refuses a parameter that a module outside the network shares with a stage before the last.
+
+    Raises:
+        ValueError: Naming the parameter and the stage.
+    """
+    stage_of = {
+        id(parameter): stage for stage, segment in enumerate(segments, start=1) for parameter in segment.parameters()
+    }
+    inside = {id(module) for segment in segments for module in segment.modules()}
+    for module_name, module in root.named_modules():
+        if id(module) in inside:
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            stage = stage_of.get(id(parameter), len(segments))
+            if stage < len(segments):
+                where = f"{module_name}.{name}" if module_name else name
+                raise ValueError(
+                    f"The parameter {where!r} is tied to one of stage {stage}, but lies outside the network and so on"
+                    f" stage {len(segments)}. Untie it, or make its module part of the network (`configure_stages`) and"
+                    " keep both in one stage (`split_points`)."
+                )
+
+
+def describe(network: Network) -> str:
+    """How the user's step calls the network."""
+    return f"`self.{network.target_name}`" if network.target_name else "`self(...)`"
+
+
+def no_call_of(network: Network) -> str:
+    """The message for a training step that does not call the network."""
+    return (
+        f"`training_step` did not call the network ({describe(network)}). Call it exactly once in every training step,"
+        " by this name; a step that calls its layers one by one should call the module that holds them."
+    )
+
+
+def check_call(network: Network, calls: int, inputs: Sequence[Tensor]) -> None:
+    """Refuses a call of the network, in a training step, that its stages could not answer.
+
+    Args:
+        network: The network.
+        calls: How many times this step has called it, this call included.
+        inputs: The tensors of this call.
+
+    Raises:
+        RuntimeError: For a second call, a call without gradients, or an input that requires one.
+    """
+    if calls > 1:
+        raise RuntimeError(
+            f"The network ({describe(network)}) was called {calls} times in one training step, but its stages do one"
+            " forward a batch. Concatenate the inputs along the batch dimension, call it once and split the output."
+        )
+    if not torch.is_grad_enabled():
+        raise RuntimeError(
+            f"The network ({describe(network)}) was called under `torch.no_grad` in a training step. Call it with"
+            " gradients, exactly once; a second network without gradients should be another module."
+        )
+    if any(tensor.requires_grad for tensor in inputs):
+        raise RuntimeError(
+            f"An input of the network ({describe(network)}) requires a gradient: something before it would be trained,"
+            " but its gradient ends at the first stage. Make those layers part of the network (`configure_stages`), or"
+            " detach the input."
+        )
+
+
+def check_foreign_grads(root: nn.Module, owner: Mapping[str, int], stage: int) -> None:
+    """Refuses a loss that uses the weights of other stages directly: it would use stale ones.
+
+    Raises:
+        RuntimeError: Naming the parameter and its stage.
+    """
+    for name, parameter in root.named_parameters():
+        if owner[name] != stage and parameter.grad is not None:
+            raise RuntimeError(
+                f"The loss uses the parameter {name!r} directly, but its weights live on stage {owner[name]}, in"
+                " another process. For an L2 penalty use the optimizer's `weight_decay`."
+            )
