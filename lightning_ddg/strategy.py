@@ -145,7 +145,7 @@ class DDGStrategy(ParallelStrategy):
         self._owner: dict[str, int] = {}
         self._groups: list[list[nn.Parameter]] = []
         self._weights_complete = True
-        self._failed = False
+        self._failure: str | None = None
 
     def _begin(self) -> None:
         """The state of one run, from `setup_environment` to `teardown`; what is set elsewhere outlives it."""
@@ -271,7 +271,7 @@ class DDGStrategy(ParallelStrategy):
 
     def setup_environment(self) -> None:
         super().setup_environment()
-        self._failed = False
+        self._failure = None
         _lightning.reset_seed()
         self.set_world_ranks()
         if self._one_process:
@@ -744,8 +744,8 @@ class DDGStrategy(ParallelStrategy):
 
     def _gather(self, own: dict[Any, Any]) -> list[dict[Any, Any]]:
         """What the other ranks have, on rank 0; an empty list on all others."""
-        if self._failed:
-            raise PeerError("No checkpoint can be assembled after a failure: other stages are out of reach.")
+        if self._failure is not None:
+            raise PeerError(f"No checkpoint can be assembled, as other stages are out of reach. {self._failure}")
         if self._transport is not None:
             return gather_to_rank_zero(self._transport, own)
         # After a fit, `trainer.save_checkpoint` finds the ranks no longer connected.
@@ -781,12 +781,12 @@ class DDGStrategy(ParallelStrategy):
 
     def on_exception(self, exception: BaseException) -> None:
         """Tells the other ranks, so that none of them waits for this one."""
-        if self._failed:
+        if self._failure is not None:
             return
-        self._failed = True
+        name = f"Rank {self.global_rank} (stage {self.stage})"
+        self._failure = f"{name} failed with {type(exception).__name__}: {exception}"
         if self._transport is not None:
-            name = f"Rank {self.global_rank} (stage {self.stage})"
-            self._transport.abort(f"{name} failed with {type(exception).__name__}: {exception}")
+            self._failure = self._transport.abort(self._failure)
 
     def teardown(self) -> None:
         assert self.cluster_environment is not None

@@ -326,8 +326,12 @@ class Transport:
                 )
             self._news.notify_all()
 
-    def abort(self, reason: str, grace: float = 2.0) -> None:
-        """Tells every other rank that this one failed, waiting at most ``grace`` seconds for the message to leave."""
+    def abort(self, reason: str, grace: float = 2.0) -> str:
+        """Tells every other rank that this one failed, waiting at most ``grace`` seconds for the message to leave.
+
+        Returns:
+            The first failure known: another rank's, if that is why this one fails, else ``reason``.
+        """
         with self._news:
             text = self.failure or reason
             if self.failure is None:
@@ -339,6 +343,7 @@ class Transport:
         left = threading.Event()
         self._leaving.put(left)
         left.wait(grace)
+        return text
 
     def close(self) -> None:
         """Ends the conversation: says goodbye and waits until all others have, so that nothing is lost in transit.

@@ -1,4 +1,4 @@
-"""Checkpoints are plain Lightning files: they move between K, one process and plain backprop, and carry the optimizer."""
+"""Checkpoints are plain Lightning files: they move between K, one process and plain backprop, with the optimizer."""
 
 from __future__ import annotations
 
@@ -130,9 +130,8 @@ assert not any(name.startswith("lightning_ddg") for name in sys.modules)
 print("loaded")
 """
     root = Path(__file__).parents[2]
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=root, env=os.environ, capture_output=True, text=True, timeout=120, check=False
-    )
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=root, env=os.environ, capture_output=True, text=True, timeout=120, check=False)
     assert done.stdout.strip().endswith("loaded"), done.stderr
 
 

@@ -1,0 +1,302 @@
+"""Everything that is refused, with the value and the remedy in the message; in one process or several."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
+from torch import Tensor, nn
+
+from lightning_ddg import DDGMixin, DDGStrategy
+from tests.harness import run_ranks_raw
+from tests.networks import Classifier, ManualClassifier, loader, quiet_trainer
+
+ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"num_stages": 0}, ValueError, "num_stages=0 is not a number of stages. Use a positive integer or 'auto'"),
+    ({"num_stages": 2.0}, ValueError, "num_stages=2.0 is not"),
+    ({"num_stages": True}, ValueError, "num_stages=True is not"),
+    ({"num_stages": "two"}, ValueError, "num_stages='two' is not"),
+    ({"balance": "memory"}, ValueError, "balance='memory' is not known. Use one of 'time', 'parameters', 'flops'"),
+    ({"drain": "step"}, ValueError, "drain='step' is not known. Use one of 'epoch', 'fit', 'never'"),
+    ({"start_method": "thread"}, ValueError, "start_method='thread' is not known. Use one of 'popen'"),
+    ({"split_points": "net.3"}, TypeError, r"split_points='net.3' is a string.*split_points=\['net.3'\]"),
+    (
+        {"num_stages": 3, "split_points": ["net.3"]},
+        ValueError,
+        "begin 1 stages after the first, but num_stages=3 needs 2",
+    ),
+    ({"timeout": timedelta(0)}, ValueError, "timeout=datetime.timedelta.0. is not a limit. Use a positive"),
+    ({"timeout": 30}, ValueError, "timeout=30 is not a limit"),
+    (
+        {"precision_plugin": MixedPrecision("16-mixed", "cpu")},
+        ValueError,
+        "precision='16-mixed'.*Use precision='bf16-mixed'",
+    ),
+]
+
+
+@pytest.mark.parametrize(("arguments", "error", "message"), ARGUMENTS, ids=[str(a[0]) for a in ARGUMENTS])
+def test_arguments(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        DDGStrategy(**arguments)
+
+
+def test_number_of_processes() -> None:
+    with pytest.raises(ValueError, match="num_stages=4 stages cannot be trained by 2 processes.*devices=4"):
+        quiet_trainer(devices=2, strategy=DDGStrategy(num_stages=4))
+    with pytest.raises(ValueError, match=r"split_points=\['net.3'\] make 2 stages, but there are 3 processes"):
+        quiet_trainer(devices=3, strategy=DDGStrategy(split_points=["net.3"]))
+
+
+def test_one_process_takes_the_number_of_stages_from_the_split_points() -> None:
+    assert quiet_trainer(devices=1, strategy=DDGStrategy()).strategy.num_stages == 2
+    assert quiet_trainer(devices=1, strategy=DDGStrategy(split_points=["a", "b"])).strategy.num_stages == 3
+
+
+def test_mixed_precision_of_the_trainer() -> None:
+    with pytest.raises(ValueError, match="precision='16-mixed'.*bf16-mixed"):
+        quiet_trainer(devices=1, strategy="ddg", plugins=MixedPrecision("16-mixed", "cpu"))
+
+
+class TwoOptimizers(ManualClassifier):
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(self.net[:3].parameters(), lr=0.1), torch.optim.Adam(self.net[3:].parameters())]
+
+
+class Lbfgs(Classifier):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.LBFGS(self.parameters())
+
+
+class Twice(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return (self(batch[0]) + self(batch[0])).mean()
+
+
+class Never(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return batch[0].mean().requires_grad_()
+
+
+class OneByOne(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x = batch[0]
+        for layer in self.net:
+            x = layer(x)
+        return x.mean()
+
+
+class WithoutGradients(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        with torch.no_grad():
+            return self(batch[0]).mean()
+
+
+class TrainedInput(Classifier):
+    def __init__(self) -> None:
+        super().__init__()
+        self.before = nn.Linear(6, 6).double()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self(self.before(batch[0])).mean()
+
+
+class NoLoss(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self(batch[0])
+
+
+class NoBackward(ManualClassifier):
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        self(batch[0]).mean().backward()
+        self.optimizers().step()
+
+
+class TwoBackwards(ManualClassifier):
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        output = self(batch[0])
+        self.manual_backward(output.mean(), retain_graph=True)
+        self.manual_backward(output.sum())
+
+
+class TiedAcross(Classifier):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net[5] = nn.Linear(10, 10).double()
+        self.net[6] = nn.Linear(10, 3).double()
+        self.net[5].weight = self.net[3].weight
+
+
+class TiedOutside(Classifier):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(6, 10).double()
+        self.head.weight = self.net[0].weight
+
+
+class NotSequential(Classifier):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Transformer(4, 2, 1, 1, 8)
+
+
+class DataloaderIter(Classifier):
+    def training_step(self, dataloader_iter: Any) -> Tensor:
+        batch, _, _ = next(dataloader_iter)
+        return self(batch[0]).mean()
+
+
+Case = tuple[Callable[[], pl.LightningModule], dict[str, Any], dict[str, Any], str]
+EVERYWHERE: dict[str, Case] = {
+    "too many stages": (
+        Classifier,
+        {"split_points": None},
+        {},
+        "num_stages=8, but the network has 7 layers.*7 or less",
+    ),
+    "unknown split point": (Classifier, {"split_points": ["net.9"]}, {}, "'net.9'"),
+    "two optimizers": (
+        TwoOptimizers,
+        {},
+        {},
+        r"returned 2 optimizers \(SGD, Adam\).*one optimizer with parameter groups",
+    ),
+    "lbfgs": (Lbfgs, {}, {}, "LBFGS evaluates the loss several times.*SGD or AdamW"),
+    "twice": (Twice, {}, {}, "`self.net`. was called 2 times in one training step.*Concatenate"),
+    "never": (Never, {}, {}, "`training_step` did not call the network .`self.net`"),
+    "without gradients": (WithoutGradients, {}, {}, "`self.net`. was called under `torch.no_grad`"),
+    "trained input": (
+        TrainedInput,
+        {},
+        {},
+        "An input of the network .`self.net`. requires a gradient.*configure_stages",
+    ),
+    "no loss": (NoLoss, {}, {}, "NoLoss.training_step` returned None.*multiplied by 0"),
+    "no backward": (NoBackward, {}, {}, "NoBackward.training_step` ended without `self.manual_backward"),
+    "two backwards": (TwoBackwards, {}, {}, "`manual_backward` was called more than once.*Add the losses up"),
+    "tied across a cut": (TiedAcross, {"split_points": ["net.4"]}, {}, "net.3.*net.5|net.5.*net.3"),
+    "tied outside": (TiedOutside, {}, {}, "'head.weight' is tied to one of stage 1.*Untie it"),
+    "not sequential": (NotSequential, {}, {}, "configure_stages"),
+    "sync_batchnorm": (Classifier, {}, {"sync_batchnorm": True}, "sync_batchnorm=True.*Remove sync_batchnorm=True"),
+    "time-based validation": (
+        Classifier,
+        {},
+        {"val_check_interval": "00:00:00:05"},
+        "`val_check_interval` .5.0 seconds.*number of batches",
+    ),
+}
+PROCESSES_ONLY: dict[str, Case] = {
+    "layer by layer": (
+        OneByOne,
+        {},
+        {},
+        "calls a layer.*lives in another process.*exactly once|did not call the network",
+    ),
+    "dataloader_iter": (
+        DataloaderIter,
+        {},
+        {},
+        "DataloaderIter.training_step` takes `dataloader_iter`.*`batch_idx` instead",
+    ),
+}
+
+
+def attempt(name: str, devices: int) -> str:
+    warnings.simplefilter("ignore")
+    make, strategy, flags, _ = {**EVERYWHERE, **PROCESSES_ONLY}[name]
+    points = strategy.get("split_points", ["net.3"])
+    stages = 8 if name == "too many stages" and devices == 1 else "auto"
+    try:
+        module = make()
+        trainer = quiet_trainer(
+            devices=devices, strategy=DDGStrategy(num_stages=stages, split_points=points), max_epochs=1, **flags
+        )
+        trainer.fit(module, loader("mlp"), loader("mlp"))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "accepted"
+
+
+@pytest.mark.parametrize("name", EVERYWHERE)
+def test_in_one_process(name: str) -> None:
+    assert re.search(EVERYWHERE[name][3], attempt(name, 1), re.DOTALL), attempt(name, 1)
+
+
+@pytest.mark.parametrize("name", [*(set(EVERYWHERE) - {"too many stages"}), *PROCESSES_ONLY])
+def test_in_two_processes(name: str) -> None:
+    results = run_ranks_raw(attempt, 2, name, 2, timeout=60)
+    said = [str(result.value or result.error) for result in results]
+    assert all(text != "accepted" for text in said), said
+    pattern = {**EVERYWHERE, **PROCESSES_ONLY}[name][3]
+    assert any(re.search(pattern, text, re.DOTALL) for text in said), said
+
+
+def test_more_processes_than_layers() -> None:
+    results = run_ranks_raw(attempt, 8, "too many stages", 8, timeout=120)
+    assert all(re.search(EVERYWHERE["too many stages"][3], str(result.value), re.DOTALL) for result in results), results
+
+
+def test_asking_too_early() -> None:
+    strategy = quiet_trainer(devices=1, strategy="ddg").strategy
+    with pytest.raises(RuntimeError, match="`stage_parameter_names` is not known.*on_fit_start"):
+        _ = strategy.stage_parameter_names
+    with pytest.raises(RuntimeError, match="no device mesh in one process"):
+        _ = strategy.device_mesh
+
+
+class Staged(DDGMixin, pl.LightningModule):
+    """A hand-written network that says its layers itself, trained by `ddg_step`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.stem = nn.Linear(6, 8).double()
+        self.blocks = nn.ModuleList(nn.Linear(8, 8).double() for _ in range(3))
+        self.head = nn.Linear(8, 3).double()
+        self.infos: list[Any] = []
+
+    def configure_stages(self) -> list[nn.Module]:
+        return [self.stem, nn.Tanh(), *self.blocks, self.head]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).tanh()
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        self.infos.append(self.ddg)
+        self.ddg_step(nn.functional.cross_entropy(self(batch[0]), batch[1]))
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+
+def fit_staged(devices: int, strategy: Any = None) -> Any:
+    warnings.simplefilter("ignore")
+    torch.manual_seed(5)
+    module = Staged()
+    strategy = strategy or DDGStrategy(num_stages=3, split_points=["blocks.0", "blocks.2"])
+    quiet_trainer(devices=devices, strategy=strategy).fit(module, loader("mlp"))
+    return {name: value.clone() for name, value in module.state_dict().items()}, module.infos[-1]
+
+
+def test_configure_stages_and_ddg_step() -> None:
+    from tests.harness import run_ranks
+    from tests.networks import largest_difference
+
+    alone, info = fit_staged(1)
+    assert (info.stage, info.num_stages, info.delay) == (None, 3, None)
+    plain, info = fit_staged(1, "auto")
+    assert (info.stage, info.num_stages, info.delay) == (1, 1, 0)
+    assert largest_difference(alone, plain) > 1e-6
+    for rank, (got, info) in enumerate(run_ranks(fit_staged, 3, 3)):
+        assert largest_difference(got, alone) <= 1e-12
+        assert (info.stage, info.num_stages, info.delay) == (3 - rank, 3, rank)
