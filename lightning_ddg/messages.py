@@ -118,12 +118,13 @@ class Packed(NamedTuple):
     payload: list[Tensor]
 
 
-def pack(value: Any, *, payload: bool = True) -> Packed:
+def pack(value: Any, *, payload: bool = True, snapshot: bool = False) -> Packed:
     """Prepares a nest for sending.
 
     Args:
         value: The nest.
         payload: ``False`` sends the description only: the receiver gets zeros of the same shapes and dtypes.
+        snapshot: Copies tensors on the CPU, so that the originals may be modified while the message is on its way.
     """
     if isinstance(value, Tensor) and value.layout is torch.strided and not value.is_quantized:
         structure, tensors = None, [value]
@@ -131,6 +132,8 @@ def pack(value: Any, *, payload: bool = True) -> Packed:
         structure, tensors = flatten(value)
     dense = [tensor if is_dense(tensor) else tensor.contiguous() for tensor in tensors]
     meta = pickle.dumps((structure, [spec_of(tensor) for tensor in dense], payload), pickle.HIGHEST_PROTOCOL)
+    if snapshot and payload:
+        dense = [tensor.detach().clone() if tensor.device.type == "cpu" else tensor for tensor in dense]
     return Packed(meta, dense if payload else [])
 
 
@@ -142,7 +145,7 @@ class Description(NamedTuple):
     payload: bool
 
 
-def describe(meta: bytes) -> Description:
+def describe(meta: bytes | memoryview) -> Description:
     """Reads :attr:`Packed.meta`."""
     return Description(*pickle.loads(meta))
 

@@ -84,9 +84,9 @@ class Pipeline:
         if self._downstream is not None:
             self.transport.send(self._downstream, Kind.ACTIVATION, output)
             return self.transport.take(rank_of_stage(self.num_stages, self.num_stages), Kind.OUTPUT)
-        for number in range(1, self.num_stages):
-            # The step may change its output in place while it is still on its way.
-            self.transport.send(rank_of_stage(number, self.num_stages), Kind.OUTPUT, map_tensors(_snapshot, output))
+        # A snapshot: the step may change the output in place while it is still on its way.
+        others = [rank_of_stage(number, self.num_stages) for number in range(1, self.num_stages)]
+        self.transport.send(others, Kind.OUTPUT, pack(output, snapshot=True))
         return output
 
     def backward(self, run: Callable[[], object]) -> None:
@@ -135,10 +135,6 @@ class Pipeline:
     def _send_gradients(self, grads: list[Tensor | None]) -> None:
         if self._upstream is not None:
             self.transport.send(self._upstream, Kind.GRADIENT, grads)
-
-
-def _snapshot(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone() if tensor.device.type == "cpu" else tensor.detach()
 
 
 def placeholder_maker(rest: nn.Module) -> Callable[[Any], Any]:

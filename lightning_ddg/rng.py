@@ -26,7 +26,7 @@ def seeded(seed: int, device: torch.device, *, libraries: bool = False) -> Itera
     """
     cpu = torch.get_rng_state()
     cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    python, numpy = (random.getstate(), np.random.get_state()) if libraries else (None, None)
+    python, numpy = (random.getstate(), np.random.get_state(legacy=False)) if libraries else (None, None)
     try:
         torch.default_generator.manual_seed(seed)
         if cuda is not None:

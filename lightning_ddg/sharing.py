@@ -36,8 +36,7 @@ def share_with_all(transport: Transport, module: nn.Module, names: Collection[st
     others = [rank for rank in range(transport.size) if rank != transport.rank]
     if transport.rank in sources:
         own = {name: named[name].detach() for name in names if name in named}
-        for rank in others:
-            transport.send(rank, Kind.STATE, own)
+        transport.send(others, Kind.STATE, own)
         transport.flush()
     for rank in others:
         if rank in sources:

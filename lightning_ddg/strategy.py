@@ -39,7 +39,7 @@ from lightning_ddg.checkpoint import (
 from lightning_ddg.cutting import Cut, decide_cut, measured_costs
 from lightning_ddg.data import RemoteLoader, SourceLoader
 from lightning_ddg.delayline import DelayLine
-from lightning_ddg.messages import map_tensors, tensors_of
+from lightning_ddg.messages import pack, tensors_of
 from lightning_ddg.partition import Network, find_network, print_cut
 from lightning_ddg.pipeline import (
     Pipeline,
@@ -481,11 +481,9 @@ class DDGStrategy(ParallelStrategy):
             length = None
 
         def announce(more: bool) -> None:
-            for rank in self._others:
-                transport.send(rank, Kind.FLAG, more)
+            transport.send(self._others, Kind.FLAG, more)
 
-        for rank in self._others:
-            transport.send(rank, Kind.FLAG, length)
+        transport.send(self._others, Kind.FLAG, length)
         return SourceLoader(dataloader, announce if length is None else None)
 
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
@@ -496,11 +494,14 @@ class DDGStrategy(ParallelStrategy):
             return self._transport.take(self._reading_rank, Kind.BATCH)
         assert self.lightning_module is not None
         batch = super().batch_to_device(batch, device, dataloader_idx)
-        training = self.lightning_module.trainer.training
-        # The user's step may change the batch in place while it is still on its way.
-        sent = map_tensors(lambda tensor: tensor.clone() if tensor.device.type == "cpu" else tensor, batch)
-        for rank in self._others:
-            self._transport.send(rank, Kind.BATCH, sent, payload=not training or rank == 0)
+        # A snapshot: the user's step may change the batch in place while it is still on its way.
+        whole = pack(batch, snapshot=True)
+        if not self.lightning_module.trainer.training:
+            self._transport.send(self._others, Kind.BATCH, whole)
+            return batch
+        self._transport.send(0, Kind.BATCH, whole)
+        if self.num_stages > 2:
+            self._transport.send(self._others[1:], Kind.BATCH, pack(batch, payload=False))
         return batch
 
     # ---- training
@@ -631,8 +632,7 @@ class DDGStrategy(ParallelStrategy):
         if self._transport is None:
             return
         metrics = dict(trainer.callback_metrics) if self.is_global_zero else None
-        for rank in self._others:
-            self._transport.send(rank, Kind.EPOCH, metrics)
+        self._transport.send(self._others, Kind.EPOCH, metrics)
         received = {rank: self._transport.take(rank, Kind.EPOCH) for rank in self._others}
         if not self.is_global_zero:
             trainer.callback_metrics.update(received[0])

@@ -3,17 +3,18 @@
 One thread per peer receives whatever that peer sends and files it by kind; the training thread takes from those queues.
 What is sent when is decided in :mod:`~lightning_ddg.strategy`; only the way it travels may be changed here.
 
-A message is a header of three integers, then its description (only the first time it is seen on this connection), then
-the bytes of its tensors. gloo checks neither length nor dtype, and aborts the process on a message that is too long, so
-a buffer is never allocated from anything but the sender's own description.
+A message is a header, then its description (only the first time it is seen on this connection), then the bytes of its
+tensors; what is small travels in the header itself. gloo checks neither length nor dtype, and aborts the process on a
+message that is too long, so a buffer is never allocated from anything but the sender's own description.
 """
 
 from __future__ import annotations
 
+import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from enum import IntEnum
 from queue import SimpleQueue
@@ -34,7 +35,10 @@ from lightning_ddg.messages import (
     unpack,
 )
 
-_HEADER_LENGTH = 3
+# Kind, number of the description, length of the description if it follows, whether the content is in the header.
+_HEADER = struct.Struct("<4q")
+_HEADER_BYTES = 1024
+_INLINE_BYTES = _HEADER_BYTES - _HEADER.size
 _MAX_CACHED_BYTES = 1 << 14
 _MAX_CACHED = 256
 _FOREVER = timedelta(days=365)
@@ -107,22 +111,23 @@ class Transport:
 
     # ---- sending
 
-    def send(self, peer: int, kind: Kind, value: Any, *, payload: bool = True) -> None:
-        """Sends a nest of tensors and Python values without waiting for the receiver.
+    def send(self, peers: int | Iterable[int], kind: Kind, value: Any) -> None:
+        """Sends a nest of tensors and Python values without waiting for the receivers.
 
         Tensors must not be modified afterwards, unless :meth:`flush` was called in between.
 
         Args:
-            peer: Destination rank.
+            peers: Destination rank or ranks.
             kind: What the message is for.
-            value: Anything :func:`~lightning_ddg.messages.pack` takes.
-            payload: ``False`` sends shapes and dtypes only; the receiver gets zeros.
+            value: Anything :func:`~lightning_ddg.messages.pack` takes, or what it returned.
 
         Raises:
             PeerError: If a rank has already failed.
         """
         self.raise_failure()
-        self._post(peer, kind, pack(value, payload=payload))
+        packed = value if isinstance(value, Packed) else pack(value)
+        for peer in (peers,) if isinstance(peers, int) else peers:
+            self._post(peer, kind, packed)
 
     def _post(self, peer: int, kind: Kind, packed: Packed) -> None:
         meta = packed.meta
@@ -131,10 +136,21 @@ class Transport:
         new = spec == 0
         if new and len(meta) <= _MAX_CACHED_BYTES and len(self._known) < _MAX_CACHED:
             spec = self._known[key] = len(self._known) + 1
-        parts = [torch.tensor([kind, spec, len(meta) if new else 0], dtype=torch.int64)]
-        if new:
-            parts.append(torch.frombuffer(bytearray(meta), dtype=torch.uint8))
+        header = bytearray(_HEADER_BYTES)
         payload = [as_bytes(tensor) for tensor in packed.payload if tensor.numel()]
+        content = (len(meta) if new else 0) + sum(data.numel() for data in payload)
+        if content <= _INLINE_BYTES and not any(data.is_cuda for data in payload):
+            _HEADER.pack_into(header, 0, kind, spec, len(meta) if new else 0, 1)
+            end = _HEADER.size
+            for piece in (meta if new else b"", *(data.numpy().tobytes() for data in payload)):
+                header[end : end + len(piece)] = piece
+                end += len(piece)
+            parts, payload = [torch.frombuffer(header, dtype=torch.uint8)], []
+        else:
+            _HEADER.pack_into(header, 0, kind, spec, len(meta) if new else 0, 0)
+            parts = [torch.frombuffer(header, dtype=torch.uint8)]
+            if new:
+                parts.append(torch.frombuffer(bytearray(meta), dtype=torch.uint8))
         if self._staged is None:
             self._isend(peer, parts + payload)
         else:
@@ -250,21 +266,28 @@ class Transport:
 
     def _receive_from(self, peer: int) -> None:
         seen: dict[int, Description] = {}
-        header = torch.empty(_HEADER_LENGTH, dtype=torch.int64)
+        header = torch.empty(_HEADER_BYTES, dtype=torch.uint8)
         stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None  # type: ignore[no-untyped-call]
         try:
             while True:
                 self._irecv(header, peer)
-                kind, spec, meta_length = header.tolist()
+                head = header.numpy().data
+                kind, spec, meta_length, inline = _HEADER.unpack_from(head)
+                content = head[_HEADER.size :]
                 if meta_length:
-                    meta = torch.empty(meta_length, dtype=torch.uint8)
-                    self._irecv(meta, peer)
-                    description = describe(meta.numpy().tobytes())
+                    if not inline:
+                        meta = torch.empty(meta_length, dtype=torch.uint8)
+                        self._irecv(meta, peer)
+                        content = meta.numpy().data
+                    description = describe(content[:meta_length])
                     if spec:
                         seen[spec] = description
                 else:
                     description = seen[spec]
-                value, ready = self._receive_tensors(peer, description, stream)
+                if inline:
+                    value, ready = self._read_inline(content[meta_length:], description), None
+                else:
+                    value, ready = self._receive_tensors(peer, description, stream)
                 with self._news:
                     if kind == Kind.ERROR and self.failure is None:
                         self.failure = value
@@ -274,6 +297,19 @@ class Transport:
                     return
         except Exception as error:  # noqa: BLE001 - whatever ends this thread must reach the training thread
             self._fail(peer, error)
+
+    def _read_inline(self, content: memoryview, description: Description) -> Any:
+        tensors = []
+        for spec in description.specs:
+            tensor = allocate(spec)
+            size = tensor.numel() * tensor.element_size() if description.payload else 0
+            if size:
+                as_bytes(tensor).numpy()[:] = content[:size]
+                content = content[size:]
+            elif not description.payload:
+                tensor.zero_()
+            tensors.append(tensor.to(self._device))
+        return unpack(description, tensors)
 
     def _receive_tensors(self, peer: int, description: Description, stream: Any) -> tuple[Any, Any]:
         if not description.payload:
