@@ -338,6 +338,8 @@ class DDGStrategy(ParallelStrategy):
         self.setup_precision_plugin()
         if fitting:
             _lightning.optimizers_to_device(self.optimizers, self.root_device)
+        # Without a seed each process has made its own; what is never trained is not shared again.
+        self._share_outside(lambda tensor: True)
 
     def _refuse(self, trainer: Trainer) -> None:
         assert self.lightning_module is not None
@@ -651,13 +653,17 @@ class DDGStrategy(ParallelStrategy):
 
     def on_validation_start(self) -> None:
         """Modules outside the network train on the last stage's process; all ranks validate with its weights."""
-        if self._transport is None or self._cut is None:
+        self._share_outside(lambda tensor: tensor.requires_grad or not isinstance(tensor, nn.Parameter))
+
+    def _share_outside(self, wanted: Callable[[Tensor], bool]) -> None:
+        """Gives all ranks rank 0's parameters and buffers outside the network, those that are wanted."""
+        if self._transport is None:
             return
         assert self.lightning_module is not None
         module = self.lightning_module
         inside = {id(tensor) for part in self._segments for tensor in (*part.parameters(), *part.buffers())}
         named = (*module.named_parameters(), *module.named_buffers())
-        outside = [name for name, tensor in named if id(tensor) not in inside]
+        outside = [name for name, tensor in named if id(tensor) not in inside and wanted(tensor)]
         if outside:
             share_with_all(self._transport, module, outside, [0])
 

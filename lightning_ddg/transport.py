@@ -184,7 +184,13 @@ class Transport:
         copied.record()
         self._staged.put((copied, peer, parts))
 
+    def _enter_thread(self) -> None:
+        # The current CUDA device belongs to a thread, and a new thread's is the first.
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
+
     def _send_staged(self) -> None:
+        self._enter_thread()
         assert self._staged is not None
         while (item := self._staged.get()) is not None:
             if isinstance(item, threading.Event):
@@ -265,6 +271,7 @@ class Transport:
         return value
 
     def _receive_from(self, peer: int) -> None:
+        self._enter_thread()
         seen: dict[int, Description] = {}
         header = torch.empty(_HEADER_BYTES, dtype=torch.uint8)
         stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None  # type: ignore[no-untyped-call]
