@@ -163,6 +163,17 @@ def refuse_dataloader_iter(module: LightningModule) -> None:
             )
 
 
+def clip_values_that_exist(plugin: Any) -> Undo:
+    """torch's clipping by value fails without any gradient, which a stage has while it warms up, or is frozen."""
+
+    def clip_grad_by_value(optimizer: torch.optim.Optimizer, clip_val: float) -> None:
+        parameters = [parameter for parameter in plugin.main_params(optimizer) if parameter.grad is not None]
+        if parameters:
+            torch.nn.utils.clip_grad_value_(parameters, clip_val)
+
+    return _replace(plugin, "clip_grad_by_value", clip_grad_by_value)
+
+
 def seed_workers_as_one_device(loader: Any) -> None:
     """Seeds the loader's worker processes as rank 0's would be, although another rank reads."""
     _auto_add_worker_init_fn(loader, 0)

@@ -197,6 +197,34 @@ def check_call(network: Network, calls: int, inputs: Sequence[Tensor]) -> None:
         )
 
 
+def check_step(network: Network, module: Any, calls: int, output: Any, backward_ran: bool) -> None:
+    """Refuses a training step that has ended without what every batch needs.
+
+    Args:
+        network: The network.
+        module: The LightningModule.
+        calls: How many times the step has called the network.
+        output: What the step returned.
+        backward_ran: Whether ``manual_backward`` was called; of no interest in automatic optimization.
+
+    Raises:
+        RuntimeError: Without a call of the network, a loss, or a backward.
+    """
+    if not calls:
+        raise RuntimeError(no_call_of(network))
+    step = f"`{type(module).__name__}.training_step`"
+    if module.automatic_optimization and output is None:
+        raise RuntimeError(
+            f"{step} returned None, but the other stages cannot skip a batch. Return the loss for every batch,"
+            " multiplied by 0 where it should not count."
+        )
+    if not module.automatic_optimization and not backward_ran:
+        raise RuntimeError(
+            f"{step} ended without `self.manual_backward(loss)`, which every batch needs once. Call it exactly once,"
+            " and not `loss.backward()`."
+        )
+
+
 def check_foreign_grads(root: nn.Module, owner: Mapping[str, int], stage: int) -> None:
     """Refuses a loss that uses the weights of other stages directly: it would use stale ones.
 

@@ -53,10 +53,10 @@ from lightning_ddg.refusals import (
     check_optimizers,
     check_precision,
     check_stages,
+    check_step,
     check_ties_outside,
     check_timeout,
     check_world_size,
-    no_call_of,
 )
 from lightning_ddg.rng import seeded
 from lightning_ddg.schedule import delay, rank_of_stage, seed_of, stage_of_rank
@@ -357,6 +357,7 @@ class DDGStrategy(ParallelStrategy):
             return
         self._undo.callback(_lightning.keep_metrics_local(module))
         self._undo.callback(_lightning.silence_sync_dist_advice())
+        self._undo.callback(_lightning.clip_values_that_exist(self.precision_plugin))
         self._undo.callback(_lightning.silence_sigterm_broadcast(trainer))
         if not self._reads:
             self._undo.callback(_lightning.bypass_before_batch_transfer(module))
@@ -519,39 +520,26 @@ class DDGStrategy(ParallelStrategy):
         module = self.lightning_module
         self._draws = (0, _lightning.batch_number(module.trainer))
         self._backward_ran = False
-        with self.precision_plugin.train_step_context(), self._seeded(0, libraries=True):
-            with self._seam.handled_by(self._train):
-                output = self._run_training_step(module, self._execution, *args, **kwargs)
-            if not module.automatic_optimization and not self._backward_ran:
-                raise RuntimeError(
-                    f"`{type(module).__name__}.training_step` ended without `self.manual_backward(loss)`, which every"
-                    " batch needs once. Call it exactly once, and not `loss.backward()`."
-                )
-        return output
+        seeds, seam = self._seeded(0, libraries=True), self._seam.handled_by(self._train)
+        with self.precision_plugin.train_step_context(), seeds, seam:
+            return self._run_training_step(module, self._execution, *args, **kwargs)
 
     def _run_training_step(
         self, module: LightningModule, execution: Pipeline | DelayLine, *args: Any, **kwargs: Any
     ) -> Any:
         assert self._seam is not None and self._network is not None
-        with_loss = self._one_process or self.stage == self.num_stages
-        if not with_loss:
-            with ExitStack() as stack:
-                stack.callback(_lightning.mute_logging(module))
-                try:
-                    if module.automatic_optimization and not self._reads:
-                        execution.train((), {})
-                    output = module.training_step(*args, **kwargs)
-                except StepDone:
-                    return torch.zeros((), device=self.root_device, requires_grad=True)
-        else:
+        has_loss = self._one_process or self.stage == self.num_stages
+        unmute = None if has_loss else _lightning.mute_logging(module)
+        try:
+            if module.automatic_optimization and not has_loss and not self._reads:
+                execution.train((), {})
             output = module.training_step(*args, **kwargs)
-        if not self._seam.calls:
-            raise RuntimeError(no_call_of(self._network))
-        if output is None and module.automatic_optimization:
-            raise RuntimeError(
-                f"`{type(module).__name__}.training_step` returned None, but the other stages cannot skip a batch."
-                " Return the loss for every batch, multiplied by 0 where it should not count."
-            )
+        except StepDone:
+            return torch.zeros((), device=self.root_device, requires_grad=True)
+        finally:
+            if unmute is not None:
+                unmute()
+        check_step(self._network, module, self._seam.calls, output, self._backward_ran)
         return output
 
     def _train(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
