@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, cast
@@ -19,6 +20,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from lightning_ddg import _lightning
+from lightning_ddg.messages import map_tensors
 from lightning_ddg.partition import (
     Chain,
     Network,
@@ -95,13 +97,16 @@ def decide_cut(
     """
     forbidden = forbidden_cuts(chain)
     parameters = parameter_costs(chain)
-    if split_points is None and recorded is not None:
-        fits = len(recorded) == num_stages - 1 and set(recorded) <= set(chain.names)
-        split_points = recorded if fits else None
     if split_points is not None:
         starts = cut_at(chain, split_points, num_stages)
         check_cut(starts, forbidden)
         return Cut(chain, starts, parameters, BALANCES["parameters"])
+    if recorded is not None:
+        # The network, or the number of stages, may be another one since.
+        with suppress(ValueError):
+            starts = cut_at(chain, recorded, num_stages)
+            check_cut(starts, forbidden)
+            return Cut(chain, starts, parameters, BALANCES["parameters"])
     # Before anything is measured: it says whether so many stages are possible at all.
     starts = best_cut(parameters, num_stages, forbidden)
     costs = None if balance == "parameters" else measure()
@@ -160,7 +165,8 @@ def _network_input(
     unmute = _lightning.mute_logging(module)
     try:
         with seam.handled_by(capture):
-            batch = tree_map(lambda loader: loader.peek(), loaders)
+            # A copy: the hooks and the step may change the batch in place, and training will see it again.
+            batch = map_tensors(torch.clone, tree_map(lambda loader: loader.peek(), loaders))
             batch = _lightning.transfer_batch(module, precision.convert_input(batch), device)
             with precision.train_step_context(), torch.enable_grad():
                 module.training_step(*_lightning.step_arguments(module.training_step, batch))

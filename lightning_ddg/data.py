@@ -69,13 +69,16 @@ class _SourceIterator(Iterator[Any]):
         self._announce = announce
         self._waiting: list[Any] = []
         self._first: list[Any] | None = None
+        self._ended = False
 
     def __next__(self) -> Any:
         try:
             batch = self._waiting.pop() if self._waiting else next(self._iterator)
         except StopIteration:
-            if self._announce is not None:
+            # Once: whoever asks an exhausted iterator again must not end the other ranks' next epoch.
+            if self._announce is not None and not self._ended:
                 self._announce(False)
+            self._ended = True
             raise
         if self._announce is not None:
             self._announce(True)

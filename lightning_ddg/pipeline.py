@@ -7,6 +7,7 @@ other execution with the same methods is :mod:`~lightning_ddg.delayline`.
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -145,7 +146,7 @@ def placeholder_maker(rest: nn.Module) -> Callable[[Any], Any]:
     Args:
         rest: The layers after this stage. They are copied without their values.
     """
-    on_meta = _copy_on_meta(rest)
+    copies: list[nn.Module] = []
     known: dict[bytes, Any] = {}
 
     def make(output: Any) -> Any:
@@ -153,8 +154,10 @@ def placeholder_maker(rest: nn.Module) -> Callable[[Any], Any]:
         if key not in known:
             device = next((tensor.device for tensor in tensors_of(output)), torch.device("cpu"))
             try:
+                if not copies:
+                    copies.append(_copy_on_meta(rest))
                 with torch.no_grad():
-                    shapes = on_meta(map_tensors(lambda tensor: tensor.detach().to("meta"), output))
+                    shapes = copies[0](map_tensors(lambda tensor: tensor.detach().to("meta"), output))
             except Exception as error:
                 raise RuntimeError(
                     "In manual optimization a rank without the loss needs the shape of the network's output, and the"
@@ -179,4 +182,9 @@ def _copy_on_meta(module: nn.Module) -> nn.Module:
         memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
     for buffer in module.buffers():
         memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    for child in module.modules():
+        # A hook may be a method of anything, the Trainer included, which must not be copied with it.
+        for name, value in vars(child).items():
+            if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")):
+                memo[id(value)] = OrderedDict()
     return copy.deepcopy(module, memo)

@@ -255,6 +255,12 @@ class Transport:
                         " data loader's length, `limit_*_batches` and everything that stops an epoch the same on all"
                         " ranks."
                     )
+                if self._arrived[peer, Kind.BYE]:
+                    raise PeerError(
+                        f"{self._names[self.rank]} waits for a message ({kind.name.lower()}) from {self._names[peer]},"
+                        " which has finished: the ranks count different numbers of batches. Make the data loader yield"
+                        " as many batches as its length says."
+                    )
                 left = deadline - time.monotonic()
                 if left <= 0:
                     raise TimeoutError(

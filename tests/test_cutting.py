@@ -1,0 +1,213 @@
+"""Tests of ``cutting.py``: who decides where the network is cut, and that measuring leaves no trace."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.plugins.precision import Precision
+from torch import Tensor, nn
+
+from lightning_ddg.cutting import Cut, decide_cut, measured_costs
+from lightning_ddg.data import SourceLoader
+from lightning_ddg.partition import Chain, find_network
+from tests.networks import Classifier, loader, state_of
+
+CPU = torch.device("cpu")
+
+
+def chain(*widths: int) -> Chain:
+    """Layers ``net.0, net.1, ...``; a layer of width w has w parameters."""
+    return Chain([(f"net.{number}", nn.Linear(width, 1, bias=False)) for number, width in enumerate(widths)])
+
+
+def unmeasured() -> list[float] | None:
+    raise AssertionError("nothing need be measured")
+
+
+def decide(
+    layers: Chain,
+    num_stages: int,
+    split_points: list[str] | None = None,
+    recorded: list[str] | None = None,
+    balance: str = "parameters",
+    measure: Callable[[], list[float] | None] = unmeasured,
+) -> Cut:
+    return decide_cut(layers, num_stages, split_points, recorded, balance, measure)
+
+
+def test_the_user_comes_first_then_an_earlier_run_then_the_balance() -> None:
+    layers = chain(1, 1, 1, 9)
+    assert decide(layers, 2, ["net.1"], ["net.2"], "time").starts == [1]
+    assert decide(layers, 2, None, ["net.2"], "time").starts == [2]
+    assert decide(layers, 2).starts == [3]
+    measured = decide(layers, 2, balance="time", measure=lambda: [5.0, 1.0, 1.0, 1.0])
+    assert (measured.starts, measured.unit, measured.costs) == ([1], "measured time", [5.0, 1.0, 1.0, 1.0])
+    assert decide(layers, 2, balance="flops", measure=lambda: [1.0, 5.0, 1.0, 5.0]).unit == "FLOPs"
+
+
+def test_without_a_measure_the_parameters_decide() -> None:
+    cut = decide(chain(1, 1, 1, 9), 2, balance="time", measure=lambda: None)
+    assert (cut.starts, cut.unit, cut.costs) == ([3], "parameters", [1.0, 1.0, 1.0, 9.0])
+
+
+@pytest.mark.parametrize("recorded", [["net.1", "net.2"], [], ["other.1"]])
+def test_an_earlier_cut_of_another_network_is_ignored(recorded: list[str]) -> None:
+    assert decide(chain(1, 1, 1, 9), 2, recorded=recorded).starts == [3]
+
+
+@pytest.mark.parametrize("recorded", [["net.0", "net.2"], ["net.3", "net.1"], ["net.1", "net.1"]])
+def test_an_earlier_cut_that_is_none_of_this_network_is_ignored(recorded: list[str]) -> None:
+    """The layers have been put in another order since."""
+    assert decide(chain(1, 1, 1, 9), 3, recorded=recorded).starts == decide(chain(1, 1, 1, 9), 3).starts
+
+
+def test_an_earlier_cut_through_what_is_tied_now_is_ignored() -> None:
+    layers = chain(1, 1, 1, 9)
+    layers.layers[1].weight = layers.layers[2].weight
+    assert decide(layers, 2, recorded=["net.2"]).starts == [3]
+
+
+def test_a_cut_of_the_users_that_is_none_is_refused() -> None:
+    layers = chain(1, 1, 1, 9)
+    with pytest.raises(ValueError, match="'net.9' names no layer"):
+        decide(layers, 2, ["net.9"])
+    layers.layers[1].weight = layers.layers[2].weight
+    with pytest.raises(ValueError, match="is used by 'net.1' and by 'net.2'"):
+        decide(layers, 2, ["net.2"])
+
+
+def test_too_many_stages_are_refused_before_anything_is_measured() -> None:
+    with pytest.raises(ValueError, match="num_stages=3, but the network has 2 layers"):
+        decide(chain(1, 1), 3, balance="time")
+
+
+def test_what_a_cut_says_of_itself() -> None:
+    layers = chain(1, 2, 3, 4)
+    cut = Cut(layers, [1, 3], [1.0, 2.0, 3.0, 4.0], "parameters")
+    assert cut.bounds == [0, 1, 3, 4]
+    assert cut.split_points == ["net.1", "net.3"]
+    assert [list(cut.layers_of(stage)) for stage in (1, 2, 3)] == [
+        layers.layers[:1],
+        layers.layers[1:3],
+        layers.layers[3:],
+    ]
+    assert [sum(p.numel() for p in segment.parameters()) for segment in cut.segments()] == [1, 5, 4]
+
+
+# ---- measuring
+
+
+def measure(module: LightningModule, loaders: Any, balance: str = "time") -> list[float] | None:
+    return measured_costs(module, find_network(module), loaders, balance, Precision(), CPU)
+
+
+class Touching(Classifier):
+    """Works on the batch and logs before it calls the network."""
+
+    def __init__(self, network: str = "mlp") -> None:
+        super().__init__(network)
+        self.net[3].requires_grad_(False)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.log("early", batch[0].mean())
+        output = self.net(batch[0] + torch.rand_like(batch[0]))
+        raise AssertionError("the step ends at the network's call")
+        return output
+
+
+@pytest.mark.parametrize("balance", ["time", "flops"])
+def test_measuring_leaves_no_trace(balance: str) -> None:
+    module = Touching("convnet")
+    data = SourceLoader(loader("convnet"))
+    before = state_of(module)
+    frozen = [parameter.requires_grad for parameter in module.parameters()]
+    random_state = random.getstate(), np.random.get_state()[1].tolist()  # type: ignore[index]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        costs = measure(module, data, balance)
+    assert costs is not None
+    assert len(costs) == len(module.net)
+    assert all(cost > 0 for cost in costs)
+    after = state_of(module)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert [parameter.requires_grad for parameter in module.parameters()] == frozen
+    assert all(parameter.grad is None for parameter in module.parameters())
+    assert module.training
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == random_state  # type: ignore[index]
+    assert not {"forward", "log"} & (vars(module).keys() | vars(module.net).keys())
+    assert [len(x) for x, _ in data] == [5, 5, 5, 5, 2]
+
+
+def test_flops_count_the_matrix_products_of_a_batch() -> None:
+    costs = measure(Classifier("mlp"), SourceLoader(loader("mlp")), "flops")
+    assert costs is not None
+    # Two FLOPs for each of forward, gradient by the weight and, but for the first layer, gradient by the input.
+    assert costs[0] == 1 + 2 * 2 * 5 * 6 * 10
+    assert costs[3] == 1 + 3 * 2 * 5 * 10 * 10
+    assert costs[1] == costs[2] == 1
+
+
+def test_loaders_in_a_nest() -> None:
+    class Two(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self(batch["a"][0] + batch["b"][0][0]).mean()  # type: ignore[no-any-return]
+
+    nest = {"a": SourceLoader(loader("mlp")), "b": [SourceLoader(loader("mlp"))]}
+    assert measure(Two(), nest) is not None
+
+
+class NeverCalls(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return batch[0].mean()  # type: ignore[no-any-return]
+
+
+class Fails(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        raise ArithmeticError("bang")
+
+
+def failing() -> LightningModule:
+    module = Classifier("mlp")
+    module.net.append(Fails())
+    return module
+
+
+@pytest.mark.parametrize(
+    ("make", "data", "why"),
+    [
+        (failing, loader("mlp"), "ArithmeticError: bang"),
+        (NeverCalls, loader("mlp"), "RuntimeError: `training_step` did not call the network"),
+        (Classifier, [], "."),
+    ],
+    ids=["layer", "no call", "no data"],
+)
+def test_what_cannot_be_measured_is_cut_by_its_parameters_with_a_warning(
+    make: Callable[[], LightningModule], data: Any, why: str
+) -> None:
+    module = make()
+    with pytest.warns(UserWarning, match=f"could not be measured for balance='time' .{why}.*Give `split_points`"):
+        assert measure(module, SourceLoader(data)) is None
+    assert not {"forward", "log"} & (vars(module).keys() | vars(module.net).keys())
+
+
+class InPlace(Classifier):
+    """Normalises its batch in place, which is harmless where every batch is used once."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        x.mul_(0.5)
+        return nn.functional.cross_entropy(self(x), y)
+
+
+def test_measuring_leaves_the_first_batch_alone() -> None:
+    data = SourceLoader(loader("mlp"))
+    iterator = iter(data)
+    assert measure(InPlace(), data) is not None
+    assert torch.equal(next(iterator)[0], next(iter(loader("mlp")))[0])

@@ -1,0 +1,381 @@
+"""Tests of ``_lightning.py``: each private name of Lightning it touches is still there and does what it is taken for.
+
+A failure here means that Lightning has changed: mend the one function, and its docstring.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_zero_only
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.utilities.rank_zero import rank_zero_only  # type: ignore[attr-defined]
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+from torchmetrics import Accuracy, MetricCollection
+
+from lightning_ddg import _lightning
+from tests.networks import Classifier, dataset, loader, quiet_trainer
+
+
+def fitted(module: pl.LightningModule, data: Any = None, **flags: Any) -> pl.Trainer:
+    trainer = quiet_trainer(devices=1, **{"max_epochs": 1, **flags})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.fit(module, loader("mlp") if data is None else data)
+    return trainer
+
+
+def test_the_sigterm_broadcast_is_silenced_and_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[str] = []
+    monkeypatch.setattr(_TrainingEpochLoop, "_broadcast_sigterm_tensor", lambda self: called.append("broadcast"))
+    trainer = quiet_trainer(devices=1)
+    undo = _lightning.silence_sigterm_broadcast(trainer)
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor()
+    assert called == []
+    undo()
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor()
+    assert called == ["broadcast"]
+
+
+def test_the_sigterm_broadcast_is_called_where_it_is_silenced() -> None:
+    """It is called through the loop, so that an attribute of the loop hides it."""
+    assert "self._broadcast_sigterm_tensor()" in inspect.getsource(_TrainingEpochLoop.advance)
+
+
+def test_a_lightning_without_the_sigterm_broadcast_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(_TrainingEpochLoop, "_broadcast_sigterm_tensor")
+    trainer = quiet_trainer(devices=1)
+    _lightning.silence_sigterm_broadcast(trainer)()
+    assert not hasattr(trainer.fit_loop.epoch_loop, "_broadcast_sigterm_tensor")
+
+
+class Hooked(Classifier):
+    """Notes the hooks of a batch's transfer."""
+
+    def __init__(self) -> None:
+        super().__init__("mlp")
+        self.called: list[str] = []
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        self.called.append("before")
+        return batch
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        self.called.append("transfer")
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        self.called.append("after")
+        return batch
+
+
+def test_transferring_a_batch_runs_the_three_hooks() -> None:
+    module = Hooked()
+    batch = torch.ones(2)
+    assert torch.equal(_lightning.transfer_batch(module, batch, torch.device("cpu")), batch)
+    assert module.called == ["before", "transfer", "after"]
+
+
+def test_only_the_hook_before_the_transfer_is_bypassed() -> None:
+    module = Hooked()
+    undo = _lightning.bypass_before_batch_transfer(module)
+    fitted(module, DataLoader(dataset("mlp"), 22))
+    assert module.called == ["transfer", "after"]
+    undo()
+    fitted(module, DataLoader(dataset("mlp"), 22))
+    assert module.called == ["transfer", "after", "before", "transfer", "after"]
+    assert "_on_before_batch_transfer" not in vars(module)
+
+
+def test_logging_is_muted() -> None:
+    class Logs(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx)
+            self.log_dict({"in_a_dict": loss})
+            return loss
+
+    module = Logs()
+    undo = _lightning.mute_logging(module)
+    assert fitted(module).callback_metrics == {}
+    undo()
+    assert {"train_loss", "in_a_dict"} <= fitted(module).callback_metrics.keys()
+
+
+def test_undoing_gives_an_attribute_of_the_instance_back() -> None:
+    module = Classifier()
+    own = lambda *args, **kwargs: None  # noqa: E731 - an attribute, not a function of the test
+    object.__setattr__(module, "log", own)
+    _lightning.mute_logging(module)()
+    assert vars(module)["log"] is own
+
+
+def test_metrics_do_not_sync() -> None:
+    module = Classifier()
+    module.metric = Accuracy("multiclass", num_classes=3)
+    module.collection = MetricCollection({"a": Accuracy("multiclass", num_classes=3)})
+    metrics = [module.metric, module.collection["a"]]
+    asked: list[bool] = []
+
+    def distributed() -> bool:
+        asked.append(True)
+        return False
+
+    for metric in metrics:
+        metric.distributed_available_fn = distributed
+    undo = _lightning.keep_metrics_local(module)
+    for metric in metrics:
+        metric.update(torch.tensor([1]), torch.tensor([1]))
+        assert metric.compute() == 1.0
+    assert asked == []
+    undo()
+    metrics[0].reset()
+    metrics[0].update(torch.tensor([1]), torch.tensor([1]))
+    metrics[0].compute()
+    assert asked, "torchmetrics decides by this attribute whether to sync"
+    assert metrics[1].distributed_available_fn is distributed
+
+
+def test_the_advice_to_sync_is_silenced_alone() -> None:
+    advice = (
+        "It is recommended to use `self.log('x', ..., sync_dist=True)` when logging on epoch level in distributed"
+        " setting to accumulate the metric across devices."
+    )
+
+    def warned() -> list[str]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.warn(advice, stacklevel=1)
+            warnings.warn("another", stacklevel=1)
+        return [str(warning.message) for warning in caught]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        before = list(warnings.filters)
+        undo = _lightning.silence_sync_dist_advice()
+        assert warned() == ["another"]
+        undo()
+        assert warned() == [advice, "another"]
+        assert list(warnings.filters) == before
+
+
+def test_the_advice_is_still_worded_so() -> None:
+    from lightning.pytorch.trainer.connectors.logger_connector import result
+
+    text = " ".join(inspect.getsource(result).split()).replace('" f"', "").replace('" "', "")
+    assert "sync_dist=True)` when logging on epoch level" in text
+
+
+def test_norms_are_clipped_per_stage() -> None:
+    stages = [[nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))], [nn.Parameter(torch.zeros(2))]]
+    outside = nn.Parameter(torch.zeros(2))
+    everything = [*stages[0], *stages[1], outside]
+    optimizer = torch.optim.SGD(everything, lr=1.0)
+
+    def clipped(plugin: Precision) -> list[float]:
+        for parameter, value in zip(everything, (3.0, 4.0, 0.06, 0.08), strict=True):
+            parameter.grad = torch.tensor([value, 0.0])
+        plugin.clip_gradients(optimizer, 1.0)
+        return [round(float(parameter.grad[0]), 4) for parameter in everything if parameter.grad is not None]
+
+    plugin = Precision()
+    undo = _lightning.clip_norm_per_stage(plugin, stages)
+    # The last stage, with what is outside the network, is short enough; one norm over all would shrink it too.
+    assert clipped(plugin) == [0.6, 0.8, 0.06, 0.08]
+    everything[0].grad = None
+    plugin.clip_gradients(optimizer, 1.0)
+    undo()
+    assert clipped(plugin) == [0.5999, 0.7998, 0.012, 0.016]
+
+
+def test_a_callback_is_put_before_all_others() -> None:
+    first, mine = pl.Callback(), pl.Callback()
+    trainer = quiet_trainer(devices=1, callbacks=[first])
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    before = list(callbacks)
+    undo = _lightning.insert_callback(trainer, mine)
+    assert callbacks == [mine, *before]
+    undo()
+    assert callbacks == before
+
+
+def test_both_rank_zero_decorators_are_told_the_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rank_zero_only, "rank", 0)
+    monkeypatch.setattr(fabric_rank_zero_only, "rank", 0)
+    _lightning.set_rank_zero_only(3)
+    assert rank_zero_only(lambda: "ran")() is None
+    assert fabric_rank_zero_only(lambda: "ran")() is None
+    _lightning.set_rank_zero_only(0)
+    assert rank_zero_only(lambda: "ran")() == "ran"
+    assert fabric_rank_zero_only(lambda: "ran")() == "ran"
+
+
+def test_a_module_stays_where_it_is_when_its_parent_moves() -> None:
+    free, kept = nn.Linear(1, 1), nn.Linear(1, 1)
+    inside = nn.Sequential(kept)
+    parent = nn.ModuleList([free, inside])
+    undo = _lightning.keep_in_place(inside)
+    parent.to("meta")
+    assert free.weight.device.type == "meta"
+    assert kept.weight.device.type == "cpu"
+    undo()
+    parent.to("meta")
+    assert kept.weight.device.type == "meta"
+
+
+def test_arguments_of_a_step() -> None:
+    def with_index(batch: Any, batch_idx: int) -> None: ...
+    def without_index(batch: Any) -> None: ...
+    def anything(*args: Any) -> None: ...
+
+    assert _lightning.step_arguments(with_index, "batch") == ["batch", 0]
+    assert _lightning.step_arguments(without_index, "batch") == ["batch"]
+    assert _lightning.step_arguments(anything, "batch") == ["batch", 0]
+
+
+def fetching(self: Any, dataloader_iter: Iterator[Any]) -> None: ...
+
+
+@pytest.mark.parametrize("name", ["training_step", "validation_step", "test_step", "predict_step"])
+def test_steps_that_fetch_their_batches_are_refused(name: str) -> None:
+    _lightning.refuse_dataloader_iter(Classifier())
+    module = type("Fetching", (Classifier,), {name: fetching})()
+    with pytest.raises(TypeError, match=f"`Fetching.{name}` takes `dataloader_iter`.*Take `batch` and `batch_idx`"):
+        _lightning.refuse_dataloader_iter(module)
+
+
+def test_workers_are_seeded_as_those_of_rank_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rank_zero_only, "rank", 5)
+    monkeypatch.delenv("PL_SEED_WORKERS", raising=False)
+    data: Any = loader("mlp")
+    _lightning.seed_workers_as_one_device(data)
+    assert data.worker_init_fn is None, "the user has not asked for it"
+    monkeypatch.setenv("PL_SEED_WORKERS", "1")
+    _lightning.seed_workers_as_one_device(data)
+    assert vars(data)["worker_init_fn"].keywords == {"rank": 0}
+    before = data.worker_init_fn
+    _lightning.seed_workers_as_one_device(data)
+    assert data.worker_init_fn is before
+    _lightning.seed_workers_as_one_device([1, 2])
+
+
+class Stream(IterableDataset[Any]):
+    def __iter__(self) -> Iterator[Any]:
+        return iter(dataset("mlp", 12))
+
+
+class Numbers(pl.Callback):
+    """Notes what the package asks about every batch."""
+
+    def __init__(self) -> None:
+        self.last: list[bool] = []
+        self.number: list[int] = []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        self.last.append(_lightning.is_last_batch(trainer))
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        self.number.append(_lightning.batch_number(trainer))
+
+
+@pytest.mark.parametrize(
+    ("data", "flags", "last"),
+    [
+        (loader("mlp", 12), {}, [False, False, True] * 2),
+        (DataLoader(Stream(), 5), {}, [False, False, True] * 2),
+        (loader("mlp", 12), {"limit_train_batches": 2}, [False, True] * 2),
+        (loader("mlp", 12), {"max_epochs": None, "max_steps": 4}, [False, False, True, True]),
+        (loader("mlp", 12), {"max_epochs": None, "max_steps": 2, "accumulate_grad_batches": 2}, [False, False, True]),
+    ],
+    ids=["epoch", "no length", "limit", "max_steps", "accumulated"],
+)
+def test_last_batches_and_their_numbers(data: Any, flags: dict[str, Any], last: list[bool]) -> None:
+    notes = Numbers()
+    fitted(Classifier(step_lr=False), data, **{"max_epochs": 2, "callbacks": [notes], **flags})
+    assert notes.last == last
+    assert notes.number == list(range(len(last)))
+
+
+def test_a_resumed_fit_goes_on_counting(tmp_path: Any) -> None:
+    module = Classifier(step_lr=False)
+    trainer = fitted(module, loader("mlp", 12))
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    notes = Numbers()
+    again = quiet_trainer(devices=1, max_epochs=2, callbacks=[notes])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        again.fit(module, loader("mlp", 12), ckpt_path=tmp_path / "one.ckpt", weights_only=True)
+    assert notes.number == [3, 4, 5]
+
+
+class Loaders(pl.Callback):
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self.iterables = _lightning.training_iterables(trainer)
+        self.again = _lightning.training_iterables(trainer)
+
+
+def test_the_training_loaders_come_in_the_users_nest() -> None:
+    class Two(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return super().training_step(batch["a"], batch_idx) + super().training_step(batch["b"][0], batch_idx)
+
+    nest: dict[str, Any] = {"a": loader("mlp"), "b": [loader("mlp")]}
+    seen = Loaders()
+    fitted(Two(), nest, callbacks=[seen])
+    assert seen.iterables.keys() == {"a", "b"}
+    assert seen.iterables["a"] is nest["a"]
+    assert seen.iterables["b"][0] is nest["b"][0]
+    assert seen.again is seen.iterables
+
+
+def test_without_training_data_there_are_no_loaders() -> None:
+    seen = Loaders()
+    fitted(Classifier(), callbacks=[seen], limit_train_batches=0)
+    assert seen.iterables is None
+
+
+def test_a_time_based_validation_interval_is_refused() -> None:
+    _lightning.refuse_trainer_flags(quiet_trainer(devices=1, val_check_interval=2))
+    with pytest.raises(ValueError, match=r"time-based `val_check_interval` \(90.0 seconds\).*number of batches"):
+        _lightning.refuse_trainer_flags(quiet_trainer(devices=1, val_check_interval="00:00:01:30"))
+
+
+def test_names_used_as_they_are() -> None:
+    assert _lightning.default_process_group_backend(torch.device("cpu")) == "gloo"
+    assert _lightning.default_process_group_backend(torch.device("cuda", 0)) == "nccl"
+    for name in _lightning.__all__:
+        assert callable(getattr(_lightning, name))
+    assert {"timeout", "device_id"} & inspect.signature(_lightning.init_dist_connection).parameters.keys() or any(
+        parameter.kind is inspect.Parameter.VAR_KEYWORD
+        for parameter in inspect.signature(_lightning.init_dist_connection).parameters.values()
+    )
+    assert "start_method" in inspect.signature(_lightning.MultiProcessingLauncher).parameters
+    assert list(inspect.signature(_lightning.SubprocessScriptLauncher).parameters)[:3] == [
+        "cluster_environment", "num_processes", "num_nodes"
+    ]  # fmt: skip
+
+
+def test_optimizer_states_move_to_a_device() -> None:
+    parameter = nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([parameter], lr=0.1, momentum=0.9)
+    optimizer.state[parameter]["momentum_buffer"] = torch.ones(1)
+    _lightning.optimizers_to_device([optimizer], torch.device("meta"))
+    assert optimizer.state[parameter]["momentum_buffer"].device.type == "meta"
+    optimizer.state[parameter]["momentum_buffer"] = torch.ones(1)
+    _lightning.optimizer_to_device(optimizer, torch.device("meta"))
+    assert optimizer.state[parameter]["momentum_buffer"].device.type == "meta"
+
+
+def test_the_seed_is_set_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PL_GLOBAL_SEED", "17")
+    monkeypatch.setenv("PL_SEED_WORKERS", "0")
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        _lightning.reset_seed()
+        assert torch.initial_seed() == 17
