@@ -7,7 +7,7 @@ for the gradient its backward needs, and for nothing else inside an iteration: k
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from datetime import timedelta
 from typing import Any, Literal, TypeVar, cast
 
@@ -493,18 +493,19 @@ class DDGStrategy(ParallelStrategy):
         """Moves the batch to the device on the process that reads, and from there to those that need it."""
         if self._transport is None:
             return super().batch_to_device(batch, device, dataloader_idx)
-        if not self._reads:
-            return self._transport.take(self._reading_rank, Kind.BATCH)
         assert self.lightning_module is not None
-        batch = super().batch_to_device(batch, device, dataloader_idx)
-        # A snapshot: the user's step may change the batch in place while it is still on its way.
-        whole = pack(batch, snapshot=True)
-        if not self.lightning_module.trainer.training:
-            self._transport.send(self._others, Kind.BATCH, whole)
-            return batch
-        self._transport.send(0, Kind.BATCH, whole)
-        if self.num_stages > 2:
-            self._transport.send(self._others[1:], Kind.BATCH, pack(batch, payload=False))
+        training = self.lightning_module.trainer.training
+        if self._reads:
+            batch = super().batch_to_device(batch, device, dataloader_idx)
+            # A snapshot: the user's step may change the batch in place while it is still on its way.
+            self._transport.send([0] if training else self._others, Kind.BATCH, pack(batch, snapshot=True))
+        elif training and not self.is_global_zero:
+            batch = self._transport.take(self.global_rank + 1, Kind.BATCH)
+        else:
+            return self._transport.take(self._reading_rank, Kind.BATCH)
+        if training and self.global_rank > 1:
+            # Middle stages hand its shapes on, so that the reading rank need not write to all of them.
+            self._transport.send(self.global_rank - 1, Kind.BATCH, pack(batch, payload=False))
         return batch
 
     # ---- training
@@ -520,19 +521,19 @@ class DDGStrategy(ParallelStrategy):
         module = self.lightning_module
         self._draws = (0, _lightning.batch_number(module.trainer))
         self._backward_ran = False
+        has_loss = self._one_process or self.stage == self.num_stages
+        if module.automatic_optimization and not has_loss and not self._reads:
+            with self.precision_plugin.train_step_context(), suppress(StepDone):
+                self._execution.train((), {})
+            return torch.zeros((), device=self.root_device, requires_grad=True)
         seeds, seam = self._seeded(0, libraries=True), self._seam.handled_by(self._train)
         with self.precision_plugin.train_step_context(), seeds, seam:
-            return self._run_training_step(module, self._execution, *args, **kwargs)
+            return self._run_training_step(module, has_loss, *args, **kwargs)
 
-    def _run_training_step(
-        self, module: LightningModule, execution: Pipeline | DelayLine, *args: Any, **kwargs: Any
-    ) -> Any:
+    def _run_training_step(self, module: LightningModule, has_loss: bool, *args: Any, **kwargs: Any) -> Any:
         assert self._seam is not None and self._network is not None
-        has_loss = self._one_process or self.stage == self.num_stages
         unmute = None if has_loss else _lightning.mute_logging(module)
         try:
-            if module.automatic_optimization and not has_loss and not self._reads:
-                execution.train((), {})
             output = module.training_step(*args, **kwargs)
         except StepDone:
             return torch.zeros((), device=self.root_device, requires_grad=True)

@@ -41,6 +41,9 @@ _HEADER_BYTES = 1024
 _INLINE_BYTES = _HEADER_BYTES - _HEADER.size
 _MAX_CACHED_BYTES = 1 << 14
 _MAX_CACHED = 256
+# What has been sent is kept until this much has gathered: waking a thread for every message would cost more than it.
+_SENT_BYTES = 1 << 20
+_SENT_MESSAGES = 32
 _FOREVER = timedelta(days=365)
 
 
@@ -97,6 +100,8 @@ class Transport:
         self._news = threading.Condition()
         self._known: dict[tuple[int, bytes], int] = {}
         self._closing = False
+        self._sent: list[tuple[int, Any, Tensor]] = []
+        self._sent_bytes = 0
         self._leaving: SimpleQueue[Any] = SimpleQueue()
         self._staged: SimpleQueue[Any] | None = SimpleQueue() if device.type == "cuda" else None
         self._threads = [
@@ -160,9 +165,16 @@ class Transport:
         try:
             for part in parts:
                 work = dist.isend(part, group=self._group, group_dst=peer)
-                self._leaving.put((peer, work, part))
+                self._sent.append((peer, work, part))
+                self._sent_bytes += part.numel()
         except RuntimeError as error:
             self._fail(peer, error)
+        if self._sent_bytes > _SENT_BYTES or len(self._sent) > _SENT_MESSAGES:
+            self._hand_over()
+
+    def _hand_over(self, marker: threading.Event | None = None) -> None:
+        sent, self._sent, self._sent_bytes = self._sent, [], 0
+        self._leaving.put((sent, marker))
 
     def _isend_from_device(self, peer: int, parts: list[Tensor], payload: list[Tensor]) -> None:
         assert self._staged is not None
@@ -173,7 +185,7 @@ class Transport:
             for data in payload:
                 data = data.to(self._device)
                 work = dist.isend(data, destination, group=edge)
-                self._leaving.put((peer, work, data))
+                self._leaving.put(([(peer, work, data)], None))
             return
         for data in payload:
             if data.is_cuda:
@@ -194,7 +206,7 @@ class Transport:
         assert self._staged is not None
         while (item := self._staged.get()) is not None:
             if isinstance(item, threading.Event):
-                self._leaving.put(item)
+                self._hand_over(item)
                 continue
             copied, peer, parts = item
             if copied is not None:
@@ -204,15 +216,24 @@ class Transport:
     def _see_off(self) -> None:
         # A gloo send is known to be complete only to somebody who waits for it; until then its tensor must live.
         while (item := self._leaving.get()) is not None:
-            if isinstance(item, threading.Event):
-                item.set()
-                continue
-            peer, work, _ = item
-            try:
-                if work is not None:
-                    work.wait(_FOREVER)
-            except RuntimeError as error:
-                self._fail(peer, error)
+            sent, marker = item
+            for peer, work, _ in sent:
+                try:
+                    if work is not None:
+                        work.wait(_FOREVER)
+                except RuntimeError as error:
+                    self._fail(peer, error)
+            if marker is not None:
+                marker.set()
+            del sent, item
+
+    def _mark(self) -> threading.Event:
+        left = threading.Event()
+        if self._staged is None:
+            self._hand_over(left)
+        else:
+            self._staged.put(left)
+        return left
 
     def flush(self) -> None:
         """Waits until everything sent so far has left, so that the tensors may be modified.
@@ -221,11 +242,7 @@ class Transport:
             PeerError: If a rank has failed.
             TimeoutError: If it takes longer than the timeout.
         """
-        left = threading.Event()
-        if self._staged is None:
-            self._leaving.put(left)
-        else:
-            self._staged.put(left)
+        left = self._mark()
         if not left.wait(self._timeout.total_seconds()):
             self.raise_failure()
             raise TimeoutError(
@@ -389,9 +406,7 @@ class Transport:
         packed = pack(text)
         for peer in self._peers:
             self._post(peer, Kind.ERROR, packed)
-        left = threading.Event()
-        self._leaving.put(left)
-        left.wait(grace)
+        self._mark().wait(grace)
         return text
 
     def close(self) -> None:
