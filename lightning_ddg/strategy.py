@@ -766,7 +766,9 @@ class DDGStrategy(ParallelStrategy):
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Loads a checkpoint; the cut recorded in it is used again if it has this many stages."""
-        loaded = super().load_checkpoint(checkpoint_path, weights_only=weights_only)
+        # Lightning before 2.6 does not know the argument, and never gives it.
+        given = {} if weights_only is None else {"weights_only": weights_only}
+        loaded = super().load_checkpoint(checkpoint_path, **given)
         recorded = loaded.get(CHECKPOINT_KEY)
         if recorded and recorded["num_stages"] == self.num_stages:
             self._recorded_cut = list(recorded["split_points"])
