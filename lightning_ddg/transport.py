@@ -44,6 +44,7 @@ _MAX_CACHED = 256
 # What has been sent is kept until this much has gathered: waking a thread for every message would cost more than it.
 _SENT_BYTES = 1 << 20
 _SENT_MESSAGES = 32
+_GRACE = 3.0
 _FOREVER = timedelta(days=365)
 
 
@@ -392,8 +393,8 @@ class Transport:
                 )
             self._news.notify_all()
 
-    def abort(self, reason: str, grace: float = 2.0) -> str:
-        """Tells every other rank that this one failed, waiting at most ``grace`` seconds for the message to leave.
+    def abort(self, reason: str) -> str:
+        """Tells every other rank that this one failed, waiting a few seconds at most for the message to leave.
 
         Returns:
             The first failure known: another rank's, if that is why this one fails, else ``reason``.
@@ -403,16 +404,16 @@ class Transport:
             if self.failure is None:
                 self.failure = f"This rank has failed: {reason}"
             self._closing = True
-        packed = pack(text)
         for peer in self._peers:
-            self._post(peer, Kind.ERROR, packed)
-        self._mark().wait(grace)
+            self._post(peer, Kind.ERROR, pack(text))
+            self._post(peer, Kind.BYE, pack(None))
+        self._mark().wait(_GRACE)
         return text
 
     def close(self) -> None:
         """Ends the conversation: says goodbye and waits until all others have, so that nothing is lost in transit.
 
-        Does not wait when a rank has failed.
+        When a rank has failed it only waits, shortly, for its own threads: a process that ends under them is aborted.
         """
         if self.failure is None:
             for peer in self._peers:
@@ -428,9 +429,9 @@ class Transport:
         self._leaving.put(None)
         if self._staged is not None:
             self._staged.put(None)
-        if self.failure is None:
-            for thread in self._threads:
-                thread.join(timeout=5.0)
+        deadline = time.monotonic() + _GRACE
+        for thread in self._threads:
+            thread.join(timeout=max(0.0, deadline - time.monotonic()))
 
 
 def _cuda_tensors(value: Any) -> list[Tensor]:
