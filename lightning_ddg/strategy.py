@@ -201,7 +201,7 @@ class DDGStrategy(ParallelStrategy):
         if self.num_stages > 1 and self._cut is None:
             raise RuntimeError(
                 "The network has not been cut yet, so that `stage_parameter_names` is not known. Read it from"
-                " `on_fit_start` on, or after `trainer.fit`."
+                " `on_fit_start` on, or after `trainer.fit`; where processes are spawned or forked, in these."
             )
         assert self.lightning_module is not None
         names = [name for name, _ in self.lightning_module.named_parameters()]
