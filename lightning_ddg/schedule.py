@@ -1,4 +1,4 @@
-"""The algorithm as pure functions: delays, which batch goes backward when, the drain, ranks and seeds.
+"""The algorithm's bookkeeping as pure functions: delays, ranks and seeds.
 
 Change a formula here only together with its source in the paper (arXiv 1804.10574) and its test; nothing in this file
 knows about processes, devices or Lightning.
@@ -22,16 +22,6 @@ def delay(stage: int, num_stages: int) -> int:
     if not 1 <= stage <= num_stages:
         raise ValueError(f"stage={stage} does not exist: with num_stages={num_stages} there are 1 to {num_stages}.")
     return num_stages - stage
-
-
-def backward_batch(batch: int, delay: int) -> int | None:
-    """Batch ``s = t - d(k)`` whose backward a stage runs in iteration ``t``, or ``None`` while it warms up."""
-    return batch - delay if batch >= delay else None
-
-
-def batches_in_flight(num_batches: int, delay: int) -> range:
-    """Batches whose gradient a stage has not applied after the forwards of batches ``0..num_batches - 1``."""
-    return range(max(0, num_batches - delay), num_batches)
 
 
 def stage_of_rank(rank: int, num_stages: int) -> int:

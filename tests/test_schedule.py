@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lightning_ddg.schedule import backward_batch, batches_in_flight, delay, rank_of_stage, seed_of, stage_of_rank
+from lightning_ddg.schedule import delay, rank_of_stage, seed_of, stage_of_rank
 
 
 def test_the_last_stage_has_no_delay_and_each_earlier_one_a_batch_more() -> None:
@@ -16,19 +16,6 @@ def test_the_last_stage_has_no_delay_and_each_earlier_one_a_batch_more() -> None
 def test_a_stage_that_does_not_exist(stage: int, num_stages: int) -> None:
     with pytest.raises(ValueError, match=f"stage={stage} does not exist: with num_stages={num_stages} there are 1 to"):
         delay(stage, num_stages)
-
-
-def test_no_backward_during_warm_up() -> None:
-    assert [backward_batch(batch, 2) for batch in range(5)] == [None, None, 0, 1, 2]
-    assert [backward_batch(batch, 0) for batch in range(3)] == [0, 1, 2]
-
-
-@pytest.mark.parametrize("delay_", [0, 1, 3])
-@pytest.mark.parametrize("num_batches", [0, 1, 3, 5])
-def test_every_batch_goes_backward_once_or_is_in_flight(num_batches: int, delay_: int) -> None:
-    done = [s for t in range(num_batches) if (s := backward_batch(t, delay_)) is not None]
-    assert [*done, *batches_in_flight(num_batches, delay_)] == list(range(num_batches))
-    assert len(batches_in_flight(num_batches, delay_)) == min(num_batches, delay_)
 
 
 @pytest.mark.parametrize("num_stages", [1, 2, 5])
