@@ -155,15 +155,15 @@ def check_ties_outside(root: nn.Module, segments: Sequence[nn.Module]) -> None:
                 )
 
 
-def describe(network: Network) -> str:
-    """How the user's step calls the network."""
-    return f"`self.{network.target_name}`" if network.target_name else "`self(...)`"
+def describe(target_name: str) -> str:
+    """How the user's step calls the network of that name."""
+    return f"`self.{target_name}`" if target_name else "`self(...)`"
 
 
-def no_call_of(network: Network) -> str:
-    """The message for a training step that does not call the network."""
+def no_call_of(target_name: str) -> str:
+    """The message for a training step that does not call the network of that name."""
     return (
-        f"`training_step` did not call the network ({describe(network)}). Call it exactly once in every training step,"
+        f"`training_step` did not call the network ({describe(target_name)}). Call it exactly once in every training step,"
         " by this name; a step that calls its layers one by one should call the module that holds them."
     )
 
@@ -181,17 +181,17 @@ def check_call(network: Network, calls: int, inputs: Sequence[Tensor]) -> None:
     """
     if calls > 1:
         raise RuntimeError(
-            f"The network ({describe(network)}) was called {calls} times in one training step, but its stages do one"
+            f"The network ({describe(network.target_name)}) was called {calls} times in one training step, but its stages do one"
             " forward a batch. Concatenate the inputs along the batch dimension, call it once and split the output."
         )
     if not torch.is_grad_enabled():
         raise RuntimeError(
-            f"The network ({describe(network)}) was called under `torch.no_grad` in a training step. Call it with"
+            f"The network ({describe(network.target_name)}) was called under `torch.no_grad` in a training step. Call it with"
             " gradients, exactly once; a second network without gradients should be another module."
         )
     if any(tensor.requires_grad for tensor in inputs):
         raise RuntimeError(
-            f"An input of the network ({describe(network)}) requires a gradient: something before it would be trained,"
+            f"An input of the network ({describe(network.target_name)}) requires a gradient: something before it would be trained,"
             " but its gradient ends at the first stage. Make those layers part of the network (`configure_stages`), or"
             " detach the input."
         )
@@ -211,7 +211,7 @@ def check_step(network: Network, module: Any, calls: int, output: Any, backward_
         RuntimeError: Without a call of the network, a loss, or a backward.
     """
     if not calls:
-        raise RuntimeError(no_call_of(network))
+        raise RuntimeError(no_call_of(network.target_name))
     step = f"`{type(module).__name__}.training_step`"
     if module.automatic_optimization and output is None:
         raise RuntimeError(
