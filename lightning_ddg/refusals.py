@@ -141,13 +141,14 @@ def check_ties_outside(root: nn.Module, segments: Sequence[nn.Module]) -> None:
         id(parameter): stage for stage, segment in enumerate(segments, start=1) for parameter in segment.parameters()
     }
     inside = {id(module) for segment in segments for module in segment.modules()}
+    known = {name for segment in segments for name, _ in segment.named_parameters()}
     for module_name, module in root.named_modules():
         if id(module) in inside:
             continue
         for name, parameter in module.named_parameters(recurse=False):
             stage = stage_of.get(id(parameter), len(segments))
-            if stage < len(segments):
-                where = f"{module_name}.{name}" if module_name else name
+            where = f"{module_name}.{name}" if module_name else name
+            if stage < len(segments) and where not in known:
                 raise ValueError(
                     f"The parameter {where!r} is tied to one of stage {stage}, but lies outside the network and so on"
                     f" stage {len(segments)}. Untie it, or make its module part of the network (`configure_stages`) and"
