@@ -154,7 +154,12 @@ def measured_costs(
 
 
 def first_call(
-    module: LightningModule, target: nn.Module, target_name: str, loaders: Any, precision: Precision, device: torch.device
+    module: LightningModule,
+    target: nn.Module,
+    target_name: str,
+    loaders: Any,
+    precision: Precision,
+    device: torch.device,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """What the user's training step passes to the network for the first batch.
 

@@ -164,8 +164,8 @@ def describe(target_name: str) -> str:
 def no_call_of(target_name: str) -> str:
     """The message for a training step that does not call the network of that name."""
     return (
-        f"`training_step` did not call the network ({describe(target_name)}). Call it exactly once in every training step,"
-        " by this name; a step that calls its layers one by one should call the module that holds them."
+        f"`training_step` did not call the network ({describe(target_name)}). Call it exactly once in every training"
+        " step, by this name; a step that calls its layers one by one should call the module that holds them."
     )
 
 
@@ -180,19 +180,20 @@ def check_call(network: Network, calls: int, inputs: Sequence[Tensor]) -> None:
     Raises:
         RuntimeError: For a second call, a call without gradients, or an input that requires one.
     """
+    name = describe(network.target_name)
     if calls > 1:
         raise RuntimeError(
-            f"The network ({describe(network.target_name)}) was called {calls} times in one training step, but its stages do one"
+            f"The network ({name}) was called {calls} times in one training step, but its stages do one"
             " forward a batch. Concatenate the inputs along the batch dimension, call it once and split the output."
         )
     if not torch.is_grad_enabled():
         raise RuntimeError(
-            f"The network ({describe(network.target_name)}) was called under `torch.no_grad` in a training step. Call it with"
+            f"The network ({name}) was called under `torch.no_grad` in a training step. Call it with"
             " gradients, exactly once; a second network without gradients should be another module."
         )
     if any(tensor.requires_grad for tensor in inputs):
         raise RuntimeError(
-            f"An input of the network ({describe(network.target_name)}) requires a gradient: something before it would be trained,"
+            f"An input of the network ({name}) requires a gradient: something before it would be trained,"
             " but its gradient ends at the first stage. Make those layers part of the network (`configure_stages`), or"
             " detach the input."
         )

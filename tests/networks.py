@@ -85,9 +85,7 @@ class UNet(nn.Module):
 
     @staticmethod
     def block(inputs: int, outputs: int) -> nn.Sequential:
-        return nn.Sequential(
-            nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
-        )
+        return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
 
     def forward(self, x: Tensor) -> Tensor:
         first = self.down1(x)

@@ -46,10 +46,10 @@ def find_network(
     """Find the network that may be cut, and its layers.
 
     Without ``layers`` the network is the one child of ``root`` that has parameters, or else what the root's own
-    ``forward`` calls: the one child that it calls, or the root itself if it uses several. Without such a ``forward`` it is
-    the one child that is an ``nn.Sequential``, or the one that has trainable parameters. Other children are left alone.
-    The layers of a plain ``nn.Sequential`` are its modules; those of anything else, and of a Sequential of larger blocks,
-    are found by tracing it.
+    ``forward`` calls: the one child that it calls, or the root itself if it uses several. Without such a ``forward``
+    it is the one child that is an ``nn.Sequential``, or the one that has trainable parameters. Other children are left
+    alone. The layers of a plain ``nn.Sequential`` are its modules; those of anything else, and of a Sequential of
+    larger blocks, are found by tracing it.
 
     With ``layers`` the network is the innermost module with an own ``forward`` that holds all of them. Sequentials
     inside it are flattened, except those whose call does more than call their layers (an overridden ``forward``,
@@ -106,8 +106,8 @@ def _chain_of(
         if flat:
             return Chain(flat)
         raise TypeError(
-            f"The network {_described(root, target, name)} cannot be followed to find its layers: {error.reason}. Return "
-            "the layers, in the order of the call, from `configure_stages()`."
+            f"The network {_described(root, target, name)} cannot be followed to find its layers: {error.reason}. "
+            "Return the layers, in the order of the call, from `configure_stages()`."
         ) from error
     if sum(1 for _, layer in flat if _has_parameters(layer)) >= len(traced):
         return Chain(flat)
@@ -191,20 +191,19 @@ def _called_network(root: nn.Module, requirer: str) -> nn.Module:
     shown = ", ".join(f"{name}: {type(child).__name__}" for name, child in root.named_children())
     some = ", ".join(map(repr, outer)) if outer else "none"
     raise TypeError(
-        f"{requirer} cannot tell which part of {type(root).__name__} is the network to be cut: it has no `forward` of its "
-        f"own, and the children with parameters are {some} (all children: {shown or 'none'}). Call the network through "
+        f"{requirer} cannot tell which part of {type(root).__name__} is the network to be cut: it has no `forward` of "
+        f"its own, and the children with parameters are {some} (all children: {shown or 'none'}). Call the network through "
         "`forward`, or return its layers, in the order of the call, from `configure_stages()`."
     )
 
 
 def _overrides_forward(root: nn.Module) -> bool:
     """Whether the user wrote the root's ``forward``: neither torch's nor Lightning's, which can only raise."""
-    owner = next((kind for kind in type(root).__mro__ if "forward" in vars(kind)), nn.Module)
-    return not owner.__module__.startswith(("torch.", "lightning.", "pytorch_lightning."))
+    return not type(root).forward.__module__.startswith(("torch.", "lightning.", "pytorch_lightning."))
 
 
 def _used_by_forward(root: nn.Module) -> set[str] | None:
-    """Return the names of the children and parameters that the root's ``forward`` uses; ``None`` if it cannot be told."""
+    """Return the names of the children and parameters that the root's ``forward`` uses, if it can be told."""
     try:
         return used_names(root)
     except Untraceable:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections import OrderedDict
+from collections import OrderedDict, UserList
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -26,8 +26,8 @@ _MOST_RECORDINGS = 32
 class TracedChain:
     """The layers of a network whose forward has been traced.
 
-    A layer is the call of a module with parameters and all that is computed from there to the next such call; what comes
-    before the first belongs to the first. The modules are the user's own, under their own names.
+    A layer is the call of a module with parameters and all that is computed from there to the next such call; what
+    comes before the first belongs to the first. The modules are the user's own, under their own names.
 
     The forward is traced once for every form in which it is called (which arguments there are, the values of those that
     are not tensors) and for every state of the plain attributes that it reads, ``training`` among them. The graphs in
@@ -176,8 +176,8 @@ class TracedChain:
             label = self.names[position]
             if label not in starts:
                 raise RuntimeError(
-                    f"The network {type(self._target).__name__} was cut before its layer {label!r}, which it does not"
-                    " call this time. Cut it elsewhere (`split_points`), or return its layers from `configure_stages()`."
+                    f"The network {type(self._target).__name__} was cut before its layer {label!r}, which it does"
+                    " not call this time. Cut it elsewhere (`split_points`), or return its layers from `configure_stages()`."
                 )
             return starts[label]
 
@@ -420,17 +420,17 @@ def compile_graph(graph: fx.Graph) -> Callable[..., Any]:
     return function
 
 
-class _Placeholders:
+class _Placeholders(UserList[Any]):
     """Stands for the list of a call's tensors, each made when it is asked for."""
 
     def __init__(self, make: Callable[[], Any]) -> None:
+        super().__init__()
         self._make = make
-        self._made: list[Any] = []
 
-    def __getitem__(self, index: int) -> Any:
-        while len(self._made) <= index:
-            self._made.append(self._make())
-        return self._made[index]
+    def __getitem__(self, index: Any) -> Any:
+        while len(self.data) <= index:
+            self.data.append(self._make())
+        return self.data[index]
 
 
 def _plain_call(target: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -230,7 +230,9 @@ class _Tracer(fx.Tracer):
         if m not in self._names:
             # Made in the forward, as `nn.Softmax(dim=-1)(x)`, or kept out of the network's sight.
             if next(m.parameters(), None) is not None:
-                raise NameError(f"a {type(m).__name__} with parameters is called that is not a submodule of the network")
+                raise NameError(
+                    f"a {type(m).__name__} with parameters is called that is not a submodule of the network"
+                )
             return forward(*args, **kwargs)
         if m is self._target:
             raise RecursionError("the forward calls the network itself")
@@ -359,7 +361,7 @@ def _same(now: object, then: object) -> bool:
 
 
 def _draw_states() -> list[Any]:
-    states: list[Any] = [random.getstate(), torch.random.default_generator.get_state()]
+    states: list[Any] = [random.getstate(), torch.get_rng_state()]
     numpy = sys.modules.get("numpy")
     if numpy is not None:
         states.append(numpy.random.get_state())
@@ -382,7 +384,7 @@ def _isolated_draws() -> Iterator[None]:
         yield
     finally:
         random.setstate(python)
-        torch.random.default_generator.set_state(own)
+        torch.set_rng_state(own)
         for state in numpy:
             sys.modules["numpy"].random.set_state(state)
 

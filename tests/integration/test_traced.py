@@ -61,7 +61,9 @@ def expected(network: str, optimizer: str, num_stages: int) -> dict[str, torch.T
     net = seeded_network(network)
     order = [name for name, _ in net.named_parameters()]
     # A stage begins with the first parameter of the module that is named; the U-Net and the GPT register in call order.
-    starts = [next(i for i, n in enumerate(order) if n.startswith(split)) for split in SPLITS[network][: num_stages - 1]]
+    starts = [
+        next(i for i, n in enumerate(order) if n.startswith(split)) for split in SPLITS[network][: num_stages - 1]
+    ]
     parameters = dict(net.named_parameters())
     bounds = [0, *starts, len(order)]
     stages = [[parameters[n] for n in order[a:b]] for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
