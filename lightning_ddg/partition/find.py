@@ -192,8 +192,8 @@ def _called_network(root: nn.Module, requirer: str) -> nn.Module:
     some = ", ".join(map(repr, outer)) if outer else "none"
     raise TypeError(
         f"{requirer} cannot tell which part of {type(root).__name__} is the network to be cut: it has no `forward` of "
-        f"its own, and the children with parameters are {some} (all children: {shown or 'none'}). Call the network through "
-        "`forward`, or return its layers, in the order of the call, from `configure_stages()`."
+        f"its own, and the children with parameters are {some} (all children: {shown or 'none'}). Call the network "
+        "through `forward`, or return its layers, in the order of the call, from `configure_stages()`."
     )
 
 

@@ -177,7 +177,8 @@ class TracedChain:
             if label not in starts:
                 raise RuntimeError(
                     f"The network {type(self._target).__name__} was cut before its layer {label!r}, which it does"
-                    " not call this time. Cut it elsewhere (`split_points`), or return its layers from `configure_stages()`."
+                    " not call this time. Cut it elsewhere (`split_points`), or return its layers from"
+                    " `configure_stages()`."
                 )
             return starts[label]
 
