@@ -11,6 +11,8 @@ import pytest
 from lightning.pytorch.cli import LightningCLI
 from PIL import Image
 
+import lightning_ddg  # noqa: F401 - registers the strategy that the YAML files name
+
 ROOT = Path(__file__).parents[2]
 COLOURS = {"blue": (20, 20, 220), "green": (20, 220, 20), "red": (220, 20, 20)}
 

@@ -43,6 +43,7 @@ def test_resnet_trains(devices: int, image_folder: Path, tmp_path: Path) -> None
     fit("resnet_cifar.yaml", devices, [*options, "--model.network.depth", "8"], tmp_path)
     assert {"train_loss_epoch", "train_acc", "val_loss", "val_acc"} <= set(columns(tmp_path))
     assert (tmp_path / "runs/resnet_cifar/best.ckpt").is_file()
+    assert (tmp_path / "runs/logs/resnet_cifar/version_0/curves.png").is_file()
 
 
 @pytest.mark.parametrize("devices", [1, 2])
@@ -52,3 +53,25 @@ def test_gpt_trains(devices: int, text_file: Path, tmp_path: Path) -> None:
     fit("gpt.yaml", devices, [*options, "--model.network.context", "16"], tmp_path)
     assert {"train_loss_epoch", "val_loss", "val_perplexity"} <= set(columns(tmp_path))
     assert (tmp_path / "runs/gpt/best.ckpt").is_file()
+
+
+@pytest.mark.slow  # three more pairs of processes
+@pytest.mark.parametrize(
+    ("recipe", "small"),
+    [
+        ("wide_resnet", ["--model.network.depth", "10", "--model.network.widen", "1"]),
+        ("vit_cifar", ["--model.network.num_layers", "2", "--model.network.hidden_dim", "48"]),
+        ("resnet50", ["--data.size", "32"]),
+    ],
+)
+def test_other_image_recipes_train_in_two_processes(
+    recipe: str, small: list[str], image_folder: Path, tmp_path: Path
+) -> None:
+    # The image folder's parts are named as CIFAR's here; ImageNet's calls the second one val.
+    (tmp_path / "data").mkdir()
+    for name, part in (("train", "train"), ("test", "test"), ("val", "test")):
+        (tmp_path / "data" / name).symlink_to(image_folder / part)
+    options = ["--data.root", str(tmp_path / "data"), "--data.batch_size", "6", "--data.num_workers", "0"]
+    fit(f"{recipe}.yaml", 2, [*options, *small], tmp_path)
+    assert {"train_loss_epoch", "train_acc", "val_loss", "val_acc"} <= set(columns(tmp_path))
+    assert (tmp_path / "runs" / recipe / "best.ckpt").is_file()
