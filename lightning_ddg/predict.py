@@ -167,12 +167,12 @@ def predict(
             # Not by rounding alone.
             if mean(low, high) > period * (1 + 1e-9):
                 period, first, last = mean(low, high), low, high
-                reason = f"the messages between the stages {low} to {high}"
+                reason = f"the messages between stages {low} {'and' if high == low + 1 else 'to'} {high}"
     for what, seconds in (("activations", send), ("gradients", send_grad)):
         for low, longest in enumerate(seconds, start=1):
             if longest > period:
                 period, first, last = longest, low, low + 1
-                reason = f"the {what} between the stages {low} and {low + 1}"
+                reason = f"the {what} between stages {low} and {low + 1}"
     return Prediction(period, [seconds / period for seconds in work], first, last, reason)
 
 

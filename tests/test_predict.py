@@ -83,7 +83,7 @@ def test_a_message_that_does_not_hide() -> None:
     """K equal stages and messages of c: f + b + 2 c (K - 1) / K."""
     got = predict([1.0] * 4, [2.0] * 4, [0.3] * 3, [0.3] * 3)
     assert got.period == pytest.approx(3 + 2 * 0.3 * 3 / 4)
-    assert (got.first, got.last, got.reason) == (1, 4, "the messages between the stages 1 to 4")
+    assert (got.first, got.last, got.reason) == (1, 4, "the messages between stages 1 to 4")
 
 
 def test_a_link_that_is_slower_than_all_stages() -> None:
@@ -91,7 +91,7 @@ def test_a_link_that_is_slower_than_all_stages() -> None:
         links = [[0.0, 0.0], [0.0, 0.0]]
         links[at][1] = 9.0
         got = predict([1.0] * 3, [1.0] * 3, *links)
-        assert (got.period, got.reason) == (9.0, f"the {what} between the stages 2 and 3")
+        assert (got.period, got.reason) == (9.0, f"the {what} between stages 2 and 3")
         assert settled([1.0] * 3, [1.0] * 3, *links) == pytest.approx(9.0)
 
 
