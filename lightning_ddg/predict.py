@@ -37,6 +37,22 @@ class Event(NamedTuple):
     end: float
 
 
+class Work(NamedTuple):
+    """How long the work of each stage and its messages take: the arguments of :func:`simulate` and :func:`predict`.
+
+    Attributes:
+        forward: Seconds of each stage's forward.
+        backward: Seconds of each stage's backward and update.
+        send: Seconds of each link's activations.
+        send_grad: Seconds of each link's gradients.
+    """
+
+    forward: list[float]
+    backward: list[float]
+    send: list[float]
+    send_grad: list[float]
+
+
 @dataclass(frozen=True)
 class Prediction:
     """The steady state of the schedule.
