@@ -122,7 +122,8 @@ def _draw_panel(axes: Axes, panel: Panel, start: float, stop: float) -> None:
             axes.text(middle, event.stage, label, ha="center", va="center", fontsize=_FONT, color=colour)
     axes.set_xlim(0, (stop - start) * scale)
     axes.set_ylim(panel.num_stages + 0.5 + _UNDER, 0.5)
-    axes.set_yticks(range(1, panel.num_stages + 1), [f"stage {stage}" for stage in range(1, panel.num_stages + 1)])
+    stages = range(1, panel.num_stages + 1)
+    axes.set_yticks(stages, [f"stage {stage}" for stage in stages] if panel.num_stages > 1 else ["all layers"])
     axes.tick_params(axis="y", length=0, labelsize=9, labelcolor=_INK)
     axes.tick_params(axis="x", labelsize=9, labelcolor=_INK, color=_FAINT)
     for side in ("top", "right", "left"):
