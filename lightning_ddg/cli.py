@@ -18,6 +18,7 @@ import sys
 from contextlib import suppress
 from typing import Any
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningCLI
 from lightning.pytorch.loggers.logger import DummyLogger
@@ -82,8 +83,11 @@ class _Trainer(Trainer):
             raise SystemExit(f"lightning-ddg plan: {error}") from error
         planner = _Planner(num_stages)
         self.callbacks.append(planner)  # type: ignore[attr-defined]
-        with suppress(_Planned):
-            self.fit(model, datamodule=datamodule)
+        try:
+            with suppress(_Planned):
+                self.fit(model, datamodule=datamodule)
+        except MisconfigurationException as error:
+            planner.problem = str(error)
         if planner.plan is None:
             problem = planner.problem or "The training data has no batch, and a batch is what is measured. Give it one."
             raise SystemExit(f"lightning-ddg plan: {problem}")

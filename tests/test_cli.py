@@ -26,6 +26,7 @@ CONFIG = str(Path(__file__).parents[1] / "recipes" / "digits.yaml")
 @pytest.fixture(autouse=True)
 def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["lightning-ddg"])
     return tmp_path
 
 
@@ -82,7 +83,8 @@ class LoudData(DigitsData):
 
 def words(module: str, data: str = "LoudData") -> list[str]:
     here = __name__ if "." in __name__ else f"tests.{__name__}"
-    return ["plan", f"--model={here}.{module}", f"--data={here}.{data}", "--trainer.accelerator=cpu"]
+    optimizer = ["--optimizer=torch.optim.SGD", "--optimizer.lr=0.1"]
+    return ["plan", f"--model={here}.{module}", f"--data={here}.{data}", "--trainer.accelerator=cpu", *optimizer]
 
 
 def test_plan_goes_the_way_of_a_fit_up_to_the_first_step_and_keeps_nothing_else_of_its_trainer(
@@ -108,6 +110,8 @@ def test_plan_goes_the_way_of_a_fit_up_to_the_first_step_and_keeps_nothing_else_
 
 
 class NoData(LightningDataModule):
+    classes = 10
+
     def train_dataloader(self) -> Any:
         return DataLoader([], batch_size=2)  # type: ignore[arg-type, var-annotated]
 
@@ -121,12 +125,13 @@ class NotCut(DigitsModule):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([*words("NotCut")], "cannot tell which layers of NotCut form the network"),
-        ([*words("LoudModule", "NoData")], "The training data has no batch, and a batch is what is measured"),
+        (words("NotCut"), "cannot tell which layers of NotCut form the network"),
+        (words("LoudModule", "NoData"), "The training data has no batch, and a batch is what is measured"),
+        (words("LoudModule")[:-2], r"No `configure_optimizers\(\)` method defined"),
         ([*words("LoudModule"), "--picture=plan.jpg"], "'plan.jpg' is of no known kind"),
         ([*words("LoudModule"), "--num_stages=[]"], r"num_stages=\[\] names no number of stages"),
     ],
-    ids=["network", "data", "picture", "number"],
+    ids=["network", "data", "optimizer", "picture", "number"],
 )
 def test_what_cannot_be_planned_ends_with_a_plain_message(arguments: list[str], message: str, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=f"lightning-ddg plan: .*{message}"):
