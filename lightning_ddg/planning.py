@@ -33,6 +33,7 @@ from lightning_ddg.seam import Seam, StepDone
 from lightning_ddg.timeline import Panel, check_picture, draw_timeline
 
 NUM_STAGES = (2, 3, 4, 5, 6, 7, 8)
+# What gloo carries between two processes of one machine: 4 MB took 4.4 ms on two virtual cores, 2026-11-23.
 SECONDS_PER_BYTE = 1e-9
 
 
