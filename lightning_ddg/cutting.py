@@ -70,7 +70,7 @@ class Cut:
 
     def layers_of(self, stage: int) -> Sequence[nn.Module]:
         """The layers of stage ``1..K``."""
-        return self.chain.layers[self.bounds[stage - 1] : self.bounds[stage]]
+        return self.chain.modules(self.bounds[stage - 1], self.bounds[stage])
 
 
 def decide_cut(
@@ -134,7 +134,7 @@ def measured_costs(
     wanted = [parameter.requires_grad for parameter in module.parameters()]
     try:
         module.to(device)
-        args, kwargs = _network_input(module, network, loaders, precision, device)
+        args, kwargs = first_call(module, network.target, network.target_name, loaders, precision, device)
         if balance == "flops":
             return flop_costs(network.chain, args, kwargs)
         return time_costs(network.chain, args, kwargs, context=precision.train_step_context)
@@ -153,15 +153,32 @@ def measured_costs(
             module.to("cpu")
 
 
-def _network_input(
-    module: LightningModule, network: Network, loaders: Any, precision: Precision, device: torch.device
+def first_call(
+    module: LightningModule,
+    target: nn.Module,
+    target_name: str,
+    loaders: Any,
+    precision: Precision,
+    device: torch.device,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What the user's training step passes to the network for the first batch."""
+    """What the user's training step passes to the network for the first batch.
+
+    Args:
+        module: The LightningModule, on ``device``.
+        target: The module whose call is the call of the network.
+        target_name: Its name.
+        loaders: The training loaders that can :meth:`~lightning_ddg.data.SourceLoader.peek`, in the user's nest.
+        precision: Whose context the step runs in.
+        device: Where the batch goes.
+
+    Raises:
+        RuntimeError: If the step does not call the network.
+    """
 
     def capture(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         raise StepDone((args, kwargs))
 
-    seam = Seam(network.target, {})
+    seam = Seam(target, {})
     unmute = _lightning.mute_logging(module)
     try:
         with seam.handled_by(capture):
@@ -175,4 +192,4 @@ def _network_input(
     finally:
         unmute()
         seam.remove()
-    raise RuntimeError(no_call_of(network))
+    raise RuntimeError(no_call_of(target_name))

@@ -141,13 +141,14 @@ def check_ties_outside(root: nn.Module, segments: Sequence[nn.Module]) -> None:
         id(parameter): stage for stage, segment in enumerate(segments, start=1) for parameter in segment.parameters()
     }
     inside = {id(module) for segment in segments for module in segment.modules()}
+    known = {name for segment in segments for name, _ in segment.named_parameters()}
     for module_name, module in root.named_modules():
         if id(module) in inside:
             continue
         for name, parameter in module.named_parameters(recurse=False):
             stage = stage_of.get(id(parameter), len(segments))
-            if stage < len(segments):
-                where = f"{module_name}.{name}" if module_name else name
+            where = f"{module_name}.{name}" if module_name else name
+            if stage < len(segments) and where not in known:
                 raise ValueError(
                     f"The parameter {where!r} is tied to one of stage {stage}, but lies outside the network and so on"
                     f" stage {len(segments)}. Untie it, or make its module part of the network (`configure_stages`) and"
@@ -155,16 +156,16 @@ def check_ties_outside(root: nn.Module, segments: Sequence[nn.Module]) -> None:
                 )
 
 
-def describe(network: Network) -> str:
-    """How the user's step calls the network."""
-    return f"`self.{network.target_name}`" if network.target_name else "`self(...)`"
+def describe(target_name: str) -> str:
+    """How the user's step calls the network of that name."""
+    return f"`self.{target_name}`" if target_name else "`self(...)`"
 
 
-def no_call_of(network: Network) -> str:
-    """The message for a training step that does not call the network."""
+def no_call_of(target_name: str) -> str:
+    """The message for a training step that does not call the network of that name."""
     return (
-        f"`training_step` did not call the network ({describe(network)}). Call it exactly once in every training step,"
-        " by this name; a step that calls its layers one by one should call the module that holds them."
+        f"`training_step` did not call the network ({describe(target_name)}). Call it exactly once in every training"
+        " step, by this name; a step that calls its layers one by one should call the module that holds them."
     )
 
 
@@ -179,19 +180,20 @@ def check_call(network: Network, calls: int, inputs: Sequence[Tensor]) -> None:
     Raises:
         RuntimeError: For a second call, a call without gradients, or an input that requires one.
     """
+    name = describe(network.target_name)
     if calls > 1:
         raise RuntimeError(
-            f"The network ({describe(network)}) was called {calls} times in one training step, but its stages do one"
+            f"The network ({name}) was called {calls} times in one training step, but its stages do one"
             " forward a batch. Concatenate the inputs along the batch dimension, call it once and split the output."
         )
     if not torch.is_grad_enabled():
         raise RuntimeError(
-            f"The network ({describe(network)}) was called under `torch.no_grad` in a training step. Call it with"
+            f"The network ({name}) was called under `torch.no_grad` in a training step. Call it with"
             " gradients, exactly once; a second network without gradients should be another module."
         )
     if any(tensor.requires_grad for tensor in inputs):
         raise RuntimeError(
-            f"An input of the network ({describe(network)}) requires a gradient: something before it would be trained,"
+            f"An input of the network ({name}) requires a gradient: something before it would be trained,"
             " but its gradient ends at the first stage. Make those layers part of the network (`configure_stages`), or"
             " detach the input."
         )
@@ -211,7 +213,7 @@ def check_step(network: Network, module: Any, calls: int, output: Any, backward_
         RuntimeError: Without a call of the network, a loss, or a backward.
     """
     if not calls:
-        raise RuntimeError(no_call_of(network))
+        raise RuntimeError(no_call_of(network.target_name))
     step = f"`{type(module).__name__}.training_step`"
     if module.automatic_optimization and output is None:
         raise RuntimeError(

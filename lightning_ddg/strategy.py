@@ -36,10 +36,10 @@ from lightning_ddg.checkpoint import (
     parameter_groups,
     stage_optimizer_state,
 )
-from lightning_ddg.cutting import Cut, decide_cut, measured_costs
+from lightning_ddg.cutting import Cut, decide_cut, first_call, measured_costs
 from lightning_ddg.data import RemoteLoader, SourceLoader
 from lightning_ddg.delayline import DelayLine
-from lightning_ddg.messages import pack, tensors_of
+from lightning_ddg.messages import map_tensors, pack, tensors_of
 from lightning_ddg.partition import Network, find_network, print_cut
 from lightning_ddg.pipeline import (
     Pipeline,
@@ -344,12 +344,14 @@ class DDGStrategy(ParallelStrategy):
 
         self.model = self.precision_plugin.convert_module(module)
         if self.num_stages > 1:
-            self._network = self._find_network()
+            self._network = self._find_network(trainer)
         if fitting:
             self.setup_optimizers(trainer)
         if self._network is not None:
             self._divide(trainer, self._network)
         self.model_to_device()
+        if self._cut is not None and self._network is not None:
+            self._assemble(self._cut, self._network)
         if fitting:
             self._keep_own_parameters()
         self.setup_precision_plugin()
@@ -379,11 +381,26 @@ class DDGStrategy(ParallelStrategy):
         if not self._reads:
             self._undo.callback(_lightning.bypass_before_batch_transfer(module))
 
-    def _find_network(self) -> Network:
+    def _find_network(self, trainer: Trainer) -> Network:
         assert self.lightning_module is not None
-        configure = getattr(self.lightning_module, "configure_stages", None)
+        module = self.lightning_module
+        configure = getattr(module, "configure_stages", None)
         layers = configure() if callable(configure) else None
-        return find_network(self.lightning_module, layers, requirer=type(self).__name__)
+
+        def example(target: nn.Module, name: str) -> Any:
+            """How the training step calls the network, on the meta device; every rank must trace the same."""
+            fitting = trainer.state.fn == TrainerFn.FITTING
+            loaders = _lightning.training_iterables(trainer) if fitting else None
+            call = None
+            # Where the step fails, training will say so.
+            if loaders is not None and self._reads:
+                with suppress(Exception), self._seeded(0, libraries=True):
+                    call = first_call(module, target, name, loaders, self.precision_plugin, torch.device("cpu"))
+                    call = map_tensors(lambda tensor: tensor.detach().to("meta"), call)
+            return None if loaders is None else self.broadcast(call, src=self._reading_rank)
+
+        points = self._split_points or self._recorded_cut or ()
+        return find_network(module, layers, requirer=type(self).__name__, example=example, points=points)
 
     def setup_optimizers(self, trainer: Trainer) -> None:
         self._reset_optimizers_and_schedulers()
@@ -416,7 +433,13 @@ class DDGStrategy(ParallelStrategy):
         self._owner = owner_by_name(module, self._segments)
         if fitting and self.is_global_zero and not trainer.barebones:
             print_cut(self._cut.chain, self._cut.starts, self._cut.costs, self._cut.unit)
-        self._execution = self._all_stages(module) if self._one_process else self._own_stage(module, self._cut)
+
+    def _assemble(self, cut: Cut, network: Network) -> None:
+        """Puts the execution together, once all tensors are where they will be used."""
+        assert self.lightning_module is not None
+        module = self.lightning_module
+        self._segments = cut.segments()
+        self._execution = self._all_stages(module) if self._one_process else self._own_stage(module, cut)
         self._seam = Seam(network.target, self._foreign)
         self._undo.callback(self._seam.remove)
 

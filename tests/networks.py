@@ -71,20 +71,103 @@ def dropout_mlp() -> nn.Sequential:
     )
 
 
-NETWORKS: dict[str, Callable[[], nn.Sequential]] = {
+class UNet(nn.Module):
+    """Two levels: what the way down keeps crosses every cut between the two ends."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down1 = self.block(1, 4)
+        self.down2 = self.block(4, 6)
+        self.bottom = self.block(6, 8)
+        self.up2 = self.block(14, 6)
+        self.up1 = self.block(10, 4)
+        self.head = nn.Linear(4, 3)
+
+    @staticmethod
+    def block(inputs: int, outputs: int) -> nn.Sequential:
+        return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.down1(x)
+        second = self.down2(nn.functional.max_pool2d(first, 2))
+        y = self.bottom(nn.functional.max_pool2d(second, 2, ceil_mode=True))
+        y = self.up2(torch.cat([nn.functional.interpolate(y, size=second.shape[-2:]), second], dim=1))
+        y = self.up1(torch.cat([nn.functional.interpolate(y, size=first.shape[-2:]), first], dim=1))
+        return self.head(y.mean(dim=(2, 3)))
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int, heads: int, context: int, dropout: float) -> None:
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.register_buffer("seen", torch.ones(context, context).tril().bool(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, width = x.shape
+        q, k, v = self.qkv(x).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        scores = (q @ k.transpose(-1, -2)).masked_fill(~self.seen[:length, :length], float("-inf"))
+        weights = nn.functional.dropout(scores.softmax(dim=-1), self.dropout, training=self.training)
+        return self.out((weights @ v).transpose(1, 2).reshape(batch, length, width))
+
+
+class GPTBlock(nn.Module):
+    def __init__(self, width: int, context: int, dropout: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.attention = Attention(width, 2, context, dropout)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class GPT(nn.Module):
+    """Written by hand, as people do: an assertion, a parameter of its own, functional dropout, a loop over blocks."""
+
+    def __init__(self, dropout: float = 0.0, layers: int = 2) -> None:
+        super().__init__()
+        self.context, self.dropout = 8, dropout
+        self.tokens = nn.Embedding(11, 8)
+        self.positions = nn.Parameter(torch.randn(self.context, 8) / 10)
+        self.blocks = nn.ModuleList([GPTBlock(8, self.context, dropout) for _ in range(layers)])
+        self.norm = nn.LayerNorm(8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        length = tokens.shape[1]
+        assert length <= self.context, f"{length} tokens are more than the context of {self.context}"
+        x = self.tokens(tokens) + self.positions[:length]
+        x = nn.functional.dropout(x, self.dropout, training=self.training)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x).mean(dim=1))
+
+
+def dropout_gpt() -> nn.Module:
+    return GPT(dropout=0.2)
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "mlp": mlp,
     "convnet": convnet,
     "transformer": transformer,
     "dropout_mlp": dropout_mlp,
+    "unet": UNet,
+    "gpt": GPT,
+    "dropout_gpt": dropout_gpt,
 }
 
 
 def dataset(network: str, count: int = 22) -> TensorDataset:
     """``count`` samples for a network: with batches of 5, the last one has 2."""
     generator = torch.Generator().manual_seed(7)
-    if network == "convnet":
+    if network in ("convnet", "unet"):
         x: Tensor = torch.randn(count, 1, 6, 6, generator=generator, dtype=torch.float64)
-    elif network == "transformer":
+    elif network in ("transformer", "gpt", "dropout_gpt"):
         x = torch.randint(0, 11, (count, 5), generator=generator)
     else:
         x = torch.randn(count, 6, generator=generator, dtype=torch.float64)
@@ -103,7 +186,7 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 }
 
 
-def seeded_network(network: str) -> nn.Sequential:
+def seeded_network(network: str) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(3)
         return NETWORKS[network]().double()

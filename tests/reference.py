@@ -13,20 +13,24 @@ import torch
 from torch import Tensor, nn
 
 
+def flat_stages(network: nn.Sequential, starts: Sequence[int]) -> list[list[nn.Parameter]]:
+    """The parameters of each stage of a flat ``nn.Sequential`` cut at ``starts``."""
+    bounds = [0, *starts, len(network)]
+    return [
+        [p for layer in network[begin:end] for p in layer.parameters()]
+        for begin, end in zip(bounds[:-1], bounds[1:], strict=True)
+    ]
+
+
 def train(
-    network: nn.Sequential,
-    starts: Sequence[int],
+    network: nn.Module,
+    stages: Sequence[list[nn.Parameter]],
     epochs: Iterable[Sequence[Any]],
     optimizer: Callable[[Any], torch.optim.Optimizer],
     scheduler: Callable[[torch.optim.Optimizer], Any] | None,
     drain: str,
 ) -> None:
-    """Trains a flat ``nn.Sequential`` cut at ``starts``; each stage has an optimizer and a scheduler of its own."""
-    bounds = [0, *starts, len(network)]
-    stages: list[list[nn.Parameter]] = [
-        [p for layer in network[begin:end] for p in layer.parameters()]
-        for begin, end in zip(bounds[:-1], bounds[1:], strict=True)
-    ]
+    """Trains a network whose parameters are those of the stages; each has an optimizer and a scheduler of its own."""
     optimizers = [optimizer(parameters) if parameters else None for parameters in stages]
     schedulers = [scheduler(o) if scheduler and o is not None else None for o in optimizers]
     history: list[list[list[Tensor | None]]] = []

@@ -5,13 +5,16 @@ The rules by which a network is recognised change here; what can be done with it
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lightning_ddg.partition.chain import Chain
+from lightning_ddg.partition.trace import TracedChain, used_names
+from lightning_ddg.partition.tracer import Untraceable
 
 
 @dataclass(frozen=True)
@@ -24,18 +27,31 @@ class Network:
         target_name: The target's name relative to the root; ``""`` where it is the root itself.
     """
 
-    chain: Chain
+    chain: Chain | TracedChain
     target: nn.Module
     target_name: str
 
 
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
 def find_network(
-    root: nn.Module, layers: Sequence[nn.Module] | None = None, *, requirer: str = "DDGStrategy"
+    root: nn.Module,
+    layers: Sequence[nn.Module] | None = None,
+    *,
+    requirer: str = "DDGStrategy",
+    example: Callable[[nn.Module, str], Call | None] | None = None,
+    points: Collection[str] = (),
 ) -> Network:
     """Find the network that may be cut, and its layers.
 
-    Without ``layers`` it is the one child of ``root`` that is an ``nn.Sequential`` with parameters; other children are
-    left alone. With ``layers`` it is the innermost module with an own ``forward`` that holds all of them. Sequentials
+    Without ``layers`` the network is the one child of ``root`` that has parameters, or else what the root's own
+    ``forward`` calls: the one child that it calls, or the root itself if it uses several. Without such a ``forward``
+    it is the one child that is an ``nn.Sequential``, or the one that has trainable parameters. Other children are left
+    alone. The layers of a plain ``nn.Sequential`` are its modules; those of anything else, and of a Sequential of
+    larger blocks, are found by tracing it.
+
+    With ``layers`` the network is the innermost module with an own ``forward`` that holds all of them. Sequentials
     inside it are flattened, except those whose call does more than call their layers (an overridden ``forward``,
     hooks, parameters or buffers of their own, a compiled call).
 
@@ -43,28 +59,63 @@ def find_network(
         root: The module to search, as a rule the LightningModule.
         layers: What ``configure_stages()`` returned: the layers in the order of the call.
         requirer: Who asks, for the error messages.
+        example: Given a module and its name, returns the arguments of a call of it, if any is known. Asked only for a
+            network that has to be traced.
+        points: The user's split points: where tracing finds the layers, a module named here begins one even if it has
+            no parameters.
 
     Raises:
-        TypeError: No child, or more than one, is an ``nn.Sequential`` that can be cut; or ``layers`` is not a list of
-            modules that can be called.
+        TypeError: No child, or more than one, can be the network; the network cannot be traced; or ``layers`` is not a
+            list of modules that can be called.
         ValueError: ``layers`` is empty, repeats a layer with parameters, holds ``root`` itself or parameters that
             ``root`` does not have, or leaves out parameters of the target; or a parameter is not initialized yet.
     """
     names = _names(root)
     if layers is None:
-        target = _only_sequential(root, requirer)
-        found = list(_leaves(names[id(target)][0], target, outermost=True))
-    else:
-        items = list(_items(_entries(layers, names), names))
-        target = _target(root, [item for _, item in items], names)
-        found = [leaf for path, item in items for leaf in _leaves(path, item, outermost=item is target)]
-        found = _labelled(found, names)
-        _check_listed(root, found)
+        target = _called_network(root, requirer)
+        target_name = names[id(target)][0]
+        return Network(_chain_of(root, target, target_name, example, points), target, target_name)
+    items = list(_items(_entries(layers, names), names))
+    target = _target(root, [item for _, item in items], names)
+    found = [leaf for path, item in items for leaf in _leaves(path, item, outermost=item is target)]
+    found = _labelled(found, names)
+    _check_listed(root, found)
     target_name = names[id(target)][0]
     if target is not root:
         _check_covered(target, target_name, found)
     _check_initialized(found)
     return Network(Chain(found), target, target_name)
+
+
+def _chain_of(
+    root: nn.Module,
+    target: nn.Module,
+    name: str,
+    example: Callable[[nn.Module, str], Call | None] | None,
+    points: Collection[str],
+) -> Chain | TracedChain:
+    """Return the layers of a network, as fine as they can be told apart."""
+    flat: list[tuple[str, nn.Module]] = []
+    if _calls_its_children(target):
+        flat = list(_leaves(name, target, outermost=True))
+        _check_covered(target, name, flat)
+    _check_initialized(flat or [(name, target)])
+    try:
+        traced = TracedChain(target, name, None if flat or example is None else example(target, name), points)
+    except Untraceable as error:
+        if flat:
+            return Chain(flat)
+        raise TypeError(
+            f"The network {_described(root, target, name)} cannot be followed to find its layers: {error.reason}. "
+            "Return the layers, in the order of the call, from `configure_stages()`."
+        ) from error
+    if sum(1 for _, layer in flat if _has_parameters(layer)) >= len(traced):
+        return Chain(flat)
+    return traced
+
+
+def _described(root: nn.Module, target: nn.Module, name: str) -> str:
+    return f"{type(root).__name__}.forward" if target is root else f"{name!r} ({type(target).__name__})"
 
 
 def _names(root: nn.Module) -> dict[int, list[str]]:
@@ -116,31 +167,47 @@ def _leaves(path: str, module: nn.Module, *, outermost: bool = False) -> Iterato
         yield path, module
 
 
-def _only_sequential(root: nn.Module, requirer: str) -> nn.Module:
-    """Return the one direct child that is an ``nn.Sequential`` with parameters and can be cut."""
-    sequentials = {
-        name: child
-        for name, child in root.named_children()
-        if isinstance(child, nn.Sequential) and _has_parameters(child)
-    }
+def _called_network(root: nn.Module, requirer: str) -> nn.Module:
+    """Return the module whose call is the call of the network."""
+    children = {name: child for name, child in root.named_children() if _has_parameters(child)}
     # `self.features` and `self.net = nn.Sequential(self.features, ...)` are one network: the outer one.
-    inner = {id(part) for child in sequentials.values() for part in child.modules() if part is not child}
-    outer = {name: child for name, child in sequentials.items() if id(child) not in inner}
-    if len(outer) == 1:
-        name, child = outer.popitem()
-        if _calls_its_children(child):
-            return child
-        problem = f"its nn.Sequential {name!r} ({type(child).__name__}) overrides `forward`"
-    elif outer:
-        problem = f"{len(outer)} of its children are an nn.Sequential with parameters ({', '.join(map(repr, outer))})"
-    else:
-        problem = "none of its children is an nn.Sequential with parameters"
-    children = ", ".join(f"{name}: {type(child).__name__}" for name, child in root.named_children())
+    inner = {id(part) for child in children.values() for part in child.modules() if part is not child}
+    outer = {name: child for name, child in children.items() if id(child) not in inner}
+    own_forward = _overrides_forward(root)
+    if len(outer) == 1 and not (own_forward and any(p is not None for p in root._parameters.values())):
+        return next(iter(outer.values()))
+    used = _used_by_forward(root) if own_forward else None
+    if used is not None:
+        called = [child for name, child in outer.items() if name in used]
+        # Steps may call the one child by itself, or through the root.
+        return called[0] if len(called) == 1 and not used & root._parameters.keys() else root
+    for kind in (
+        [child for child in outer.values() if isinstance(child, nn.Sequential)],
+        [root] if own_forward else [],
+        [child for child in outer.values() if any(parameter.requires_grad for parameter in child.parameters())],
+    ):
+        if len(kind) == 1:
+            return kind[0]
+    shown = ", ".join(f"{name}: {type(child).__name__}" for name, child in root.named_children())
+    some = ", ".join(map(repr, outer)) if outer else "none"
     raise TypeError(
-        f"{requirer} cannot tell which layers of {type(root).__name__} form the network to be cut: {problem}. Its "
-        f"children are: {children or 'none'}. Return the layers, in the order of the call, from `configure_stages()`, "
-        "or gather them in one nn.Sequential; arbitrary networks cannot be cut automatically yet."
+        f"{requirer} cannot tell which part of {type(root).__name__} is the network to be cut: it has no `forward` of "
+        f"its own, and the children with parameters are {some} (all children: {shown or 'none'}). Call the network "
+        "through `forward`, or return its layers, in the order of the call, from `configure_stages()`."
     )
+
+
+def _overrides_forward(root: nn.Module) -> bool:
+    """Whether the user wrote the root's ``forward``: neither torch's nor Lightning's, which can only raise."""
+    return not type(root).forward.__module__.startswith(("torch.", "lightning.", "pytorch_lightning."))
+
+
+def _used_by_forward(root: nn.Module) -> set[str] | None:
+    """Return the names of the children and parameters that the root's ``forward`` uses, if it can be told."""
+    try:
+        return used_names(root)
+    except Untraceable:
+        return None
 
 
 def _entries(layers: Sequence[nn.Module], names: dict[int, list[str]]) -> list[nn.Module]:

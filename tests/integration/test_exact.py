@@ -43,9 +43,10 @@ def strategy(num_stages: int, drain: str = "epoch") -> DDGStrategy:
 
 def expected(network: str, optimizer: str, drain: str, num_stages: int) -> dict[str, torch.Tensor]:
     net = seeded_network(network)
+    assert isinstance(net, torch.nn.Sequential)
     reference.train(
         net,
-        STARTS[num_stages],
+        reference.flat_stages(net, STARTS[num_stages]),
         [list(loader(network))] * EPOCHS,
         OPTIMIZERS[optimizer],
         lambda o: torch.optim.lr_scheduler.StepLR(o, step_size=3, gamma=0.8),

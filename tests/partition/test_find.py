@@ -80,9 +80,9 @@ CALL_DOES_MORE: list[Callable[[nn.Module], Any]] = [
     lambda m: m.register_full_backward_hook(lambda *_: None),
     lambda m: m.register_full_backward_pre_hook(lambda *_: None),
     lambda m: setattr(m, "forward", lambda x: x),
-    lambda m: m.register_buffer("mean", torch.zeros(())),
-    with_parameter,
+    lambda m: m.compile(backend="eager"),
 ]
+HOLDS_MORE: list[Callable[[nn.Module], Any]] = [lambda m: m.register_buffer("mean", torch.zeros(())), with_parameter]
 
 
 @pytest.mark.parametrize("change", CALL_DOES_MORE)
@@ -90,6 +90,13 @@ def test_a_nested_sequential_whose_call_does_more_stays_one_layer(change: Callab
     inner = mlp()
     change(inner)
     assert find_network(Root(net=nn.Sequential(inner, nn.Linear(2, 2)))).chain.names == ["net.0", "net.1"]
+
+
+@pytest.mark.parametrize("change", HOLDS_MORE)
+def test_a_nested_sequential_that_holds_more_is_looked_into_by_tracing(change: Callable[[nn.Module], Any]) -> None:
+    inner = mlp()
+    change(inner)
+    assert find_network(Root(net=nn.Sequential(inner, nn.Linear(2, 2)))).chain.names == ["net.0.0", "net.0.2", "net.1"]
 
 
 def test_a_nested_sequential_with_an_overridden_forward_stays_one_layer() -> None:
@@ -119,19 +126,111 @@ def test_of_a_sequential_and_its_parts_the_outer_one_is_the_network() -> None:
     assert network.chain.names == ["net.0.0", "net.0.1", "net.0.2", "net.1.0"]
 
 
+def test_a_network_that_is_no_sequential_is_traced() -> None:
+    network = find_network(Root(net=Body(), loss=nn.MSELoss()))
+    assert network.target_name == "net"
+    assert network.chain.names == ["net.stem", "net.blocks.0", "net.blocks.1", "net.head"]
+
+
+def test_a_sequential_of_larger_blocks_is_cut_inside_them() -> None:
+    assert find_network(Root(net=nn.Sequential(Body(), nn.ReLU(), nn.Linear(2, 2)))).chain.names == [
+        "net.0.stem", "net.0.blocks.0", "net.0.blocks.1", "net.0.head", "net.2",
+    ]  # fmt: skip
+
+
+def test_split_points_may_name_modules_without_parameters() -> None:
+    root = Root(net=nn.Sequential(Body(), nn.ReLU(), nn.Linear(2, 2)))
+    assert "net.1" in find_network(root, points=["net.1"]).chain.names
+
+
+class TwoParts(Root):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(x))
+
+
+class OnePart(Root):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body(x.flatten(1)).softmax(-1)
+
+
+class OwnParameter(Root):
+    def __init__(self, **children: nn.Module) -> None:
+        super().__init__(**children)
+        self.shift = nn.Parameter(torch.zeros(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body(x + self.shift)
+
+
+class NoForward(Root):
+    forward = nn.Module.forward  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize(
+    ("root", "target"),
+    [
+        (TwoParts(body=Body(), head=nn.Linear(2, 2)), ""),
+        (TwoParts(body=mlp(), head=nn.Linear(2, 2)), ""),
+        (OnePart(body=Body(), teacher=Body()), "body"),
+        (OnePart(body=Body(), teacher=mlp()), "body"),
+        (OwnParameter(body=Body()), ""),
+        (OwnParameter(body=Body(), teacher=mlp()), ""),
+        (NoForward(a=Body(), b=mlp()), "b"),
+        (NoForward(a=Body(), b=Body().requires_grad_(False)), "a"),
+    ],
+)
+def test_the_network_is_what_the_forward_calls(root: nn.Module, target: str) -> None:
+    network = find_network(root)
+    assert network.target_name == target
+    assert network.target is root.get_submodule(target)
+
+
+def test_an_example_call_says_how_the_network_is_called() -> None:
+    class Masked(Body):
+        def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+            return super().forward(x if mask is None else self.head(x))
+
+    asked = []
+
+    def example(target: nn.Module, name: str) -> Any:
+        asked.append((target, name))
+        return (torch.ones(1, 4),), {"mask": torch.ones(1)}
+
+    root = Root(net=Masked())
+    assert find_network(root, example=example).chain.names[0] == "net.head"
+    assert find_network(root).chain.names[0] == "net.stem"
+    assert asked == [(root.net, "net")]
+
+
 @pytest.mark.parametrize(
     ("children", "problem"),
     [
-        ({"net": Body(), "loss": nn.MSELoss()}, r"none of its children is .*: net: Body, loss: MSELoss\."),
-        ({}, r"none of its children is .* are: none\."),
-        ({"a": mlp(), "b": mlp()}, r"2 of its children are .* \('a', 'b'\).*: a: Sequential, b: Sequential\."),
-        ({"net": Doubled(nn.Linear(2, 2))}, r"'net' \(Doubled\) overrides `forward`.*: net: Doubled\."),
+        ({}, r"parameters are none \(all children: none\)\."),
+        (
+            {"a": mlp(), "b": mlp(), "loss": nn.MSELoss()},
+            r"are 'a', 'b' \(all .*: a: Sequential, b: .*, loss: MSELoss\)\.",
+        ),
+        ({"a": Body(), "b": Body()}, r"parameters are 'a', 'b' \(all children: a: Body, b: Body\)\."),
     ],
 )
 def test_none_or_several_networks_are_refused(children: dict[str, nn.Module], problem: str) -> None:
-    message = rf"Strategy X cannot tell which layers of Root form .*{problem} Return the layers.*`configure_stages\(\)`"
+    message = rf"Strategy X cannot tell which part of NoForward is .*{problem} Call .*, or .* `configure_stages\(\)`"
     with pytest.raises(TypeError, match=message):
-        find_network(Root(**children), requirer="Strategy X")
+        find_network(NoForward(**children), requirer="Strategy X")
+
+
+def test_what_cannot_be_followed_is_refused_with_its_line() -> None:
+    class Branching(Body):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.stem(x) if x.sum() > 0 else self.head(x)
+
+    message = (
+        r"'net' \(Branching\) cannot be followed.*test_find.py:\d+: `return self.stem\(x\) if .*`configure_stages\(\)`"
+    )
+    with pytest.raises(TypeError, match=message):
+        find_network(Root(net=Branching()))
+    with pytest.raises(TypeError, match=r"network Root.forward cannot be followed.*`raise NotImplementedError`"):
+        find_network(Root(a=Body(), b=Body()))
 
 
 def test_parameters_of_the_network_outside_its_layers_are_refused() -> None:

@@ -1,0 +1,134 @@
+"""How those modules of ``torch.nn`` that are loops over layers call their layers, in a form that can be traced.
+
+Their own ``forward`` looks at the values of masks, which a trace cannot do; here the looking is one recorded step. Add
+a function when torch has another such container. The layers themselves are called as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.nn.modules import transformer
+
+
+def encoder_masks(
+    src: Tensor, mask: Tensor | None, padding: Tensor | None, is_causal: bool | None, batch_first: bool
+) -> tuple[Tensor | None, Tensor | None, bool]:
+    """Return the two masks and the hint that ``nn.TransformerEncoder`` passes to its layers.
+
+    Args:
+        src: The sequence, ``(batch, length, width)`` or as ``batch_first`` says.
+        mask: ``src_mask``: boolean or floating, ``(length, length)`` or one for each batch and head.
+        padding: ``src_key_padding_mask``, ``(batch, length)``.
+        is_causal: The caller's hint, if any.
+        batch_first: The order of the first two dimensions.
+    """
+    padding = F._canonical_mask(
+        mask=padding,
+        mask_name="src_key_padding_mask",
+        other_type=F._none_or_dtype(mask),
+        other_name="mask",
+        target_type=src.dtype,
+    )
+    mask = F._canonical_mask(
+        mask=mask, mask_name="mask", other_type=None, other_name="", target_type=src.dtype, check_other=False
+    )
+    return mask, padding, causal_hint(src, mask, is_causal, batch_first)
+
+
+def causal_hint(sequence: Tensor, mask: Tensor | None, is_causal: bool | None, batch_first: bool) -> bool:
+    """Return whether ``mask`` is the causal one, as both containers find out.
+
+    Args:
+        sequence: The sequence, ``(batch, length, width)`` or as ``batch_first`` says.
+        mask: The mask over its positions, if any.
+        is_causal: The caller's hint, if any.
+        batch_first: The order of the first two dimensions.
+    """
+    length = transformer._get_seq_len(sequence, batch_first)
+    return transformer._detect_is_causal_mask(mask, is_causal, length)
+
+
+def _recorded(function: Callable[..., Any], sequence: Any, *args: Any) -> Any:
+    """A call that is one step of the recording, whatever it looks at."""
+    return sequence.tracer.create_proxy("call_function", function, (sequence, *args), {})
+
+
+def _encoder(
+    module: nn.TransformerEncoder,
+    src: fx.Proxy,
+    mask: Any = None,
+    src_key_padding_mask: Any = None,
+    is_causal: Any = None,
+) -> Any:
+    batch_first = module.layers[0].self_attn.batch_first
+    masks = _recorded(encoder_masks, src, mask, src_key_padding_mask, is_causal, batch_first)
+    output: Any = src
+    for layer in module.layers:
+        output = layer(output, src_mask=masks[0], is_causal=masks[2], src_key_padding_mask=masks[1])
+    return output if module.norm is None else module.norm(output)
+
+
+def _decoder(
+    module: nn.TransformerDecoder,
+    tgt: fx.Proxy,
+    memory: Any,
+    tgt_mask: Any = None,
+    memory_mask: Any = None,
+    tgt_key_padding_mask: Any = None,
+    memory_key_padding_mask: Any = None,
+    tgt_is_causal: Any = None,
+    memory_is_causal: Any = False,
+) -> Any:
+    hint = _recorded(causal_hint, tgt, tgt_mask, tgt_is_causal, module.layers[0].self_attn.batch_first)
+    output: Any = tgt
+    for layer in module.layers:
+        output = layer(
+            output,
+            memory,
+            tgt_mask=tgt_mask,
+            memory_mask=memory_mask,
+            tgt_key_padding_mask=tgt_key_padding_mask,
+            memory_key_padding_mask=memory_key_padding_mask,
+            tgt_is_causal=hint,
+            memory_is_causal=memory_is_causal,
+        )
+    return output if module.norm is None else module.norm(output)
+
+
+def _both(
+    module: nn.Transformer,
+    src: Any,
+    tgt: Any,
+    src_mask: Any = None,
+    tgt_mask: Any = None,
+    memory_mask: Any = None,
+    src_key_padding_mask: Any = None,
+    tgt_key_padding_mask: Any = None,
+    memory_key_padding_mask: Any = None,
+    src_is_causal: Any = None,
+    tgt_is_causal: Any = None,
+    memory_is_causal: Any = False,
+) -> Any:
+    memory = module.encoder(src, mask=src_mask, src_key_padding_mask=src_key_padding_mask, is_causal=src_is_causal)
+    return module.decoder(
+        tgt,
+        memory,
+        tgt_mask=tgt_mask,
+        memory_mask=memory_mask,
+        tgt_key_padding_mask=tgt_key_padding_mask,
+        memory_key_padding_mask=memory_key_padding_mask,
+        tgt_is_causal=tgt_is_causal,
+        memory_is_causal=memory_is_causal,
+    )
+
+
+# By exact type: a subclass may have another forward.
+CONTAINERS: dict[type[nn.Module], Callable[..., Any]] = {
+    nn.TransformerEncoder: _encoder,
+    nn.TransformerDecoder: _decoder,
+    nn.Transformer: _both,
+}
