@@ -24,8 +24,19 @@ from torch import nn
 
 from lightning_ddg import _lightning
 from lightning_ddg.messages import map_tensors
-from lightning_ddg.partition import Chain, Network, find_network, forbidden_cuts, parameter_costs
-from lightning_ddg.partition.profile import Profile, best_stages, measure_profile, stage_memory
+from lightning_ddg.link import SECONDS_PER_BYTE
+from lightning_ddg.partition import (
+    Layers,
+    Profile,
+    best_stages,
+    check_same,
+    find_network,
+    forbidden_cuts,
+    measure_profile,
+    parameter_costs,
+    show_bytes,
+    stage_memory,
+)
 from lightning_ddg.predict import Prediction, Work, predict, simulate
 from lightning_ddg.refusals import no_call_of
 from lightning_ddg.schedule import delay
@@ -33,8 +44,6 @@ from lightning_ddg.seam import Seam, StepDone
 from lightning_ddg.timeline import Panel, check_picture, draw_timeline
 
 NUM_STAGES = (2, 3, 4, 5, 6, 7, 8)
-# What gloo carries between two processes of one machine: 4 MB took 4.4 ms on two virtual cores, 2026-11-23.
-SECONDS_PER_BYTE = 1e-9
 
 
 @dataclass(frozen=True)
@@ -173,7 +182,7 @@ class Plan:
         return table
 
 
-def make_plan(chain: Chain, profile: Profile, num_stages: Sequence[int]) -> Plan:
+def make_plan(chain: Layers, profile: Profile, num_stages: Sequence[int]) -> Plan:
     """Plans cuts of a measured network.
 
     Args:
@@ -217,9 +226,15 @@ def plan_module(
     if not numbers:
         raise ValueError(f"num_stages={num_stages!r} names no number of stages: give one, or several, such as [2, 4].")
     configure = getattr(module, "configure_stages", None)
-    network = find_network(module, configure() if callable(configure) else None)
+    layers = configure() if callable(configure) else None
+
+    def example(target: nn.Module, name: str) -> Any:
+        call = _call_of_network(module, target, name, batch, context)
+        return map_tensors(lambda tensor: tensor.detach().to("meta"), call)
+
     with _training_mode(module):
-        args, kwargs = _call_of_network(module, network, batch, context)
+        network = find_network(module, layers, example=example)
+        args, kwargs = _call_of_network(module, network.target, network.target_name, batch, context)
         try:
             profile = measure_profile(network.chain, args, kwargs, context=context)
         except Exception as error:
@@ -230,7 +245,7 @@ def plan_module(
     return make_plan(network.chain, profile, numbers)
 
 
-def _plan_cut(chain: Chain, profile: Profile, starts: Sequence[int]) -> CutPlan:
+def _plan_cut(chain: Layers, profile: Profile, starts: Sequence[int]) -> CutPlan:
     bounds = [0, *starts, len(chain)]
     num_stages = len(bounds) - 1
 
@@ -263,14 +278,18 @@ def _plan_cut(chain: Chain, profile: Profile, starts: Sequence[int]) -> CutPlan:
 
 
 def _call_of_network(
-    module: LightningModule, network: Network, batch: Any, context: Callable[[], AbstractContextManager[object]]
+    module: LightningModule,
+    target: nn.Module,
+    name: str,
+    batch: Any,
+    context: Callable[[], AbstractContextManager[object]],
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What the training step passes to the network."""
+    """What the training step passes to the network, the module ``target``."""
 
     def capture(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         raise StepDone((args, kwargs))
 
-    seam = Seam(network.target, {})
+    seam = Seam(target, {})
     unmute = _lightning.mute_logging(module)
     try:
         # A copy: the step may change its batch in place.
@@ -288,7 +307,7 @@ def _call_of_network(
     finally:
         unmute()
         seam.remove()
-    raise RuntimeError(no_call_of(network))
+    raise RuntimeError(no_call_of(name))
 
 
 @contextmanager

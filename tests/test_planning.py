@@ -13,8 +13,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import Tensor, nn
 
 from lightning_ddg import DDGMixin, DDGStrategy
-from lightning_ddg.partition import Chain
-from lightning_ddg.partition.profile import Profile
+from lightning_ddg.partition import Chain, Profile
 from lightning_ddg.planning import CutPlan, Plan, make_plan, plan_module
 from tests.networks import Classifier, loader, state_of
 
