@@ -17,25 +17,45 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins.precision import Precision
 from torch import nn
+from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
 from lightning_ddg import _lightning
 from lightning_ddg.messages import map_tensors
 from lightning_ddg.partition import (
-    Chain,
+    Layers,
     Network,
+    NotTheSame,
+    Profile,
     best_cut,
+    best_stages,
     check_cut,
+    check_same,
     cut_at,
     flop_costs,
     forbidden_cuts,
+    measure_profile,
     parameter_costs,
-    time_costs,
 )
 from lightning_ddg.refusals import no_call_of
 from lightning_ddg.seam import Seam, StepDone
 
 BALANCES = {"time": "measured time", "parameters": "parameters", "flops": "FLOPs"}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the layers, and the way between two stages, cost.
+
+    Attributes:
+        profile: Of the layers.
+        seconds_per_byte: For a message from one stage to the next.
+        optimizer_copies: Tensors of a parameter's size that the optimizer keeps for it.
+    """
+
+    profile: Profile
+    seconds_per_byte: float
+    optimizer_copies: int
 
 
 @dataclass(frozen=True)
@@ -47,12 +67,14 @@ class Cut:
         starts: Positions at which stages ``2..K`` begin.
         costs: Cost of each layer.
         unit: What the costs count, for people.
+        measured: What was measured to decide it, if it was.
     """
 
-    chain: Chain
+    chain: Layers
     starts: list[int]
     costs: list[float]
     unit: str
+    measured: Measured | None = None
 
     @property
     def bounds(self) -> list[int]:
@@ -74,12 +96,13 @@ class Cut:
 
 
 def decide_cut(
-    chain: Chain,
+    chain: Layers,
     num_stages: int,
     split_points: list[str] | None,
     recorded: list[str] | None,
     balance: str,
-    measure: Callable[[], list[float] | None],
+    measure: Callable[[], Measured | list[float] | None],
+    max_memory: int | None = None,
 ) -> Cut:
     """Cuts where the user says, else where an earlier run did, else evenly.
 
@@ -89,8 +112,9 @@ def decide_cut(
         split_points: The user's choice, if any.
         recorded: An earlier run's choice, if any; ignored where it does not fit.
         balance: What to even out.
-        measure: Gives the costs of the layers, the same on every rank, or ``None`` if there are none; called only if
-            needed, and then on every rank.
+        measure: Gives the costs of the layers, the same on every rank: a profile, or numbers, or ``None`` if there are
+            none; called only if needed, and then on every rank.
+        max_memory: Bytes that no stage may need; counts where a profile is measured.
 
     Raises:
         ValueError: If the network cannot be cut so.
@@ -112,13 +136,25 @@ def decide_cut(
     costs = None if balance == "parameters" else measure()
     if costs is None:
         return Cut(chain, starts, parameters, BALANCES["parameters"])
-    return Cut(chain, best_cut(costs, num_stages, forbidden), costs, BALANCES[balance])
+    if not isinstance(costs, Measured):
+        return Cut(chain, best_cut(costs, num_stages, forbidden), costs, BALANCES[balance])
+    starts = best_stages(
+        costs.profile,
+        num_stages,
+        forbidden,
+        seconds_per_byte=costs.seconds_per_byte,
+        max_memory=max_memory,
+        optimizer_copies=costs.optimizer_copies,
+    )
+    return Cut(chain, starts, costs.profile.seconds, BALANCES[balance], costs)
 
 
 def measured_costs(
     module: LightningModule, network: Network, loaders: Any, balance: str, precision: Precision, device: torch.device
-) -> list[float] | None:
+) -> Profile | list[float] | None:
     """Cost of each layer for the first batch, by ``balance``; leaves the module as it was.
+
+    The batch also goes through the whole network, uncut: both must give the same.
 
     Args:
         module: The LightningModule.
@@ -130,27 +166,44 @@ def measured_costs(
 
     Returns:
         The costs, or ``None`` (and a warning) if the layers cannot be measured.
+
+    Raises:
+        RuntimeError: If the layers one after the other compute something else than the network.
     """
     wanted = [parameter.requires_grad for parameter in module.parameters()]
     try:
         module.to(device)
-        args, kwargs = first_call(module, network.target, network.target_name, loaders, precision, device)
-        if balance == "flops":
-            return flop_costs(network.chain, args, kwargs)
-        return time_costs(network.chain, args, kwargs, context=precision.train_step_context)
-    except Exception as error:  # noqa: BLE001 - any layer and any user code may fail here; training will tell
-        # Not on rank zero only: the rank that reads, and so measures, is another one.
-        warnings.warn(
-            f"The layers could not be measured for balance={balance!r} ({type(error).__name__}: {error}), so that the"
-            " network is cut by its parameters. Give `split_points` or balance='parameters' to decide it yourself.",
-            stacklevel=2,
-        )
-        return None
+        try:
+            args, kwargs = first_call(module, network.target, network.target_name, loaders, precision, device)
+            check_same(network.chain, network.target, args, kwargs, precision.train_step_context)
+            if balance == "flops":
+                return flop_costs(network.chain, args, kwargs)
+            return measure_profile(network.chain, args, kwargs, context=precision.train_step_context)
+        except NotTheSame:
+            raise
+        except Exception as error:  # noqa: BLE001 - any layer and any user code may fail here; training will tell
+            # Not on rank zero only: the rank that reads, and so measures, is another one.
+            warnings.warn(
+                f"The layers could not be measured for balance={balance!r} ({type(error).__name__}: {error}),"
+                f" so that the network is cut by"
+                " its parameters. Give `split_points` or balance='parameters' to decide it yourself.",
+                stacklevel=2,
+            )
+            return None
     finally:
         for parameter, requires_grad in zip(module.parameters(), wanted, strict=True):
             parameter.requires_grad_(requires_grad)
         if device.type != "cpu":
             module.to("cpu")
+
+
+def copies_kept(optimizer: Optimizer | None) -> int:
+    """How many tensors of a parameter's size an optimizer keeps for it: what its kind needs, else Adam's 2."""
+    if isinstance(optimizer, torch.optim.SGD):
+        return int(any(group["momentum"] for group in optimizer.param_groups))
+    if optimizer is not None and any(group.get("amsgrad") for group in optimizer.param_groups):
+        return 3
+    return 2
 
 
 def first_call(
@@ -183,7 +236,7 @@ def first_call(
     try:
         with seam.handled_by(capture):
             # A copy: the hooks and the step may change the batch in place, and training will see it again.
-            batch = map_tensors(torch.clone, tree_map(lambda loader: loader.peek(), loaders))
+            batch = map_tensors(torch.clone, tree_map(_peek, loaders))
             batch = _lightning.transfer_batch(module, precision.convert_input(batch), device)
             with precision.train_step_context(), torch.enable_grad():
                 module.training_step(*_lightning.step_arguments(module.training_step, batch))
@@ -193,3 +246,10 @@ def first_call(
         unmute()
         seam.remove()
     raise RuntimeError(no_call_of(target_name))
+
+
+def _peek(loader: Any) -> Any:
+    try:
+        return loader.peek()
+    except StopIteration:
+        raise RuntimeError("a training loader has no batch") from None

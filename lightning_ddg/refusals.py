@@ -85,6 +85,19 @@ def check_world_size(num_stages: Any, split_points: Sequence[str] | None, world_
         )
 
 
+def check_no_memory_limit(max_memory: int | None) -> None:
+    """Refuses a limit to each stage's memory where all stages share one process.
+
+    Raises:
+        ValueError: Naming the limit.
+    """
+    if max_memory is not None:
+        raise ValueError(
+            f"max_memory={max_memory} bytes limits a stage's device, but with one process all stages share one. Leave"
+            " it out, or use as many devices as stages."
+        )
+
+
 def check_precision(plugin: Any) -> None:
     """Refuses a precision that scales the loss.
 

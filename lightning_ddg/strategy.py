@@ -36,11 +36,12 @@ from lightning_ddg.checkpoint import (
     parameter_groups,
     stage_optimizer_state,
 )
-from lightning_ddg.cutting import Cut, decide_cut, first_call, measured_costs
+from lightning_ddg.cutting import Cut, Measured, copies_kept, decide_cut, first_call, measured_costs
 from lightning_ddg.data import RemoteLoader, SourceLoader
 from lightning_ddg.delayline import DelayLine
+from lightning_ddg.link import SECONDS_PER_BYTE, measure_link
 from lightning_ddg.messages import map_tensors, pack, tensors_of
-from lightning_ddg.partition import Network, find_network, print_cut
+from lightning_ddg.partition import Network, Profile, find_network, parse_bytes, print_cut
 from lightning_ddg.pipeline import (
     Pipeline,
     placeholder_maker,
@@ -51,6 +52,7 @@ from lightning_ddg.refusals import (
     check_choice,
     check_foreign_grads,
     check_layer_sync,
+    check_no_memory_limit,
     check_optimizers,
     check_precision,
     check_stages,
@@ -85,6 +87,8 @@ class DDGStrategy(ParallelStrategy):
         num_stages: Number of stages ``K``. ``"auto"``: one per process; with one process, 2.
         split_points: Names of the submodules, relative to the LightningModule, that begin stages ``2..K``.
         balance: What the automatic cut evens out: measured ``"time"``, ``"parameters"`` or ``"flops"``.
+        max_memory: What the automatic cut by time allows a stage to need on its device: bytes, or a text such as
+            ``"12GB"`` or ``"800MiB"``. For several processes.
         drain: When the gradients still in flight are applied without a new forward: at the end of each ``"epoch"``, of
             the ``"fit"``, or ``"never"``, which is the paper's bare algorithm.
         process_group_backend: Backend of ``torch.distributed``; by default NCCL on CUDA devices, gloo otherwise. With
@@ -108,6 +112,7 @@ class DDGStrategy(ParallelStrategy):
         num_stages: int | Literal["auto"] = "auto",
         split_points: list[str] | None = None,
         balance: Literal["time", "parameters", "flops"] = "time",
+        max_memory: int | str | None = None,
         drain: Literal["epoch", "fit", "never"] = "epoch",
         process_group_backend: str | None = None,
         timeout: timedelta = timedelta(minutes=30),
@@ -134,6 +139,7 @@ class DDGStrategy(ParallelStrategy):
         self._num_stages = num_stages
         self._split_points = split_points
         self._balance = balance
+        self._max_memory = None if max_memory is None else parse_bytes(max_memory)
         self._drain = drain
         self._process_group_backend = process_group_backend
         self._timeout = timeout
@@ -278,6 +284,7 @@ class DDGStrategy(ParallelStrategy):
         assert self.cluster_environment is not None
         check_world_size(self._num_stages, self._split_points, self.world_size)
         if self._one_process:
+            check_no_memory_limit(self._max_memory)
             return
         if self._start_method != "popen":
             self._launcher = _lightning.MultiProcessingLauncher(self, start_method=self._start_method)
@@ -412,7 +419,7 @@ class DDGStrategy(ParallelStrategy):
         assert self.lightning_module is not None
         module, fitting = self.lightning_module, trainer.state.fn == TrainerFn.FITTING
 
-        def measure() -> list[float] | None:
+        def measure() -> Measured | list[float] | None:
             loaders = _lightning.training_iterables(trainer) if fitting else None
             if loaders is None:
                 return None
@@ -422,17 +429,41 @@ class DDGStrategy(ParallelStrategy):
                     costs = measured_costs(
                         module, network, loaders, self._balance, self.precision_plugin, self.root_device
                     )
-            return self.broadcast(costs, src=self._reading_rank)
+            costs = self.broadcast(costs, src=self._reading_rank)
+            if not isinstance(costs, Profile):
+                return costs
+            copies = copies_kept(self.optimizers[0] if self.optimizers else None)
+            return Measured(costs, self._seconds_per_byte(), copies)
 
         self._cut = decide_cut(
-            network.chain, self.num_stages, self._split_points, self._recorded_cut, self._balance, measure
+            network.chain,
+            self.num_stages,
+            self._split_points,
+            self._recorded_cut,
+            self._balance,
+            measure,
+            self._max_memory,
         )
         self._recorded_cut = self._cut.split_points
         self._segments = self._cut.segments()
         check_ties_outside(module, self._segments)
         self._owner = owner_by_name(module, self._segments)
         if fitting and self.is_global_zero and not trainer.barebones:
-            print_cut(self._cut.chain, self._cut.starts, self._cut.costs, self._cut.unit)
+            cut, measured = self._cut, self._cut.measured
+            extras = () if measured is None else (measured.profile, measured.optimizer_copies)
+            print_cut(cut.chain, cut.starts, cut.costs, cut.unit, *extras)
+
+    def _seconds_per_byte(self) -> float:
+        """What a byte costs on its way from the first stage to the second."""
+        if self._transport is None:
+            return SECONDS_PER_BYTE
+        second = rank_of_stage(2, self.num_stages)
+        seconds = None
+        if self._reads:
+            seconds = measure_link(self._transport, second, self.root_device, first=True)
+        elif self.global_rank == second:
+            measure_link(self._transport, self._reading_rank, self.root_device, first=False)
+        return cast(float, self.broadcast(seconds, src=self._reading_rank))
 
     def _assemble(self, cut: Cut, network: Network) -> None:
         """Puts the execution together, once all tensors are where they will be used."""

@@ -14,9 +14,9 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins.precision import Precision
 from torch import Tensor, nn
 
-from lightning_ddg.cutting import Cut, decide_cut, measured_costs
+from lightning_ddg.cutting import Cut, copies_kept, decide_cut, measured_costs
 from lightning_ddg.data import SourceLoader
-from lightning_ddg.partition import Chain, find_network
+from lightning_ddg.partition import Chain, NotTheSame, Profile, find_network
 from tests.networks import Classifier, loader, state_of
 
 CPU = torch.device("cpu")
@@ -105,7 +105,8 @@ def test_what_a_cut_says_of_itself() -> None:
 
 
 def measure(module: LightningModule, loaders: Any, balance: str = "time") -> list[float] | None:
-    return measured_costs(module, find_network(module), loaders, balance, Precision(), CPU)
+    costs = measured_costs(module, find_network(module), loaders, balance, Precision(), CPU)
+    return costs.seconds if isinstance(costs, Profile) else costs
 
 
 class Touching(Classifier):
@@ -184,7 +185,7 @@ def failing() -> LightningModule:
     [
         (failing, loader("mlp"), "ArithmeticError: bang"),
         (NeverCalls, loader("mlp"), "RuntimeError: `training_step` did not call the network"),
-        (Classifier, [], "."),
+        (Classifier, [], "RuntimeError: a training loader has no batch"),
     ],
     ids=["layer", "no call", "no data"],
 )
@@ -195,6 +196,42 @@ def test_what_cannot_be_measured_is_cut_by_its_parameters_with_a_warning(
     with pytest.warns(UserWarning, match=f"could not be measured for balance='time' .{why}.*Give `split_points`"):
         assert measure(module, SourceLoader(data)) is None
     assert not {"forward", "log"} & (vars(module).keys() | vars(module.net).keys())
+
+
+def test_a_network_that_is_not_what_was_traced_ends_the_run() -> None:
+    class Wrong(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.calls = nn.Linear(6, 3).double(), [0]
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls[0] += 1
+            return self.layer(x) + self.calls[0]
+
+    module = Classifier("mlp")
+    module.net = Wrong()
+    with pytest.raises(NotTheSame, match="Wrong, cut into its layers, computes something else"):
+        measure(module, SourceLoader(loader("mlp")))
+
+
+@pytest.mark.parametrize(
+    ("make", "copies"),
+    [
+        (lambda p: torch.optim.SGD(p, lr=0.1), 0),
+        (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), 1),
+        (lambda p: torch.optim.AdamW(p), 2),
+        (lambda p: torch.optim.Adam(p, amsgrad=True), 3),
+    ],
+)
+def test_what_an_optimizer_keeps(make: Callable[[Any], torch.optim.Optimizer], copies: int) -> None:
+    """Against what it really keeps after a step."""
+    layer = nn.Linear(30, 30)
+    optimizer = make(layer.parameters())
+    layer(torch.randn(2, 30)).sum().backward()
+    optimizer.step()
+    kept = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor) and t.numel() > 1]
+    assert copies_kept(optimizer) == copies == sum(t.numel() for t in kept) / sum(p.numel() for p in layer.parameters())
+    assert copies_kept(None) == 2
 
 
 class InPlace(Classifier):

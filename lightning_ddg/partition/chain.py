@@ -7,9 +7,27 @@ What a chain may consist of changes here; how its layers are found, costed and c
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
+
+
+class Layers(Protocol):
+    """The layers of a network, in order, however they were found: all that is needed to cost them and to cut them."""
+
+    names: list[str]
+
+    def __len__(self) -> int:
+        """How many layers there are."""
+        ...
+
+    def segment(self, start: int, stop: int) -> nn.Module:
+        """Return the module that runs the layers ``start`` to ``stop - 1``."""
+        ...
+
+    def modules(self, start: int, stop: int) -> list[nn.Module]:
+        """Return the user's modules that are called in the layers ``start`` to ``stop - 1``."""
+        ...
 
 
 class Segment(nn.Module):

@@ -5,26 +5,22 @@ A new measure is a new function here; it returns one number per layer and leaves
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from copy import copy
-from functools import partial
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_ddg.partition.chain import Chain
+from lightning_ddg.messages import map_tensors, tensors_of
+from lightning_ddg.partition.chain import Layers
 
-_Meter = Callable[[Callable[[], Any]], tuple[float, Any]]
 
-
-def parameter_costs(chain: Chain) -> list[float]:
+def parameter_costs(chain: Layers) -> list[float]:
     """Return the number of parameters of each layer; a shared one counts where it is used first."""
     counted: set[int] = set()
     costs = []
@@ -35,7 +31,7 @@ def parameter_costs(chain: Chain) -> list[float]:
     return costs
 
 
-def flop_costs(chain: Chain, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[float]:
+def flop_costs(chain: Layers, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[float]:
     """Return the FLOPs of each layer's forward and backward, plus one, so that no layer is free.
 
     Counted by ``torch.utils.flop_counter``: matrix products, convolutions and attention; element-wise work counts zero.
@@ -46,25 +42,53 @@ def flop_costs(chain: Chain, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
         kwargs: Keyword arguments of the network's call.
     """
 
-    def meter(work: Callable[[], Any]) -> tuple[float, Any]:
-        with FlopCounterMode(display=False) as counter:
-            output = work()
-        return counter.get_total_flops() + 1.0, output
-
     layers = _layers(chain)
-    with _no_trace(layers, _cuda_devices(layers, args, kwargs)):
-        return _measure(layers, args, kwargs, nullcontext, meter)
+    with _no_trace(layers, _cuda_devices(layers, args, kwargs)), FlopCounterMode(display=False) as counter:
+
+        def clock() -> float:
+            return float(counter.get_total_flops())
+
+        forward, backward = _pass_through(layers, args, kwargs, nullcontext, clock)
+    return [there + back + 1.0 for there, back in zip(forward, backward, strict=True)]
 
 
-def time_costs(
-    chain: Chain,
+@dataclass(frozen=True)
+class Profile:
+    """What each of the L layers costs, measured on one batch.
+
+    Attributes:
+        forward: Seconds of each layer's forward.
+        backward: Seconds of each layer's backward.
+        crossing: Bytes that cross a cut just before each layer, on their way forward; 0 before the first, as its stage
+            reads the batch itself.
+        crossing_grad: Bytes of the gradients that come back across that cut.
+        activations: Bytes that each layer keeps for its backward, for one batch. What a layer receives is counted where
+            it is made.
+        parameters: Bytes of each layer's trainable parameters; a shared one counts where it is used first.
+    """
+
+    forward: list[float]
+    backward: list[float]
+    crossing: list[int]
+    crossing_grad: list[int]
+    activations: list[int]
+    parameters: list[int]
+
+    @property
+    def seconds(self) -> list[float]:
+        """Seconds of each layer's forward and backward."""
+        return [forward + backward for forward, backward in zip(self.forward, self.backward, strict=True)]
+
+
+def measure_profile(
+    chain: Layers,
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     *,
     repeats: int = 5,
     context: Callable[[], AbstractContextManager[object]] = nullcontext,
-) -> list[float]:
-    """Return the median seconds of each layer's forward and backward, after one warm-up.
+) -> Profile:
+    """Measure every layer: the median seconds after one warm-up, and the bytes it makes, keeps and passes on.
 
     Each repeat goes through all layers, so that a busy moment of the machine is spread over them.
 
@@ -83,96 +107,182 @@ def time_costs(
     layers = _layers(chain)
     devices = _cuda_devices(layers, args, kwargs)
 
-    def meter(work: Callable[[], Any]) -> tuple[float, Any]:
-        _synchronize(devices)
-        start = time.perf_counter()
-        output = work()
-        _synchronize(devices)
-        return time.perf_counter() - start, output
+    def clock() -> float:
+        for device in devices:
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
 
+    memory = _Memory(layers)
     with _no_trace(layers, devices):
-        rounds = [_measure(layers, args, kwargs, context, meter) for _ in range(1 + repeats)]
+        _pass_through(layers, args, kwargs, context, clock, memory)
+        rounds = [_pass_through(layers, args, kwargs, context, clock) for _ in range(repeats)]
     # A clock that is too coarse to see a layer must not make it free.
-    return [max(median(seconds), 1e-9) for seconds in zip(*rounds[1:], strict=True)]
+    forward, backward = (
+        [max(median(seconds), 1e-9) for seconds in zip(*(taken[which] for taken in rounds), strict=True)]
+        for which in (0, 1)
+    )
+    trainable = [[p for p in layer.parameters() if p.requires_grad] for layer in layers]
+    # What the last layer returns crosses no cut.
+    crossing, crossing_grad = memory.crossing[:-1], memory.crossing_grad[:-1]
+    return Profile(forward, backward, crossing, crossing_grad, memory.kept, _new_sizes(trainable))
 
 
-def _layers(chain: Chain) -> list[nn.Module]:
+class NotTheSame(RuntimeError):
+    """The layers, one after the other, do not compute what the network computes."""
+
+
+def check_same(
+    chain: Layers,
+    target: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    context: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> None:
+    """Compare the layers, one after the other, with the network as a whole, on one batch and with the same draws.
+
+    Args:
+        chain: The layers.
+        target: The network.
+        args: Positional arguments of its call, on the same device.
+        kwargs: Keyword arguments of its call.
+        context: Entered around each forward, e.g. autocast.
+
+    Raises:
+        NotTheSame: What they return differs by more than rounding.
+    """
+    layers = _layers(chain)
+    devices = _cuda_devices(layers, args, kwargs)
+
+    def cut(*args: Any, **kwargs: Any) -> Any:
+        value = layers[0](*args, **kwargs)
+        for layer in layers[1:]:
+            value = layer(value)
+        return value
+
+    outputs = []
+    # Not the network's call, whose hooks are not the layers' business.
+    for network in (target.forward, cut):
+        with _no_trace([target], devices), torch.no_grad(), context():
+            # A copy: the network may write into its input.
+            call = map_tensors(Tensor.clone, (tuple(args), dict(kwargs)))
+            outputs.append(tensors_of(network(*call[0], **call[1])))
+    try:
+        torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-2, atol=1e-3, equal_nan=True)
+    except AssertionError as error:
+        raise NotTheSame(
+            f"The network {type(target).__name__}, cut into its layers, computes something else than as a whole: its "
+            "`forward` does what cannot be seen by tracing it. Return its layers, in the order of the call, from "
+            f"`configure_stages()`. ({str(error).strip().splitlines()[0]})"
+        ) from error
+
+
+def _layers(chain: Layers) -> list[nn.Module]:
     return [chain.segment(position, position + 1) for position in range(len(chain))]
 
 
-def _measure(
+def _new_sizes(groups: Sequence[Sequence[Tensor]]) -> list[int]:
+    """Bytes of the tensors of each group that no earlier group has."""
+    counted: set[int] = set()
+    sizes = []
+    for group in groups:
+        new = {id(tensor): tensor for tensor in group if id(tensor) not in counted}
+        counted.update(new)
+        sizes.append(sum(map(_bytes, new.values())))
+    return sizes
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _pass_through(
     layers: Sequence[nn.Module],
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     context: Callable[[], AbstractContextManager[object]],
-    meter: _Meter,
-) -> list[float]:
-    """Pass one batch through the layers, and meter the forward and backward of each on its own."""
+    clock: Callable[[], float],
+    memory: _Memory | None = None,
+) -> tuple[list[float], list[float]]:
+    """Pass one batch through the layers, each cut off from the one before; return what ``clock`` says of each."""
     # The network's own inputs need no gradient.
-    call = _map_tensors(Tensor.detach, (tuple(args), dict(kwargs)))
-    costs = []
+    call = map_tensors(Tensor.detach, (tuple(args), dict(kwargs)))
+    forward, backward = [], []
     for layer in layers:
-        # Cut off from the layer before it.
-        inputs = _map_tensors(lambda tensor: tensor.detach().requires_grad_(tensor.requires_grad), call)
-        leaves = [tensor for tensor in _tensors(inputs) if tensor.requires_grad]
+        inputs = map_tensors(lambda tensor: tensor.detach().requires_grad_(_carries_grad(tensor)), call)
+        leaves = [tensor for tensor in tensors_of(inputs) if tensor.requires_grad]
         # The layer gets a copy: it may write into its input, which autograd does not allow on a leaf.
-        layer_args, layer_kwargs = _map_tensors(Tensor.clone, inputs)
-        cost, output = meter(partial(_forward_backward, layer, layer_args, layer_kwargs, leaves, context))
-        costs.append(cost)
+        layer_args, layer_kwargs = map_tensors(Tensor.clone, inputs)
+        watch = (
+            nullcontext()
+            if memory is None
+            else memory.watching(tensors_of(call), tensors_of((layer_args, layer_kwargs)))
+        )
+        start = clock()
+        with watch, context():
+            output = layer(*layer_args, **layer_kwargs)
+        middle = clock()
+        heads = [tensor for tensor in tensors_of(output) if _carries_grad(tensor)]
+        tails = [*leaves, *(parameter for parameter in layer.parameters() if parameter.requires_grad)]
+        if heads and tails:
+            # Not `backward`: it would touch `.grad` and run the hooks that wait for it.
+            torch.autograd.grad(heads, tails, [torch.ones_like(head) for head in heads], allow_unused=True)
+        forward.append(middle - start)
+        backward.append(clock() - middle)
+        if memory is not None:
+            memory.passed_on(tensors_of(output))
         call = ((output,), {})
-    return costs
+    return forward, backward
 
 
-def _forward_backward(
-    layer: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    leaves: Sequence[Tensor],
-    context: Callable[[], AbstractContextManager[object]],
-) -> Any:
-    with context():
-        output = layer(*args, **kwargs)
-    heads = [tensor for tensor in _tensors(output) if tensor.requires_grad]
-    tails = [*leaves, *(parameter for parameter in layer.parameters() if parameter.requires_grad)]
-    if heads and tails:
-        # Not `backward`: it would touch `.grad` and run the hooks that wait for it.
-        torch.autograd.grad(heads, tails, [torch.ones_like(head) for head in heads], allow_unused=True)
-    return output
+def _carries_grad(tensor: Tensor) -> bool:
+    return tensor.requires_grad and (tensor.is_floating_point() or tensor.is_complex())
 
 
-def _map_tensors(function: Callable[[Tensor], Any], nest: Any) -> Any:
-    """Replace each tensor in a nest of tuples, lists, dicts and dataclasses."""
+class _Memory:
+    """Adds up the bytes that layers keep for their backward and pass on, while a batch goes through them."""
 
-    def visit(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor):
-            return function(leaf)
-        if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
-            # Neither `replace` nor plain assignment: the first runs `__init__`, the second fails on a frozen one.
-            new = copy(leaf)
-            for field in dataclasses.fields(leaf):
-                object.__setattr__(new, field.name, _map_tensors(function, getattr(leaf, field.name)))
-            return new
-        return leaf
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        self.kept: list[int] = []
+        self.crossing = [0]
+        self.crossing_grad = [0]
+        self._weights = {p.untyped_storage().data_ptr() for layer in layers for p in layer.parameters()}
+        # Whether what lies at this address is already counted; of tensors that are still alive.
+        self._counted: set[int] = set()
+        self._found: dict[int, Tensor] = {}
 
-    return tree_map(visit, nest)
+    @contextmanager
+    def watching(self, passed: Sequence[Tensor], copies: Sequence[Tensor]) -> Iterator[None]:
+        """Count what is saved inside, but for the copies of what an earlier layer has been counted for."""
+        known = {
+            copy.untyped_storage().data_ptr()
+            for original, copy in zip(passed, copies, strict=True)
+            if original.untyped_storage().data_ptr() in self._counted
+        }
+        self._found = {}
 
+        def save(tensor: Tensor) -> Tensor:
+            address = tensor.untyped_storage().data_ptr()
+            if address not in self._weights and address not in known:
+                self._found.setdefault(address, tensor)
+            return tensor
 
-def _tensors(nest: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-    _map_tensors(found.append, nest)
-    return found
+        with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+            yield
+        self.kept.append(sum(tensor.untyped_storage().nbytes() for tensor in self._found.values()))
+        self._counted = known | set(self._found)
+
+    def passed_on(self, outputs: Sequence[Tensor]) -> None:
+        """Count what the layer gives to the next one."""
+        self._counted &= {tensor.untyped_storage().data_ptr() for tensor in outputs}
+        self.crossing.append(sum(map(_bytes, outputs)))
+        self.crossing_grad.append(sum(_bytes(tensor) for tensor in outputs if _carries_grad(tensor)))
 
 
 def _cuda_devices(layers: Sequence[nn.Module], args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.device]:
-    tensors = _tensors((tuple(args), dict(kwargs)))
+    tensors = tensors_of((tuple(args), dict(kwargs)))
     for layer in layers:
         tensors += [*layer.parameters(), *layer.buffers()]
     return sorted({tensor.device for tensor in tensors if tensor.is_cuda}, key=str)
-
-
-def _synchronize(devices: Sequence[torch.device]) -> None:
-    for device in devices:
-        torch.cuda.synchronize(device)
 
 
 @contextmanager

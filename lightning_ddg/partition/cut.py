@@ -6,20 +6,24 @@ What makes one cut better than another, and what makes a cut impossible, changes
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from difflib import get_close_matches
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from itertools import chain as joined
 from math import isfinite
 
-from lightning_ddg.partition.chain import Chain
+from lightning_ddg.partition.chain import Layers
+from lightning_ddg.partition.cost import Profile
+from lightning_ddg.schedule import delay
+
+Cost = tuple[float, ...]
 
 
 def best_cut(costs: Sequence[float], num_stages: int, forbidden: Collection[int] = ()) -> list[int]:
     """Cut layers into consecutive stages so that the dearest stage is as cheap as it can be.
 
-    Exact, by dynamic programming in at most O(L^2 K) steps. Among cuts with the same dearest stage, the one whose
-    second dearest stage is the cheapest is taken, and so on; among cuts with the same stage costs, the earliest.
+    Exact, by dynamic programming in O(L^2 K) steps. Among cuts with the same dearest stage, the one whose second
+    dearest stage is the cheapest is taken, and so on; among cuts with the same stage costs, the earliest.
 
     Args:
         costs: Cost of each layer, in any unit, none negative.
@@ -33,47 +37,152 @@ def best_cut(costs: Sequence[float], num_stages: int, forbidden: Collection[int]
         ValueError: ``num_stages`` is below 1 or above the number of layers, too many positions are forbidden, or a
             cost is negative or not finite.
     """
-    _check_num_stages(len(costs), num_stages)
+    _check_costs(costs)
+    # Not differences of running sums: stages of the same layers must have the very same cost.
+    load = [[0.0, *accumulate(costs[start:])] for start in range(len(costs))]
+    starts = _cheapest(len(costs), num_stages, forbidden, lambda stage, start, stop: load[start][stop - start])
+    assert starts is not None
+    return starts
+
+
+def best_stages(
+    profile: Profile,
+    num_stages: int,
+    forbidden: Collection[int] = (),
+    *,
+    seconds_per_byte: float = 0.0,
+    max_memory: int | None = None,
+    optimizer_copies: int = 2,
+) -> list[int]:
+    """Cut measured layers so that the slowest stage, its messages included, is as fast as it can be.
+
+    Exact, as :func:`best_cut`, which is the same without messages and without a limit.
+
+    Args:
+        profile: What the layers cost.
+        num_stages: K.
+        forbidden: Positions that may not be cut.
+        seconds_per_byte: What sending or receiving a byte costs a stage.
+        max_memory: Bytes that no stage may exceed, as :func:`stage_memory` counts them.
+        optimizer_copies: Tensors of a parameter's size that the optimizer keeps for it.
+
+    Returns:
+        The K - 1 start positions of stages 2 to K, ascending.
+
+    Raises:
+        ValueError: As :func:`best_cut`; or no cut keeps ``max_memory``.
+    """
+    _check_costs(profile.seconds)
+    seconds = [[0.0, *accumulate(profile.seconds[start:])] for start in range(len(profile.seconds))]
+    sent = [there + back for there, back in zip(profile.crossing, profile.crossing_grad, strict=True)] + [0]
+    memory = _Memory(profile, num_stages, optimizer_copies)
+
+    def slowness(stage: int, start: int, stop: int) -> float | None:
+        if max_memory is not None and memory(stage, start, stop) > max_memory:
+            return None
+        return seconds[start][stop - start] + seconds_per_byte * (sent[start] + sent[stop])
+
+    count = len(profile.seconds)
+    starts = _cheapest(count, num_stages, forbidden, slowness)
+    if starts is None:
+        least = _cheapest(count, num_stages, forbidden, memory)
+        assert least is not None
+        needed = max(stage_memory(profile, least, optimizer_copies))
+        raise ValueError(
+            f"max_memory={max_memory} bytes cannot be kept with {num_stages} stages: the cut that needs least "
+            f"still has a stage of about {needed} bytes. Use more stages, a smaller batch or activation checkpointing."
+        )
+    return starts
+
+
+def stage_seconds(profile: Profile, starts: Sequence[int], seconds_per_byte: float = 0.0) -> list[float]:
+    """Return how long each stage is busy with a batch: forward, backward, and its messages.
+
+    Args:
+        profile: What the layers cost.
+        starts: The start positions of stages 2 to K.
+        seconds_per_byte: What sending or receiving a byte costs a stage.
+    """
+    sent = [there + back for there, back in zip(profile.crossing, profile.crossing_grad, strict=True)] + [0]
+    bounds = [0, *starts, len(profile.seconds)]
+    return [
+        sum(profile.seconds[start:stop]) + seconds_per_byte * (sent[start] + sent[stop])
+        for start, stop in pairwise(bounds)
+    ]
+
+
+def stage_memory(profile: Profile, starts: Sequence[int], optimizer_copies: int = 2) -> list[int]:
+    """Return the bytes that each stage needs at its fullest, between a forward and the backward that follows it.
+
+    Stage k of K with the delay d = K - k holds its weights and their gradients, what the optimizer keeps, and d + 1
+    batches in flight: what the layers keep for their backward, what was received, and for d > 0 a copy of the weights.
+
+    Args:
+        profile: What the layers cost.
+        starts: The start positions of stages 2 to K.
+        optimizer_copies: Tensors of a parameter's size that the optimizer keeps for it.
+    """
+    bounds = [0, *starts, len(profile.seconds)]
+    memory = _Memory(profile, len(bounds) - 1, optimizer_copies)
+    return [memory(stage, start, stop) for stage, (start, stop) in enumerate(pairwise(bounds), start=1)]
+
+
+class _Memory:
+    def __init__(self, profile: Profile, num_stages: int, optimizer_copies: int) -> None:
+        self._weights = [0, *accumulate(profile.parameters)]
+        self._kept = [0, *accumulate(profile.activations)]
+        self._crossing = profile.crossing
+        self._num_stages, self._copies = num_stages, 2 + optimizer_copies
+
+    def __call__(self, stage: int, start: int, stop: int) -> int:
+        late = delay(stage, self._num_stages)
+        weights = self._weights[stop] - self._weights[start]
+        batch = self._kept[stop] - self._kept[start] + self._crossing[start] + (weights if late else 0)
+        return self._copies * weights + (late + 1) * batch
+
+
+def _check_costs(costs: Sequence[float]) -> None:
     for position, cost in enumerate(costs):
         if not (isfinite(cost) and cost >= 0):
             raise ValueError(f"The cost of layer {position} is {cost}: costs must be finite and not negative.")
-    # A forbidden position only joins its two neighbours, so what is left is the plain problem on joined layers.
-    starts = [0, *(p for p in range(1, len(costs)) if p not in forbidden)]
-    if len(starts) < num_stages:
+
+
+def _cheapest(
+    count: int, num_stages: int, forbidden: Collection[int], cost: Callable[[int, int, int], float | None]
+) -> list[int] | None:
+    """Cut ``count`` layers; ``cost(stage, start, stop)`` is ``None`` where the stage cannot have these layers."""
+    _check_num_stages(count, num_stages)
+    places = [*(p for p in range(1, count) if p not in forbidden), count]
+    if len(places) < num_stages:
         raise ValueError(
-            f"num_stages={num_stages}, but layers that share parameters or buffers leave only {len(starts)} parts that "
-            f"can be cut apart (of {len(costs)} layers): lower num_stages to {len(starts)} or less, or give each layer "
+            f"num_stages={num_stages}, but layers that share parameters or buffers leave only {len(places)} parts that "
+            f"can be cut apart (of {count} layers): lower num_stages to {len(places)} or less, or give each layer "
             "its own."
         )
-    blocks = [sum(costs[start:stop]) for start, stop in zip(starts, [*starts[1:], len(costs)], strict=True)]
-
-    # best[j]: stage costs (dearest first) and starts of the best cut of the first j blocks. The order of the pairs does
-    # not change when the same stage is added to both, so the best cut is made of best cuts.
-    best: list[tuple[tuple[float, ...], tuple[int, ...]]] = [((load,), ()) for load in accumulate(blocks, initial=0.0)]
+    # best[j]: stage costs (dearest first) and starts of the best cut of the layers before places[j]. The order of two
+    # cuts does not change when the same stage is added to both, so the best cut is made of best cuts.
+    best: list[tuple[Cost, tuple[int, ...]] | None] = [
+        None if (load := cost(1, 0, place)) is None else ((load,), ()) for place in places
+    ]
     for stage in range(2, num_stages + 1):
-        row = best[:stage]
-        for j in range(stage, len(blocks) + 1):
-            # Start from the cut before the last block, then move it to the left while that can still help.
-            load = blocks[j - 1]
-            chosen = _with_stage(best[j - 1], load, starts[j - 1])
-            for i in range(j - 2, stage - 2, -1):
-                load += blocks[i]
-                if load > chosen[0][0]:
-                    break
-                if best[i][0][0] <= chosen[0][0]:
-                    chosen = min(chosen, _with_stage(best[i], load, starts[i]))
-            row.append(chosen)
+        row: list[tuple[Cost, tuple[int, ...]] | None] = [None] * len(places)
+        for j in range(stage - 1, len(places)):
+            chosen: tuple[Cost, tuple[int, ...]] | None = None
+            for i in range(j - 1, stage - 3, -1):
+                before = best[i] if i >= 0 else None
+                if before is None or chosen is not None and before[0][0] > chosen[0][0]:
+                    continue
+                load = cost(stage, places[i], places[j])
+                if load is None or chosen is not None and load > chosen[0][0]:
+                    continue
+                candidate = tuple(sorted((*before[0], load), reverse=True)), (*before[1], places[i])
+                chosen = candidate if chosen is None else min(chosen, candidate)
+            row[j] = chosen
         best = row
-    return list(best[-1][1])
+    return None if best[-1] is None else list(best[-1][1])
 
 
-def _with_stage(
-    cut: tuple[tuple[float, ...], tuple[int, ...]], load: float, start: int
-) -> tuple[tuple[float, ...], tuple[int, ...]]:
-    return tuple(sorted((*cut[0], load), reverse=True)), (*cut[1], start)
-
-
-def cut_at(chain: Chain, split_points: Sequence[str], num_stages: int) -> list[int]:
+def cut_at(chain: Layers, split_points: Sequence[str], num_stages: int) -> list[int]:
     """Turn the names of the modules that begin stages 2 to K into positions.
 
     Args:
@@ -114,7 +223,7 @@ def cut_at(chain: Chain, split_points: Sequence[str], num_stages: int) -> list[i
     return starts
 
 
-def _position(chain: Chain, name: str) -> int:
+def _position(chain: Layers, name: str) -> int:
     if name in chain.names:
         return chain.names.index(name)
     inside = (position for position, label in enumerate(chain.names) if label.startswith(f"{name}."))
@@ -136,7 +245,7 @@ def _with_parents(name: str) -> list[str]:
     return [".".join(parts[:depth]) for depth in range(len(parts), 0, -1)]
 
 
-def forbidden_cuts(chain: Chain) -> dict[int, tuple[str, str, str]]:
+def forbidden_cuts(chain: Layers) -> dict[int, tuple[str, str, str]]:
     """Find the positions where a cut would separate layers that share a parameter or a buffer.
 
     Sharing is by identity of the tensor object; a module that occurs twice shares all its tensors.

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from lightning_ddg.partition.chain import Chain
+from lightning_ddg.partition.chain import Chain, Layers
 from lightning_ddg.partition.trace import TracedChain, used_names
 from lightning_ddg.partition.tracer import Untraceable
 
@@ -27,7 +27,7 @@ class Network:
         target_name: The target's name relative to the root; ``""`` where it is the root itself.
     """
 
-    chain: Chain | TracedChain
+    chain: Layers
     target: nn.Module
     target_name: str
 
@@ -93,7 +93,7 @@ def _chain_of(
     name: str,
     example: Callable[[nn.Module, str], Call | None] | None,
     points: Collection[str],
-) -> Chain | TracedChain:
+) -> Layers:
     """Return the layers of a network, as fine as they can be told apart."""
     flat: list[tuple[str, nn.Module]] = []
     if _calls_its_children(target):

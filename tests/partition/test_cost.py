@@ -12,7 +12,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_ddg.partition import Chain, flop_costs, parameter_costs, time_costs
+from lightning_ddg.partition import Chain, NotTheSame, check_same, flop_costs, measure_profile, parameter_costs
+from lightning_ddg.partition.trace import TracedChain
+
+
+def time_costs(*args: Any, **kwargs: Any) -> list[float]:
+    return measure_profile(*args, **kwargs).seconds
+
 
 MEASURES = [flop_costs, time_costs]
 Measure = Callable[..., list[float]]
@@ -89,6 +95,65 @@ def test_rounds_go_through_all_layers() -> None:
 def test_fewer_repeats_than_one_are_refused() -> None:
     with pytest.raises(ValueError, match="repeats=0: measure each layer at least once"):
         time_costs(chain_of(nn.ReLU()), (torch.randn(2),), {}, repeats=0)
+
+
+def test_bytes_of_parameters_of_what_crosses_and_of_what_is_kept() -> None:
+    tied = nn.Linear(8, 8, bias=False)
+    layers = nn.Linear(4, 8), nn.Sigmoid(), tied, nn.ReLU(), tied, nn.Linear(8, 2).requires_grad_(False)
+    profile = measure_profile(chain_of(*layers), (torch.randn(16, 4),), {}, repeats=1)
+    assert profile.parameters == [4 * 40, 0, 4 * 64, 0, 0, 0]
+    wide = 4 * 16 * 8
+    assert profile.crossing == [0, *[wide] * 5]
+    assert profile.crossing_grad == [0, *[wide] * 5]
+    # The first keeps its input, sigmoid and ReLU their outputs; what a product keeps is what the layer before it kept.
+    assert profile.activations == [4 * 16 * 4, wide, 0, wide, 0, 0]
+    assert all(len(costs) == 6 and min(costs) > 0 for costs in (profile.forward, profile.backward))
+
+
+def test_what_a_layer_receives_counts_where_it_is_kept_first() -> None:
+    # Nothing before it keeps the sum, which is what the product needs.
+    class Add(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + 1
+
+    profile = measure_profile(chain_of(nn.Linear(8, 8), Add(), nn.Linear(8, 2)), (torch.randn(16, 8),), {}, repeats=1)
+    assert profile.activations == [4 * 16 * 8, 0, 4 * 16 * 8]
+
+
+def test_integers_and_what_needs_no_gradient_have_no_bytes_on_the_way_back() -> None:
+    profile = measure_profile(
+        chain_of(Embed("tuple"), Pick()), (torch.randn(3, 4),), {"index": torch.tensor([0, 2])}, repeats=1
+    )
+    assert profile.crossing == [0, 4 * 12 + 8 * 2]
+    assert profile.crossing_grad == [0, 4 * 12]
+
+
+class Wrong(nn.Module):
+    """Looks at a list that is not its own."""
+
+    factors = [2.0]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x * self.factors[0]
+
+
+def test_layers_that_compute_something_else_than_the_network_are_refused() -> None:
+    network = Wrong()
+    chain = TracedChain(network, "net")
+    before = copy.deepcopy(network.state_dict())
+    x = torch.randn(5, 4)
+    check_same(chain, network, (x,), {})
+    network.factors = [3.0]
+    message = r"network Wrong, cut into its layers, computes something else.*`configure_stages\(\)`"
+    with pytest.raises(NotTheSame, match=message):
+        check_same(chain, network, (x,), {})
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
 
 # No trace.

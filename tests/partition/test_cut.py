@@ -9,7 +9,17 @@ from itertools import combinations, pairwise
 import pytest
 from torch import nn
 
-from lightning_ddg.partition import Chain, best_cut, check_cut, cut_at, forbidden_cuts
+from lightning_ddg.partition import (
+    Chain,
+    Profile,
+    best_cut,
+    best_stages,
+    check_cut,
+    cut_at,
+    forbidden_cuts,
+    stage_memory,
+    stage_seconds,
+)
 
 
 def best_of_all(costs: Sequence[float], num_stages: int, forbidden: Collection[int]) -> list[int] | None:
@@ -173,3 +183,81 @@ def test_a_cut_through_a_tie_is_refused() -> None:
     check_cut([1, 2], forbidden)
     with pytest.raises(ValueError, match=r"Stage 3 .* position 3: 'net.1.weight' is used by 'net.1' and by 'net.3'"):
         check_cut([2, 3], forbidden)
+
+
+# Measured layers.
+
+
+def random_profile(draw: random.Random, count: int) -> Profile:
+    def numbers(top: int) -> list[int]:
+        return [draw.randint(0, top) for _ in range(count)]
+
+    seconds = [[float(n) for n in numbers(6)] for _ in range(2)]
+    crossing, crossing_grad = ([0, *numbers(5)[1:]] for _ in range(2))
+    return Profile(seconds[0], seconds[1], crossing, crossing_grad, numbers(9), numbers(9))
+
+
+def brute_force(
+    profile: Profile, num_stages: int, forbidden: Collection[int], per_byte: float, limit: int | None, copies: int
+) -> list[int] | None:
+    """Every cut tried: by the dearest stage, then the second dearest, ..., then the earliest."""
+    count = len(profile.forward)
+    cuts = [
+        list(starts)
+        for starts in combinations([p for p in range(1, count) if p not in forbidden], num_stages - 1)
+        if limit is None or max(stage_memory(profile, starts, copies)) <= limit
+    ]
+    return min(cuts, default=None, key=lambda s: (sorted(stage_seconds(profile, s, per_byte), reverse=True), s))
+
+
+@pytest.mark.parametrize("seed", range(150))
+def test_best_stages_is_the_best_of_all_cuts(seed: int) -> None:
+    draw = random.Random(seed)
+    count = draw.randint(1, 9)
+    num_stages = draw.randint(1, min(4, count))
+    profile = random_profile(draw, count)
+    forbidden = draw.sample(range(1, count), draw.randint(0, count - num_stages)) if count > num_stages else []
+    # Powers of two, so that sums in another order are the same sums.
+    per_byte, copies = draw.choice([0.0, 0.25, 1.0]), draw.randint(0, 3)
+    limit = draw.choice([None, draw.randint(20, 200)])
+    wanted = brute_force(profile, num_stages, forbidden, per_byte, limit, copies)
+
+    def choose() -> list[int]:
+        return best_stages(
+            profile,
+            num_stages,
+            forbidden,
+            seconds_per_byte=per_byte,
+            max_memory=limit,
+            optimizer_copies=copies,
+        )
+
+    if wanted is not None:
+        assert choose() == wanted
+        return
+    with pytest.raises(ValueError, match=f"max_memory={limit} bytes cannot be kept with {num_stages} stages.*batch"):
+        choose()
+
+
+def test_the_least_memory_that_is_named_can_be_kept() -> None:
+    profile = random_profile(random.Random(3), 8)
+    with pytest.raises(ValueError, match="max_memory=1 bytes") as caught:
+        best_stages(profile, 3, max_memory=1)
+    needed = int(str(caught.value).split("about ")[1].split(" ")[0])
+    assert max(stage_memory(profile, best_stages(profile, 3, max_memory=needed))) <= needed
+    with pytest.raises(ValueError, match=f"max_memory={needed - 1} bytes"):
+        best_stages(profile, 3, max_memory=needed - 1)
+
+
+def test_memory_of_a_stage() -> None:
+    profile = Profile([1.0] * 3, [1.0] * 3, [0, 5, 7], [0, 5, 7], [10, 20, 30], [100, 200, 300])
+    # Delay 1: weights, gradients and two of the optimizer, and two batches, each with a copy of the weights.
+    assert stage_memory(profile, [1], 2) == [4 * 100 + 2 * (10 + 100), 4 * 500 + 50 + 5]
+    assert stage_memory(profile, [], 0) == [2 * 600 + 60]
+
+
+def test_messages_move_the_cut() -> None:
+    profile = Profile([1.0] * 4, [0.0] * 4, [0, 1, 9, 1], [0, 1, 9, 1], [0] * 4, [0] * 4)
+    assert best_stages(profile, 2) == [2]
+    assert best_stages(profile, 2, seconds_per_byte=0.125) == [1]
+    assert stage_seconds(profile, [2], 0.125) == [2 + 2.25, 2 + 2.25]

@@ -1,0 +1,45 @@
+"""How long a message takes from one stage to the next: measured between two ranks, or a figure to plan with.
+
+Only the measuring lives here; how messages travel is the business of :mod:`~lightning_ddg.transport`.
+"""
+
+from __future__ import annotations
+
+import time
+from statistics import median
+
+import torch
+
+from lightning_ddg.transport import Kind, Transport
+
+#: Seconds per byte between two processes of one machine over gloo, where nothing has been measured:
+#: ``python -m recipes.benchmarks.link`` measures it.
+SECONDS_PER_BYTE = 0.6e-9
+
+_BYTES = 4 << 20
+_ROUNDS = 5
+
+
+def measure_link(transport: Transport, peer: int, device: torch.device, *, first: bool) -> float:
+    """Send a tensor of 4 MiB to a peer and back, a few times; both ranks call it at the same time.
+
+    Args:
+        transport: Connects the ranks.
+        peer: The other rank.
+        device: Where this rank's tensors are.
+        first: Whether this rank sends first.
+
+    Returns:
+        Seconds per byte, one way: half the median round, without the first one.
+    """
+    message = torch.zeros(_BYTES, dtype=torch.uint8, device=device)
+    seconds = []
+    for _ in range(1 + _ROUNDS):
+        start = time.perf_counter()
+        if first:
+            transport.send(peer, Kind.STATE, message)
+        transport.take(peer, Kind.STATE)
+        if not first:
+            transport.send(peer, Kind.STATE, message)
+        seconds.append(time.perf_counter() - start)
+    return median(seconds[1:]) / 2 / _BYTES
