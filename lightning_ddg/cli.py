@@ -23,6 +23,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.cli import ArgsType, LightningCLI
 from lightning.pytorch.loggers.logger import DummyLogger
 
+from lightning_ddg.cutting import copies_kept
 from lightning_ddg.planning import NUM_STAGES, Plan, plan_module
 from lightning_ddg.timeline import check_picture
 
@@ -47,7 +48,11 @@ class _Planner(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         try:
             self.plan = plan_module(
-                pl_module, batch, self._num_stages, context=trainer.precision_plugin.train_step_context
+                pl_module,
+                batch,
+                self._num_stages,
+                optimizer_copies=copies_kept(trainer.optimizers[0] if trainer.optimizers else None),
+                context=trainer.precision_plugin.train_step_context,
             )
         except (ImportError, RuntimeError, TypeError, ValueError) as error:
             self.problem = str(error)

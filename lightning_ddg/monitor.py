@@ -21,6 +21,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 
 from lightning_ddg.pipeline import Pipeline
+from lightning_ddg.planning import work_of
 from lightning_ddg.predict import Event, Work, predict, simulate
 from lightning_ddg.sharing import gather_to_rank_zero
 from lightning_ddg.strategy import DDGStrategy
@@ -117,7 +118,7 @@ class DDGMonitor(Callback):
                 rows |= {stage: [Event(*event) for event in events] for stage, events in other.items()}
         if not strategy.is_global_zero:
             return
-        self.measured = summarize([rows[stage] for stage in sorted(rows)])
+        self.measured = summarize([rows[stage] for stage in sorted(rows)], _planned(strategy))
         console = Console(soft_wrap=True)
         if self.measured is None:
             console.print("DDGMonitor: fewer than 2 batches were recorded, so that there is no period to show.")
@@ -225,6 +226,16 @@ def aligned(rows: Sequence[Sequence[Event]]) -> list[list[Event]]:
             shift = earliest if isfinite(earliest) else latest
         result.append([event._replace(start=event.start + shift, end=event.end + shift) for event in row])
     return result
+
+
+def _planned(strategy: DDGStrategy) -> Work | None:
+    """How long the work of each row takes by what was measured when the network was cut, if it was."""
+    cut = strategy._cut
+    if cut is None or cut.measured is None:
+        return None
+    # Where one process trains all stages, it does what it would do for a single one.
+    starts = cut.starts if strategy.stage is not None else []
+    return work_of(cut.measured.profile, starts, cut.measured.seconds_per_byte)
 
 
 def _durations(row: Sequence[Event], kind: str) -> list[float]:

@@ -23,10 +23,11 @@ from rich.text import Text
 from torch import nn
 
 from lightning_ddg import _lightning
-from lightning_ddg.messages import map_tensors
 from lightning_ddg.link import SECONDS_PER_BYTE
+from lightning_ddg.messages import map_tensors
 from lightning_ddg.partition import (
     Layers,
+    NotTheSame,
     Profile,
     best_stages,
     check_same,
@@ -39,7 +40,6 @@ from lightning_ddg.partition import (
 )
 from lightning_ddg.predict import Prediction, Work, predict, simulate
 from lightning_ddg.refusals import no_call_of
-from lightning_ddg.schedule import delay
 from lightning_ddg.seam import Seam, StepDone
 from lightning_ddg.timeline import Panel, check_picture, draw_timeline
 
@@ -56,8 +56,8 @@ class StagePlan:
         seconds: What its forward and backward take.
         share: Its part of the time of all stages, in 0..1.
         sends: Bytes it sends per batch: activations on, gradients back.
-        in_flight: Bytes of the activations and stashed weights of the batches between forward and backward.
-        memory: Bytes of all it holds: weights, gradients, optimizer state, and what is in flight.
+        in_flight: Bytes of the batches between forward and backward: activations, and the weights stashed for them.
+        memory: Bytes of all it holds: weights, their gradients, optimizer state, and what is in flight.
     """
 
     layers: list[str]
@@ -114,7 +114,7 @@ class Plan:
         """
         console = Console()
         if not console.is_terminal:
-            console = Console(width=110)
+            console = Console(width=120)
         console.print(self._summary())
         for num_stages, cut in self.rows.items():
             if isinstance(cut, str):
@@ -178,17 +178,18 @@ class Plan:
             got = cut.prediction
             largest = max(stage.memory for stage in cut.stages)
             figures = (f"{got.speedup:.2f}x", f"{got.efficiency:.0%}")
-            table.add_row(str(num_stages), _ms(got.period), *figures, got.reason, _size(largest))
+            table.add_row(str(num_stages), _ms(got.period), *figures, got.reason, show_bytes(largest))
         return table
 
 
-def make_plan(chain: Layers, profile: Profile, num_stages: Sequence[int]) -> Plan:
+def make_plan(chain: Layers, profile: Profile, num_stages: Sequence[int], optimizer_copies: int = 2) -> Plan:
     """Plans cuts of a measured network.
 
     Args:
         chain: Its layers.
         profile: What they take.
         num_stages: The numbers of stages to plan.
+        optimizer_copies: Tensors of a parameter's size that the optimizer will keep for it.
     """
     forbidden = forbidden_cuts(chain)
     rows: dict[int, CutPlan | str] = {}
@@ -198,7 +199,7 @@ def make_plan(chain: Layers, profile: Profile, num_stages: Sequence[int]) -> Pla
         except ValueError as error:
             rows[number] = str(error)
         else:
-            rows[number] = _plan_cut(chain, profile, starts)
+            rows[number] = _plan_cut(chain, profile, starts, optimizer_copies)
     return Plan(rows, sum(profile.forward) + sum(profile.backward))
 
 
@@ -207,6 +208,7 @@ def plan_module(
     batch: Any,
     num_stages: int | Sequence[int] = NUM_STAGES,
     *,
+    optimizer_copies: int = 2,
     context: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> Plan:
     """Finds a module's network, measures it on a batch, and plans cuts of it; leaves the module as it was.
@@ -215,12 +217,14 @@ def plan_module(
         module: The module, on the device on which it shall be measured.
         batch: What its ``training_step`` takes, on the same device.
         num_stages: One number of stages, or several.
+        optimizer_copies: Tensors of a parameter's size that the optimizer will keep for it.
         context: Entered around each forward, e.g. autocast.
 
     Raises:
         TypeError: If the network cannot be found.
         ValueError: If ``num_stages`` is empty, or the network cannot be cut at all.
-        RuntimeError: If the training step does not call the network, or it or the layers fail.
+        RuntimeError: If the training step does not call the network, or it or the layers fail, or the layers one after
+            the other compute something else than the network.
     """
     numbers = [num_stages] if isinstance(num_stages, int) else list(dict.fromkeys(num_stages))
     if not numbers:
@@ -236,33 +240,45 @@ def plan_module(
         network = find_network(module, layers, example=example)
         args, kwargs = _call_of_network(module, network.target, network.target_name, batch, context)
         try:
+            check_same(network.chain, network.target, args, kwargs, context)
             profile = measure_profile(network.chain, args, kwargs, context=context)
+        except NotTheSame:
+            raise
         except Exception as error:
             raise RuntimeError(
                 f"The layers could not be measured one after the other ({type(error).__name__}: {error}). They must"
                 " run so for training in stages too; return others from `configure_stages()`."
             ) from error
-    return make_plan(network.chain, profile, numbers)
+    return make_plan(network.chain, profile, numbers, optimizer_copies)
 
 
-def _plan_cut(chain: Layers, profile: Profile, starts: Sequence[int]) -> CutPlan:
+def work_of(profile: Profile, starts: Sequence[int], seconds_per_byte: float = SECONDS_PER_BYTE) -> Work:
+    """How long the work of each stage of a cut and its messages take.
+
+    Args:
+        profile: What the layers take.
+        starts: The start positions of stages 2 to K.
+        seconds_per_byte: For a message from one stage to the next.
+    """
+    bounds = [0, *starts, len(profile.forward)]
+    forward, backward = (
+        [sum(values[start:stop]) for start, stop in pairwise(bounds)] for values in (profile.forward, profile.backward)
+    )
+    send, send_grad = (
+        [sizes[start] * seconds_per_byte for start in starts] for sizes in (profile.crossing, profile.crossing_grad)
+    )
+    return Work(forward, backward, send, send_grad)
+
+
+def _plan_cut(chain: Layers, profile: Profile, starts: Sequence[int], optimizer_copies: int) -> CutPlan:
     bounds = [0, *starts, len(chain)]
-    num_stages = len(bounds) - 1
-
-    def sums(values: Sequence[float]) -> list[float]:
-        return [sum(values[start:stop]) for start, stop in pairwise(bounds)]
-
-    def links(sizes: Sequence[int]) -> list[float]:
-        return [sizes[start] * SECONDS_PER_BYTE for start in starts]
-
-    work = Work(sums(profile.forward), sums(profile.backward), links(profile.crossing), links(profile.crossing_grad))
+    work = work_of(profile, starts)
     whole = sum(work.forward) + sum(work.backward)
-    memory, counts = stage_memory(profile, starts), parameter_costs(chain)
+    memory, counts = stage_memory(profile, starts, optimizer_copies), parameter_costs(chain)
     stages = []
     for stage, (start, stop) in enumerate(pairwise(bounds), start=1):
-        weights = sum(profile.parameters[start:stop])
-        lag = delay(stage, num_stages)
         seconds = work.forward[stage - 1] + work.backward[stage - 1]
+        at_rest = (2 + optimizer_copies) * sum(profile.parameters[start:stop])
         stages.append(
             StagePlan(
                 layers=chain.names[start:stop],
@@ -270,7 +286,7 @@ def _plan_cut(chain: Layers, profile: Profile, starts: Sequence[int]) -> CutPlan
                 seconds=seconds,
                 share=seconds / whole,
                 sends=(profile.crossing[stop] if stop < len(chain) else 0) + profile.crossing_grad[start],
-                in_flight=sum(profile.activations[start:stop]) * (lag + 1) + weights * lag,
+                in_flight=memory[stage - 1] - at_rest,
                 memory=memory[stage - 1],
             )
         )
@@ -337,7 +353,7 @@ def _details(cut: CutPlan) -> Table:
     for number, stage in enumerate(cut.stages, start=1):
         names = stage.layers
         span = names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}"
-        sizes = (_size(size) for size in (stage.sends, stage.in_flight, stage.memory))
+        sizes = (show_bytes(size) for size in (stage.sends, stage.in_flight, stage.memory))
         # Not a str: rich would read a label such as "layers[x]" as markup.
         label = Text(f"{span} ({len(names)})")
         table.add_row(str(number), label, f"{stage.parameters:,}", _ms(stage.seconds), f"{stage.share:.1%}", *sizes)
@@ -350,14 +366,6 @@ def _count(num_stages: int) -> str:
 
 def _ms(seconds: float) -> str:
     return f"{_three_digits(seconds * 1e3)} ms"
-
-
-def _size(size: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 999.5 or unit == "GB":
-            break
-        size /= 1000
-    return f"{size:.0f} B" if unit == "B" else f"{_three_digits(size)} {unit}"
 
 
 def _three_digits(number: float) -> str:

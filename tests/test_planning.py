@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import Tensor, nn
 
 from lightning_ddg import DDGMixin, DDGStrategy
@@ -49,10 +48,18 @@ def test_the_figures_of_two_stages() -> None:
     assert (first.seconds, second.seconds) == (pytest.approx(0.015), pytest.approx(0.009))
     assert (first.share, second.share) == (pytest.approx(0.625), pytest.approx(0.375))
     assert (first.sends, second.sends) == (2000, 200), "activations on, gradients back"
-    # The first stage keeps two batches and one older version of its 12 bytes of weights.
-    assert (first.in_flight, second.in_flight) == (2 * 30_000 + 12, 70_000)
+    # The first stage keeps two batches, each with a version of its 12 bytes of weights; the second what it received.
+    assert (first.in_flight, second.in_flight) == (2 * (30_000 + 12), 70_000 + 2000)
     # Weights, gradients, two copies of them in the optimizer, and what is in flight.
-    assert (first.memory, second.memory) == (60_012 + 4 * 12, 70_000 + 4 * 28)
+    assert (first.memory, second.memory) == (60_024 + 4 * 12, 72_000 + 4 * 28)
+
+
+def test_memory_depends_on_the_optimizer() -> None:
+    adam, sgd = (make_plan(chain(), PROFILE, [2], copies).rows[2] for copies in (2, 0))
+    assert isinstance(adam, CutPlan)
+    assert isinstance(sgd, CutPlan)
+    assert [a.memory - b.memory for a, b in zip(adam.stages, sgd.stages, strict=True)] == [2 * 12, 2 * 28]
+    assert [stage.in_flight for stage in adam.stages] == [stage.in_flight for stage in sgd.stages]
 
 
 def test_a_middle_stage_sends_both_ways() -> None:
@@ -90,10 +97,10 @@ def test_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     lines = [" ".join(line.replace("│", " ").split()) for line in printed.splitlines()]
     assert "Plain backpropagation on one device: 24.0 ms per batch" in lines
-    assert "2 15.0 ms 1.60x 80% stage 1 70.1 kB" in lines
-    assert "3 12.0 ms 2.00x 67% stage 2 70.1 kB" in lines
-    assert "1 net.0 … net.1 (2) 3 15.0 ms 62.5% 2.00 kB 60.0 kB 60.1 kB" in lines
-    assert "2 net.1 (1) 2 12.0 ms 50.0% 2.10 kB 40.0 kB 40.0 kB" in lines
+    assert "2 15.0 ms 1.60x 80% stage 1 72.1 kB" in lines
+    assert "3 12.0 ms 2.00x 67% stage 2 72.1 kB" in lines
+    assert "1 net.0 … net.1 (2) 3 15.0 ms 62.5% 2 kB 60 kB 60.1 kB" in lines
+    assert "2 net.1 (1) 2 12.0 ms 50.0% 2.1 kB 42 kB 42 kB" in lines
     assert 'split_points: ["net.2"]' in lines
     assert 'split_points: ["net.1", "net.2"]' in lines
 
@@ -217,6 +224,23 @@ def failing() -> Classifier:
     return module
 
 
+class Winding(nn.Module):
+    """Its layers depend on the data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Linear(6, 3), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.one(x) if x.sum() > 0 else self.other(x)  # type: ignore[no-any-return]
+
+
+class Lost(Classifier):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Winding()  # type: ignore[assignment]
+
+
 def test_what_cannot_be_planned_is_refused() -> None:
     batch = next(iter(loader("mlp")))
     with pytest.raises(RuntimeError, match="`training_step` did not call the network"):
@@ -227,8 +251,8 @@ def test_what_cannot_be_planned_is_refused() -> None:
         plan_module(Classifier(), 7)
     with pytest.raises(ValueError, match=r"num_stages=\[\] names no number of stages: give one, or several"):
         plan_module(Classifier(), batch, [])
-    with pytest.raises(TypeError, match="cannot tell which layers"):
-        plan_module(BoringModel(), batch)
+    with pytest.raises(TypeError, match="cannot be followed to find its layers"):
+        plan_module(Lost(), batch)
 
 
 def test_numbers_are_planned_once() -> None:
