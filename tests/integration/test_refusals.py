@@ -15,7 +15,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 
 from lightning_ddg import DDGMixin, DDGStrategy
-from tests.harness import run_ranks_raw
+from tests.harness import run_ranks, run_ranks_raw
 from tests.networks import Classifier, ManualClassifier, loader, quiet_trainer
 
 ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
@@ -24,6 +24,7 @@ ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"num_stages": True}, ValueError, "num_stages=True is not"),
     ({"num_stages": "two"}, ValueError, "num_stages='two' is not"),
     ({"balance": "memory"}, ValueError, "balance='memory' is not known. Use one of 'time', 'parameters', 'flops'"),
+    ({"max_memory": "lots"}, ValueError, "'lots' is not a number of bytes: give .* such as '12GB'"),
     ({"drain": "step"}, ValueError, "drain='step' is not known. Use one of 'epoch', 'fit', 'never'"),
     ({"start_method": "thread"}, ValueError, "start_method='thread' is not known. Use one of 'popen'"),
     ({"split_points": "net.3"}, TypeError, r"split_points='net.3' is a string.*split_points=\['net.3'\]"),
@@ -53,6 +54,33 @@ def test_number_of_processes() -> None:
         quiet_trainer(devices=2, strategy=DDGStrategy(num_stages=4))
     with pytest.raises(ValueError, match=r"split_points=\['net.3'\] make 2 stages, but there are 3 processes"):
         quiet_trainer(devices=3, strategy=DDGStrategy(split_points=["net.3"]))
+
+
+def test_a_memory_limit_in_one_process() -> None:
+    with pytest.raises(
+        ValueError, match="max_memory=1000 bytes limits a stage's device, but with one process.*Leave it out"
+    ):
+        quiet_trainer(devices=1, strategy=DDGStrategy(max_memory="1kB"))
+
+
+def fit_within(max_memory: int) -> list[list[str]] | str:
+    warnings.simplefilter("ignore")
+    strategy = DDGStrategy(max_memory=max_memory)
+    try:
+        quiet_trainer(devices=2, strategy=strategy, max_epochs=1).fit(Classifier("mlp"), loader("mlp"))
+    except ValueError as error:
+        return str(error)
+    return strategy.stage_parameter_names
+
+
+def test_a_memory_limit_in_two_processes() -> None:
+    small, large = run_ranks(fit_both, 2)
+    assert all("max_memory=100 bytes cannot be kept with 2 stages" in said[0] for said in (small, large))
+    assert all(len(said[1]) == 2 for said in (small, large))
+
+
+def fit_both() -> list[Any]:
+    return [fit_within(100), fit_within(100_000)]
 
 
 def test_one_process_takes_the_number_of_stages_from_the_split_points() -> None:
