@@ -1,10 +1,11 @@
 """The command line lives here: LightningCLI with this package's strategies; change here what the commands accept.
 
 ``lightning-ddg`` and ``python -m lightning_ddg`` are the same program: ``fit``, ``validate``, ``test`` and ``predict``
-as :class:`~lightning.pytorch.cli.LightningCLI` has them, with two differences.
+as :class:`~lightning.pytorch.cli.LightningCLI` has them, with three differences.
 
 * Importing this package registered its strategies, so a YAML file may say ``strategy: ddg``.
 * A module that lies next to the user's YAML file can be named as a ``class_path``, however the program was started.
+* ``plan`` takes the YAML file of a ``fit`` and says what it would be like in 2, 3, ... stages, without training.
 
 Lightning's launcher starts the other stages by running the same command line again in the same directory. Both forms
 can be repeated: neither reads its standard input, and neither depends on anything but ``sys.argv`` and the directory.
@@ -14,10 +15,125 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
+from typing import Any
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningCLI
+from lightning.pytorch.loggers.logger import DummyLogger
+
+from lightning_ddg.cutting import copies_kept
+from lightning_ddg.planning import NUM_STAGES, Plan, plan_module
+from lightning_ddg.timeline import check_picture
 
 __all__ = ["main"]
+
+# Of a config's trainer, all that bears on what a batch is and how long it takes.
+_KEPT = ("accelerator", "precision", "deterministic", "benchmark", "reload_dataloaders_every_n_epochs")
+
+
+class _Planned(BaseException):
+    """Ends a fit before its first step."""
+
+
+class _Planner(Callback):
+    """Plans with the first batch of a fit, as its training step would get it."""
+
+    def __init__(self, num_stages: int | list[int]) -> None:
+        self.plan: Plan | None = None
+        self.problem: str | None = None
+        self._num_stages = num_stages
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        try:
+            self.plan = plan_module(
+                pl_module,
+                batch,
+                self._num_stages,
+                optimizer_copies=copies_kept(trainer.optimizers[0] if trainer.optimizers else None),
+                context=trainer.precision_plugin.train_step_context,
+            )
+        except (ImportError, RuntimeError, TypeError, ValueError) as error:
+            self.problem = str(error)
+        raise _Planned
+
+
+class _Trainer(Trainer):
+    """Lightning's Trainer, and a method for the command ``plan``."""
+
+    def plan(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        num_stages: int | list[int] = list(NUM_STAGES),  # noqa: B006 - the default is what the help shows
+        picture: str | None = None,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Say what a fit would be like in stages: the cuts, their speed, their memory. Nothing is trained or written.
+
+        Args:
+            model: The LightningModule.
+            datamodule: Its data.
+            num_stages: One number of stages, or a list of them. What is asked for is shown stage by stage.
+            picture: Where to draw the predicted timelines; the name ends in .png or .svg.
+            ckpt_path: Accepted, so that a fit's saved config can be planned; not read.
+            weights_only: Accepted, as ckpt_path.
+        """
+        try:
+            if picture is not None:
+                check_picture(picture)
+        except (ImportError, ValueError) as error:
+            raise SystemExit(f"lightning-ddg plan: {error}") from error
+        planner = _Planner(num_stages)
+        self.callbacks.append(planner)  # type: ignore[attr-defined]
+        try:
+            with suppress(_Planned):
+                self.fit(model, datamodule=datamodule)
+        except MisconfigurationException as error:
+            planner.problem = str(error)
+        if planner.plan is None:
+            problem = planner.problem or "The training data has no batch, and a batch is what is measured. Give it one."
+            raise SystemExit(f"lightning-ddg plan: {problem}")
+        planner.plan.print(details=num_stages != list(NUM_STAGES))
+        if picture is not None:
+            planner.plan.draw(picture)
+            print(f"timelines drawn in {picture}")
+
+
+class _CLI(LightningCLI):
+    """LightningCLI with the command ``plan``."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return {**LightningCLI.subcommands(), "plan": {"model", "datamodule"}}
+
+    def before_instantiate_classes(self) -> None:
+        if self.subcommand == "plan":
+            # These would be made before anybody asks for a trainer; a logger may write files when it is made.
+            trainer = self.config.plan.trainer
+            for name in ("logger", "callbacks", "plugins", "profiler"):
+                trainer[name] = None
+            trainer.strategy = "auto"
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        if self.subcommand != "plan":
+            return super().instantiate_trainer(**kwargs)
+        asked = self.config_init.plan.trainer
+        return _Trainer(
+            **{name: asked[name] for name in _KEPT},
+            devices=1,
+            max_epochs=1,
+            limit_val_batches=0,
+            num_sanity_val_steps=0,
+            # A module may speak to its logger; what it says is not kept.
+            logger=[DummyLogger()],
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            log_every_n_steps=1,
+        )
 
 
 def main(args: ArgsType = None) -> None:
@@ -33,9 +149,9 @@ def main(args: ArgsType = None) -> None:
 
     Raises:
         SystemExit: The arguments cannot be parsed, with status 2 and a message on standard error; or they ask for
-            help, with status 0.
+            help, with status 0; or nothing can be planned, with status 1 and a message on standard error.
     """
     here = os.getcwd()
     if here not in sys.path:
         sys.path.insert(0, here)
-    LightningCLI(args=args, save_config_kwargs={"overwrite": True})
+    _CLI(args=args, trainer_class=_Trainer, save_config_kwargs={"overwrite": True})

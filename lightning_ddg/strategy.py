@@ -6,7 +6,7 @@ for the gradient its backward needs, and for nothing else inside an iteration: k
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from datetime import timedelta
 from typing import Any, Literal, TypeVar, cast
@@ -46,6 +46,7 @@ from lightning_ddg.pipeline import (
     Pipeline,
     placeholder_maker,
 )
+from lightning_ddg.planning import NUM_STAGES, Plan, plan_module
 from lightning_ddg.refusals import (
     check_call,
     check_choice,
@@ -174,6 +175,22 @@ class DDGStrategy(ParallelStrategy):
                 strategy_registry.register(name, cls, description=description, start_method=start_method)
 
     # ---- what a user may ask
+
+    @staticmethod
+    def plan(module: LightningModule, batch: Any, num_stages: int | Sequence[int] = NUM_STAGES) -> Plan:
+        """Says what training a module in stages would be like, without a Trainer and without training.
+
+        Args:
+            module: The module, on the device on which it shall be measured. It is left as it was.
+            batch: What its ``training_step`` takes, on the same device.
+            num_stages: One number of stages, or several.
+
+        Raises:
+            TypeError: If the network cannot be found.
+            ValueError: If ``num_stages`` is empty.
+            RuntimeError: If the training step or the layers cannot be run.
+        """
+        return plan_module(module, batch, num_stages)
 
     @property
     def num_stages(self) -> int:

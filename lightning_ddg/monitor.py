@@ -1,0 +1,320 @@
+"""DDGMonitor: a callback that measures what a fit does, and sets it beside the prediction.
+
+It looks on from outside: while it records, it stands between the strategy's execution and its callers; before and
+after, nothing of it runs in a batch. What else is measured of a fit is added here.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from math import ceil, inf, isfinite
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from rich.console import Console
+
+from lightning_ddg.pipeline import Pipeline
+from lightning_ddg.planning import work_of
+from lightning_ddg.predict import Event, Work, predict, simulate
+from lightning_ddg.sharing import gather_to_rank_zero
+from lightning_ddg.strategy import DDGStrategy
+from lightning_ddg.timeline import Panel, check_picture, draw_timeline
+from lightning_ddg.transport import Kind
+
+if TYPE_CHECKING:
+    from lightning_ddg.delayline import DelayLine
+    from lightning_ddg.transport import Transport
+
+_FILE = "ddg_timeline.png"
+# Even, so that the median is right too where long and short periods alternate.
+_PERIODS = 20
+_SHOWN = 4  # periods in the picture
+
+
+class DDGMonitor(Callback):
+    """Measures some steady batches of a fit and compares them with the prediction.
+
+    On every rank it notes when the forwards, the backwards and the waits for messages of 21 batches of the first epoch
+    begin and end. When the fit ends, rank 0 gathers them, prints the measured and the predicted period, and draws both
+    timelines below each other, on one scale. What is blank in the measured one is neither a stage's forward or backward
+    nor a wait: the optimizer, Lightning's loop, the data.
+
+    The recording skips the batches that fill the pipeline, where the epoch is long enough. Times are those of the
+    host's clock. On CUDA devices the host waits for the device before it looks at the clock, in the recorded batches
+    alone; without that it would see launches instead of work. Processes of one machine share the clock. Those of
+    several do not: a rank's times are shifted only so far that no message arrives before it was sent, which leaves an
+    error of up to the time a message takes.
+
+    Args:
+        timeline: Where to draw the timelines: a path that ends in ``.png`` or ``.svg``. ``True``:
+            ``ddg_timeline.png`` in the trainer's ``log_dir``; ``False``: nowhere, only print the periods.
+
+    Attributes:
+        measured: On rank 0, when the fit has ended: what was measured. ``None`` elsewhere, and before.
+
+    Raises:
+        ValueError: ``timeline`` is a path that ends otherwise.
+        ImportError: A timeline is wanted and matplotlib is not installed.
+    """
+
+    def __init__(self, timeline: bool | str | Path = True) -> None:
+        if timeline is not False:
+            check_picture(_FILE if timeline is True else timeline)
+        self.timeline = timeline
+        self.measured: Measured | None = None
+        self._recorder: _Recorder | None = None
+        self._undo: Callable[[], None] | None = None
+        self._first = 0
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forgets the fit before; says so if there is nothing to measure."""
+        self.measured = self._recorder = self._undo = None
+        if not isinstance(trainer.strategy, DDGStrategy) or trainer.strategy.num_stages == 1:
+            rank_zero_warn(
+                f"DDGMonitor measures nothing here, as {type(trainer.strategy).__name__} does not train in stages. Use"
+                " strategy='ddg' and 2 stages or more, or leave the monitor out."
+            )
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Begins to record, once the pipeline is full or half of a short epoch has gone by."""
+        strategy = trainer.strategy
+        if self._recorder is None and isinstance(strategy, DDGStrategy) and strategy._execution is not None:
+            self._first = int(min(2 * strategy.num_stages + 2, trainer.num_training_batches // 2))
+            if batch_idx < self._first:
+                return
+            self._recorder = _Recorder(strategy.stage or 1, strategy.delay or 0, strategy.root_device)
+            self._undo = self._recorder.attach(strategy._execution, strategy._transport)
+        if self._recorder is not None:
+            self._recorder.batch = batch_idx
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Stops when enough has been recorded, or the epoch ends."""
+        if batch_idx == self._first + _PERIODS or trainer.is_last_batch:
+            self._stop()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Stops in a fit that failed."""
+        self._stop()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Gathers, prints and draws on rank 0; every rank takes part. After it the ranks are no longer connected."""
+        self._stop()
+        recorder, strategy = self._recorder, trainer.strategy
+        if recorder is None or not isinstance(strategy, DDGStrategy):
+            return
+        folder = trainer.log_dir
+        rows = {recorder.stage: recorder.events}
+        if strategy._transport is not None:
+            for other in gather_to_rank_zero(strategy._transport, rows):
+                rows |= {stage: [Event(*event) for event in events] for stage, events in other.items()}
+        if not strategy.is_global_zero:
+            return
+        self.measured = summarize([rows[stage] for stage in sorted(rows)], _planned(strategy))
+        console = Console(soft_wrap=True)
+        if self.measured is None:
+            console.print("DDGMonitor: fewer than 2 batches were recorded, so that there is no period to show.")
+            return
+        console.print(str(self.measured), markup=False, highlight=False)
+        if self.timeline is not False:
+            path = Path(folder or trainer.default_root_dir) / _FILE if self.timeline is True else Path(self.timeline)
+            self.measured.draw(path)
+            console.print(f"DDGMonitor: timeline drawn in {path}", markup=False, highlight=False)
+
+    def _stop(self) -> None:
+        if self._undo is not None:
+            self._undo()
+            self._undo = None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Some steady batches of a fit.
+
+    Attributes:
+        rows: The events of each stage, on one clock; one row for all stages where one process trains them.
+        period: Seconds from one batch to the next, the median.
+        work: The median seconds of each row's forward and backward; messages take none.
+        planned: What was measured, layer by layer, when the network was cut; ``None`` if it was not.
+    """
+
+    rows: list[list[Event]]
+    period: float
+    work: Work
+    planned: Work | None
+
+    def __str__(self) -> str:
+        lines = [f"DDGMonitor: measured {self.period * 1e3:.2f} ms per batch"]
+        sources = {"the layers, measured before the fit": self.planned, "this fit's forwards and backwards": self.work}
+        for source, work in sources.items():
+            if work is not None:
+                got = predict(*work)
+                lines.append(
+                    f"predicted {got.period * 1e3:.2f} ms ({got.period / self.period - 1:+.1%}) from {source}, limited"
+                    f" by {got.reason}"
+                )
+        return "; ".join(lines)
+
+    def draw(self, path: str | Path) -> None:
+        """Draws the measured timeline above the predicted one, from the same batch on.
+
+        Raises:
+            ValueError: ``path`` ends neither in ``.png`` nor in ``.svg``.
+            ImportError: matplotlib is not installed.
+        """
+        num_rows = len(self.rows)
+        work, source = self.work, "this fit's forwards and backwards"
+        if self.planned is not None:
+            work, source = self.planned, "the layers, measured before the fit"
+        prediction = predict(*work)
+        measured = [event for row in self.rows for event in row]
+        first = min(event.batch for event in self.rows[0] if event.kind == "F")
+        shown = _SHOWN * max(self.period, prediction.period)
+        on_paper = simulate(*work, first + num_rows + ceil(shown / prediction.period) + 1)
+        panels = [
+            Panel(
+                "measured (blank: the optimizer, Lightning's loop, the data)",
+                _from(measured, first),
+                num_rows,
+                self.period,
+            ),
+            Panel(f"predicted from {source}", _from(on_paper, first), num_rows, prediction.period),
+        ]
+        draw_timeline(panels, path, span=(0.0, shown))
+
+
+def summarize(rows: Sequence[Sequence[Event]], planned: Work | None = None) -> Measured | None:
+    """What the recorded events say, or ``None`` if they are too few to say anything.
+
+    Args:
+        rows: The events of each stage, each on its own rank's clock.
+        planned: What was measured when the network was cut.
+    """
+    forward, backward = ([_durations(row, kind) for row in rows] for kind in ("F", "B"))
+    begins = [event.start for event in rows[-1] if event.kind == "F"]
+    if len(begins) < 2 or not all(forward) or not all(backward):
+        return None
+    period = median(after - before for before, after in pairwise(begins))
+    links = [0.0] * (len(rows) - 1)
+    work = Work([median(row) for row in forward], [median(row) for row in backward], links, links)
+    return Measured(aligned(rows), period, work, planned)
+
+
+def aligned(rows: Sequence[Sequence[Event]]) -> list[list[Event]]:
+    """Moves each stage's events in time, so that no message arrives before it was sent; where none does, not at all.
+
+    Between neighbours, activations bound the difference of the clocks on one side and gradients on the other. A clock
+    outside the bounds is put in their middle, as in the Network Time Protocol (RFC 5905, section 8).
+    """
+    result = [list(rows[0])]
+    for row in rows[1:]:
+        above = {(event.kind, event.batch): event for event in result[-1]}
+        here = {(event.kind, event.batch): event for event in row}
+        both = above.keys() & here.keys()
+        earliest = max((above[at].end - here[at].start for at in both if at[0] == "F"), default=-inf)
+        latest = min((above[at].start - here[at].end for at in both if at[0] == "B"), default=inf)
+        shift = 0.0 if earliest <= 0.0 <= latest else (earliest + latest) / 2
+        if not isfinite(shift):
+            shift = earliest if isfinite(earliest) else latest
+        result.append([event._replace(start=event.start + shift, end=event.end + shift) for event in row])
+    return result
+
+
+def _planned(strategy: DDGStrategy) -> Work | None:
+    """How long the work of each row takes by what was measured when the network was cut, if it was."""
+    cut = strategy._cut
+    if cut is None or cut.measured is None:
+        return None
+    # Where one process trains all stages, it does what it would do for a single one.
+    starts = cut.starts if strategy.stage is not None else []
+    return work_of(cut.measured.profile, starts, cut.measured.seconds_per_byte)
+
+
+def _durations(row: Sequence[Event], kind: str) -> list[float]:
+    return [event.end - event.start for event in row if event.kind == kind]
+
+
+def _from(events: Sequence[Event], batch: int) -> list[Event]:
+    """The events, in time counted from the beginning of a batch's forward on the first stage."""
+    begin = next(event.start for event in events if event[:3] == (1, "F", batch))
+    return [event._replace(start=event.start - begin, end=event.end - begin) for event in events]
+
+
+class _Recorder:
+    """Notes what one rank does.
+
+    Args:
+        stage: The rank's stage; 1 if it runs all stages.
+        delay: Batches between a forward and its backward.
+        device: Where the rank computes.
+    """
+
+    def __init__(self, stage: int, delay: int, device: torch.device) -> None:
+        self.stage = stage
+        self.batch = 0
+        self.events: list[Event] = []
+        self._delay = delay
+        self._device = device
+
+    def attach(self, execution: Pipeline | DelayLine, transport: Transport | None) -> Callable[[], None]:
+        """Stands between an execution and its callers; returns the function that steps aside again."""
+        run_backward = execution.backward
+
+        def backward(run: Callable[[], object]) -> None:
+            run_backward(self._timed(run, "B"))
+
+        undo = [_replace(execution, "backward", backward)]
+        if isinstance(execution, Pipeline):
+            stage = execution.stage
+            undo.append(_replace(stage, "forward", self._timed(stage.forward, "F")))
+            undo.append(_replace(stage, "backward", self._timed(stage.backward, "B")))
+        else:
+            undo.append(_replace(execution, "train", self._timed(execution.train, "F")))
+        if transport is not None:
+            undo.append(_replace(transport, "take", self._waiting(transport.take)))
+
+        def detach() -> None:
+            for function in undo:
+                function()
+
+        return detach
+
+    def _timed(self, function: Callable[..., Any], kind: Literal["F", "B"]) -> Callable[..., Any]:
+        lag = self._delay if kind == "B" else 0
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            start = self._now()
+            value = function(*args, **kwargs)
+            self.events.append(Event(self.stage, kind, self.batch - lag, start, self._now()))
+            return value
+
+        return timed
+
+    def _waiting(self, take: Callable[[int, Kind], Any]) -> Callable[[int, Kind], Any]:
+        def timed(peer: int, kind: Kind) -> Any:
+            start = self._now()
+            value = take(peer, kind)
+            batch = self.batch - self._delay if kind is Kind.GRADIENT else self.batch
+            self.events.append(Event(self.stage, "idle", batch, start, self._now()))
+            return value
+
+        return timed
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        # Unlike `time.time`, one clock for all processes of a machine that nobody sets.
+        return time.perf_counter()
+
+
+def _replace(owner: object, name: str, value: Callable[..., Any]) -> Callable[[], None]:
+    setattr(owner, name, value)
+    return lambda: delattr(owner, name)
