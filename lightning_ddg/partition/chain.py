@@ -36,7 +36,7 @@ class Segment(nn.Module):
             # A layer inside another layer of the segment is registered with that one.
             if any(".".join(path[:depth]) in labels for depth in range(1, len(path) + 1)):
                 continue
-            _namespace(self, path).add_module(leaf, layer)
+            namespace(self, path).add_module(leaf, layer)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the first layer with the arguments, every later one with what the layer before it returned."""
@@ -87,8 +87,12 @@ class Chain:
             )
         return Segment(list(zip(self.names, self.layers, strict=True))[start:stop])
 
+    def modules(self, start: int, stop: int) -> list[nn.Module]:
+        """Return the user's modules that are called in the layers ``start`` to ``stop - 1``."""
+        return self.layers[start:stop]
 
-def _namespace(root: nn.Module, path: Sequence[str]) -> nn.Module:
+
+def namespace(root: nn.Module, path: Sequence[str]) -> nn.Module:
     """Return the submodule of ``root`` at ``path``, adding empty modules on the way."""
     for name in path:
         if name not in root._modules:
