@@ -80,15 +80,20 @@ def parameters_replaced(values: Iterable[tuple[Slot, Any]]) -> Iterator[None]:
             table[name] = value
 
 
-@contextmanager
-def plain_training_calls(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Switch off what some networks do in a call beside computing their output.
+def caching_configs(network: nn.Module) -> list[Any]:
+    """Return the Hugging Face configs in a network that may ask for a cache of keys and values."""
+    configs = {id(config): config for module in network.modules() for config in [getattr(module, "config", None)]}
+    return [config for config in configs.values() if hasattr(config, "use_cache")]
 
-    Hugging Face decoders fill a cache of keys and values if ``config.use_cache`` says so, and ``nn.TransformerEncoder``
-    packs padded batches in evaluation: stages would have to agree on both.
+
+@contextmanager
+def plain_calls(configs: Iterable[Any]) -> Iterator[None]:
+    """Switch off what networks do in a call beside computing their output, on which stages would have to agree.
+
+    That is the filling of caches if ``config.use_cache`` says so, and ``nn.TransformerEncoder``'s packing of padded
+    batches in evaluation.
     """
-    configs: dict[int, Any] = {id(config): config for module in modules for config in [getattr(module, "config", None)]}
-    caching = [config for config in configs.values() if getattr(config, "use_cache", None) is True]
+    caching = [config for config in configs if config.use_cache is True]
     fast = torch.backends.mha.get_fastpath_enabled()
     for config in caching:
         config.use_cache = False

@@ -13,20 +13,20 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from lightning_ddg.messages import TensorSpec, allocate, flatten, map_tensors, spec_of, tensors_of, unflatten
 from lightning_ddg.partition.chain import namespace
 from lightning_ddg.partition.intercept import (
     Slot,
+    caching_configs,
     calls_left,
     calls_taken,
     parameters_replaced,
     places,
-    plain_training_calls,
+    plain_calls,
 )
 from lightning_ddg.partition.survey import Call, Survey, registered, survey
-from lightning_ddg.partition.tracked import Origin, Tracked, known
+from lightning_ddg.partition.tracked import Origin, Tracked, followed, known
 
 _REMEDY = "Cut elsewhere (`split_points`), or return the network's layers from `configure_stages()`."
 
@@ -92,7 +92,9 @@ class ReplayedChain:
         self._survey: Survey = found
         self._parts: dict[tuple[int, int], _Part] = {}
         self._paths = {module: name for name, module in target.named_modules()}
-        self.names = [f"{self._prefix}{layer.name}" for layer in found.layers]
+        # A layer that cannot begin a stage belongs to the one before.
+        self._starts = [position for position in range(len(found.layers)) if position not in found.forbidden]
+        self.names = [self._label(position) for position in self._starts]
 
     def __len__(self) -> int:
         return len(self.names)
@@ -102,9 +104,9 @@ class ReplayedChain:
         return self
 
     @property
-    def forbidden(self) -> Mapping[int, str]:
-        """Positions that cannot be cut because of what the network's code uses, each with the reason."""
-        return self._survey.forbidden
+    def forbidden(self) -> dict[str, str]:
+        """Modules that the network calls like layers but that cannot begin a stage, each with the reason."""
+        return {self._label(position): reason for position, reason in self._survey.forbidden.items()}
 
     def segment(self, start: int, stop: int) -> nn.Module:
         """Return the module that runs the layers ``start`` to ``stop - 1``.
@@ -123,22 +125,33 @@ class ReplayedChain:
                 f"No segment from position {start} to {stop}: the chain has {len(self)} layers, "
                 f"so 0 <= start < stop <= {len(self)} must hold."
             )
-        return ReplayedSegment(self, start, stop)
+        return ReplayedSegment(self, *self._positions(start, stop))
 
     def modules(self, start: int, stop: int) -> list[nn.Module]:
         """Return the user's modules that are called in the layers ``start`` to ``stop - 1``."""
-        return [layer.module for layer in self._survey.layers[start:stop]]
+        return [layer.module for layer in self._survey.layers[slice(*self._positions(start, stop))]]
 
-    # ---- for the segments
+    def _positions(self, start: int, stop: int) -> tuple[int, int]:
+        ends = [*self._starts, len(self._survey.layers)]
+        return ends[start], ends[stop]
+
+    def _label(self, position: int) -> str:
+        return f"{self._prefix}{self._survey.layers[position].name}"
+
+    # ---- for the segments: positions among the modules called like layers
 
     def part(self, start: int, stop: int) -> _Part:
-        """Return what runs the layers ``start`` to ``stop - 1``, made once."""
+        """Return what runs a part of the network, made once."""
         if (start, stop) not in self._parts:
             self._parts[start, stop] = _Part(self._target, self._forward, self._survey, start, stop)
         return self._parts[start, stop]
 
+    def own_modules(self, start: int, stop: int) -> dict[str, nn.Module]:
+        """Return the modules of a part, by their names relative to the root."""
+        return {self._label(position): self._survey.layers[position].module for position in range(start, stop)}
+
     def own_parameters(self, start: int, stop: int) -> list[tuple[nn.Module, str, str]]:
-        """Return the parameters outside layers that go with these: their module, its name from the root, their name."""
+        """Return the parameters of a part outside these modules: their module, its name from the root, their name."""
         return [
             (module, f"{self._prefix}{self._paths[module]}".strip("."), name)
             for (module, name), position in self._survey.loose.items()
@@ -151,7 +164,7 @@ class ReplayedSegment(nn.Module):
 
     Args:
         chain: The network.
-        start: Position of the first layer.
+        start: Position of the first of its modules.
         stop: Position after the last.
     """
 
@@ -159,9 +172,10 @@ class ReplayedSegment(nn.Module):
         super().__init__()
         self._chain = chain
         self._start, self._stop = start, stop
-        for name, layer in zip(chain.names[start:stop], chain.modules(start, stop), strict=True):
-            *path, leaf = name.split(".")
-            namespace(self, path).add_module(leaf, layer)
+        self._names = list(chain.own_modules(start, stop))
+        for label, module in chain.own_modules(start, stop).items():
+            *path, leaf = label.split(".")
+            namespace(self, path).add_module(leaf, module)
         for module, path_name, name in chain.own_parameters(start, stop):
             space = namespace(self, path_name.split(".") if path_name else [])
             if not isinstance(space._parameters, _Shared):
@@ -170,7 +184,7 @@ class ReplayedSegment(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the layers on the network's arguments, or on what the segment before this one returned."""
-        layers = [self.get_submodule(name) for name in self._chain.names[self._start : self._stop]]
+        layers = [self.get_submodule(name) for name in self._names]
         # Those of this segment, which may be a copy, in the place of the user's.
         own = [
             ((module._parameters, name), self.get_submodule(path)._parameters[name])
@@ -223,7 +237,7 @@ class _Part:
         self._start, self._stop = start, stop
         self._names = [layer.name for layer in found.layers]
         self._modules = [layer.module for layer in found.layers]
-        self._all = list(target.modules())
+        self._configs = caching_configs(target)
         self._handlers = {module: partial(self._called, position) for position, module in enumerate(self._modules)}
         self._foreign = self._foreign_slots()
         self._stands: list[tuple[Slot, Tracked]] = []
@@ -266,7 +280,7 @@ class _Part:
         versions = [_version(tensor) for tensor in inputs]
         try:
             with (
-                plain_training_calls(self._all),
+                plain_calls(self._configs),
                 parameters_replaced(self._absent_parameters()),
                 calls_taken(self._handlers),
             ):
@@ -297,7 +311,7 @@ class _Part:
                 f"calls {self._names[position]!r} again after {self._names[self._start]!r}, which is in a later stage. "
                 + _REMEDY
             )
-        if any(isinstance(leaf, Tracked) for leaf in tree_leaves((args, kwargs))):
+        if followed((args, kwargs)):
             args, kwargs = known((args, kwargs))
         outer, self._inside = self._inside, self._names[position]
         with calls_left(self._modules[position]):
@@ -321,13 +335,9 @@ class _Part:
     def _arrive(self, position: int, arguments: Call) -> None:
         """Give absent tensors among the arguments the values that were received."""
         assert self._given is not None
-        found = places(arguments)[1]
-        received = self._given.arguments
-        if (
-            position != self._given.position
-            or self._skipped != len(self._given.done)
-            or [tensor.shape for tensor in found]
-            != [a.shape if (a := value) is not None else b.shape for value, b in zip(received, found, strict=False)]
+        found, received = places(arguments)[1], self._given.arguments
+        if (position, self._skipped, len(found)) != (self._given.position, len(self._given.done), len(received)) or any(
+            value is not None and value.shape != tensor.shape for tensor, value in zip(found, received, strict=True)
         ):
             raise self._diverges(position)
         for tensor, value in zip(found, received, strict=True):

@@ -15,18 +15,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from lightning_ddg.messages import flatten, unflatten
 from lightning_ddg.partition.intercept import (
     Slot,
+    caching_configs,
     calls_left,
     calls_taken,
     parameters_replaced,
     places,
-    plain_training_calls,
+    plain_calls,
 )
-from lightning_ddg.partition.tracked import Origin, Tracked
+from lightning_ddg.partition.tracked import Origin, Tracked, replaced
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -84,15 +84,20 @@ def survey(target: nn.Module, forward: Callable[..., Any], call: Call) -> Survey
     while True:
         layers = list(find_layers(target, whole))
         training, evaluation = (_Watch(target, layers).observe(forward, call, mode) for mode in (True, False))
-        # Parts of a repeated block that are called as the data will have it, such as experts, are no layers.
+        found = _combined(target, training, evaluation)
+        # Parts of a block are no layers where no cut is possible between them, or if they are called as the data will
+        # have it, such as experts.
         uneven = {
             layer.entry
             for watch in (training, evaluation)
             for index, layer in enumerate(layers)
-            if layer.entry is not None and Counter(watch.calls)[index] != 1
+            if layer.entry is not None and watch.calls.count(index) != 1
         }
+        inner = Counter(layer.entry for layer in found.layers if layer.entry is not None)
+        stuck = Counter(found.layers[position].entry for position in found.forbidden)
+        uneven |= {entry for entry, parts in inner.items() if stuck[entry] >= parts - 1 > 0}
         if not uneven:
-            return _combined(target, training, evaluation)
+            return found
         whole |= uneven
 
 
@@ -203,7 +208,7 @@ class _Watch:
         handlers = {layer.module: taker(index) for index, layer in enumerate(self.layers)}
         with (
             _left_as_it_is(self._target, training, tensors),
-            plain_training_calls(self._target.modules()),
+            plain_calls(caching_configs(self._target)),
             calls_taken(handlers),
             parameters_replaced((slot, stand) for slot, _, stand in slots.values()),
         ):
@@ -259,7 +264,7 @@ class _Watch:
             self.crossing[index][form] = computed
         self.calls.append(index)
         self.now += 1
-        args, kwargs = tree_map(lambda leaf: leaf.content if isinstance(leaf, Tracked) else leaf, (args, kwargs))
+        args, kwargs = replaced(lambda leaf: leaf.content if isinstance(leaf, Tracked) else leaf, (args, kwargs))
         return args, kwargs
 
     def _returned(self, index: int, output: Any) -> Any:

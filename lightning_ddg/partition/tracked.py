@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 
 class Origin(NamedTuple):
@@ -82,7 +82,7 @@ class Tracked(Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         # Above autograd, so that gradients flow into the tensor it stands for.
-        if any(isinstance(leaf, Tracked) and leaf.value is not None for leaf in tree_leaves((args, kwargs))):
+        if any(tensor.value is not None for tensor in followed((args, kwargs))):
             return func(*known(args), **known(kwargs))
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
@@ -94,9 +94,35 @@ class Tracked(Tensor):
         return _operate(func, args, kwargs or {})
 
 
+def followed(nest: Any) -> list[Tracked]:
+    """Return the followed tensors in a nest of tuples, lists and dicts."""
+    found = []
+    rest = [nest]
+    while rest:
+        value = rest.pop()
+        if isinstance(value, Tracked):
+            found.append(value)
+        elif isinstance(value, tuple | list):
+            rest.extend(reversed(value))
+        elif isinstance(value, dict):
+            rest.extend(reversed(value.values()))
+    return found
+
+
+def replaced(function: Callable[[Any], Any], nest: Any) -> Any:
+    """Apply a function to each value in a nest of tuples, lists and dicts."""
+    kind = type(nest)
+    # `tree_map` knows more kinds, and takes ten times as long.
+    if kind is tuple or kind is list:
+        return kind([replaced(function, value) for value in nest])
+    if kind is dict:
+        return {key: replaced(function, value) for key, value in nest.items()}
+    return tree_map(function, nest) if isinstance(nest, tuple | list | dict) else function(nest)
+
+
 def known(nest: Any) -> Any:
     """Replace, in a nest, each followed tensor by the one it stands for, if that is known."""
-    return tree_map(lambda leaf: leaf.value if isinstance(leaf, Tracked) and leaf.value is not None else leaf, nest)
+    return replaced(lambda leaf: leaf.value if isinstance(leaf, Tracked) and leaf.value is not None else leaf, nest)
 
 
 _DATA_TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
@@ -111,7 +137,7 @@ def _operate(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if func in _TEMPLATES and isinstance(args[0], Tracked):
         like = torch.empty((), dtype=args[0].dtype, device=args[0].device).expand(args[0].shape)
         return func(like, *args[1:], **kwargs)
-    tracked = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tracked)]
+    tracked = followed((args, kwargs))
     first = next((tensor for tensor in tracked if tensor.origin.computed), tracked[0])
     for tensor in tracked:
         tensor.ledger.used(tensor)
@@ -119,21 +145,55 @@ def _operate(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if _DATA_TAGS & set(func.tags) or any(not isinstance(tensor, Tracked) for tensor in written):
         for tensor in tracked:
             tensor.ledger.read(tensor, str(func).removeprefix("aten."))
+    if torch.Tag.inplace_view in func.tags:
+        raise RuntimeError(
+            f"{str(func).removeprefix('aten.')} changes the shape of {first.origin.what} in place, outside of the "
+            "network's layers, where only the shape is known. Use the operation that returns a new tensor."
+        )
     device = first.device
     if first.content.is_meta:
         if kwargs.get("device") is not None:
             device, kwargs = torch.device(kwargs["device"]), {**kwargs, "device": "meta"}
-        args, kwargs = tree_map(_on_meta, (args, kwargs))
+        result = None if written else _shapes_of(func, *replaced(_on_meta, (args, kwargs)))
     else:
-        args, kwargs = tree_map(lambda leaf: leaf.content if isinstance(leaf, Tracked) else leaf, (args, kwargs))
-    result = func(*args, **kwargs)
+        result = func(*replaced(lambda leaf: leaf.content if isinstance(leaf, Tracked) else leaf, args), **kwargs)
     if written:
         return written[0] if len(written) == 1 else tuple(written)
     what, inputs = first.origin.what, frozenset[int]().union(*(tensor.origin.inputs for tensor in tracked))
     origin = Origin(what, any(tensor.origin.computed for tensor in tracked), inputs)
-    return tree_map(
+    return replaced(
         lambda leaf: Tracked(leaf, device, first.ledger, origin) if isinstance(leaf, Tensor) else leaf, result
     )
+
+
+_known_shapes: dict[Any, Any] = {}
+_MOST_SHAPES = 4096
+
+
+def _shapes_of(func: Any, args: Any, kwargs: Any) -> Any:
+    """Return what an operation returns on the meta device, which takes a hundred times as long as to look it up."""
+    key = (func, _key(args), _key(kwargs))
+    try:
+        result = _known_shapes.get(key)
+    except TypeError:
+        # An argument that cannot be looked up.
+        return func(*args, **kwargs)
+    if result is None:
+        if len(_known_shapes) >= _MOST_SHAPES:
+            _known_shapes.clear()
+        result = _known_shapes[key] = func(*args, **kwargs)
+    return result
+
+
+def _key(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.storage_offset(), value.dtype
+    if isinstance(value, tuple | list):
+        return tuple(map(_key, value))
+    if isinstance(value, dict):
+        return tuple((name, _key(item)) for name, item in value.items())
+    # True, 1 and 1.0 are one key, but not one argument.
+    return type(value), value
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
@@ -144,7 +204,7 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[A
     for index, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             value = args[index] if index < len(args) else kwargs.get(argument.name)
-            found += [tensor for tensor in tree_leaves(value) if isinstance(tensor, Tensor)]
+            found += [tensor for tensor in (value if isinstance(value, list) else [value]) if tensor is not None]
     return found
 
 
