@@ -248,6 +248,7 @@ class _Part:
         self._done: list[Done] = []
         self._skipped = 0
         self._live = False
+        self._wants_grad = False
         self._inside: str | None = None
 
     def run(self, layers: Sequence[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -266,7 +267,7 @@ class _Part:
             ValueError: The call asks for what a part of the network cannot give.
         """
         self._layers, self._skipped, self._inside = layers, 0, None
-        self._live = self._start == 0
+        self._live, self._wants_grad = self._start == 0, torch.is_grad_enabled()
         if self._start == 0:
             _check_call(self._target, kwargs)
             form, inputs = flatten((args, kwargs))
@@ -340,6 +341,15 @@ class _Part:
             value is not None and value.shape != tensor.shape for tensor, value in zip(found, received, strict=True)
         ):
             raise self._diverges(position)
+        if (
+            self._wants_grad
+            and not torch.is_grad_enabled()
+            and any(v is not None and v.requires_grad for v in received)
+        ):
+            raise self._error(
+                f"calls {self._names[position]!r} with gradients switched off, as a reentrant checkpoint does, so that no "
+                f"gradient would be sent to the stage before. Use `use_reentrant=False`. {_REMEDY}"
+            )
         for tensor, value in zip(found, received, strict=True):
             if isinstance(tensor, Tracked) and tensor.value is None and value is not None:
                 if value.requires_grad:

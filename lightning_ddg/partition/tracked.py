@@ -146,17 +146,15 @@ def _operate(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         for tensor in tracked:
             tensor.ledger.read(tensor, str(func).removeprefix("aten."))
     if torch.Tag.inplace_view in func.tags:
-        raise RuntimeError(
-            f"{str(func).removeprefix('aten.')} changes the shape of {first.origin.what} in place, outside of the "
-            "network's layers, where only the shape is known. Use the operation that returns a new tensor."
-        )
+        return _reshaped(func, first, args, kwargs)
     device = first.device
     if first.content.is_meta:
         if kwargs.get("device") is not None:
             device, kwargs = torch.device(kwargs["device"]), {**kwargs, "device": "meta"}
         result = None if written else _shapes_of(func, *replaced(_on_meta, (args, kwargs)))
     else:
-        result = func(*replaced(lambda leaf: leaf.content if isinstance(leaf, Tracked) else leaf, args), **kwargs)
+        args, kwargs = replaced(lambda leaf: leaf.content if isinstance(leaf, Tracked) else leaf, (args, kwargs))
+        result = func(*args, **kwargs)
     if written:
         return written[0] if len(written) == 1 else tuple(written)
     what, inputs = first.origin.what, frozenset[int]().union(*(tensor.origin.inputs for tensor in tracked))
@@ -164,6 +162,19 @@ def _operate(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return replaced(
         lambda leaf: Tracked(leaf, device, first.ledger, origin) if isinstance(leaf, Tensor) else leaf, result
     )
+
+
+def _reshaped(func: Any, tensor: Tracked, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tracked:
+    # Not on the content itself: others may know it by its old strides.
+    content = tensor.content.detach()
+    func(content, *args[1:], **kwargs)
+    if content.shape != tensor.shape:
+        raise RuntimeError(
+            f"{str(func).removeprefix('aten.')} changes the shape of {tensor.origin.what} in place, outside of the "
+            "network's layers, where the tensor may be absent. Use the operation that returns a new tensor."
+        )
+    tensor.content = content
+    return tensor
 
 
 _known_shapes: dict[Any, Any] = {}
