@@ -347,8 +347,8 @@ class _Part:
             and any(v is not None and v.requires_grad for v in received)
         ):
             raise self._error(
-                f"calls {self._names[position]!r} with gradients switched off, as a reentrant checkpoint does, so that no "
-                f"gradient would be sent to the stage before. Use `use_reentrant=False`. {_REMEDY}"
+                f"calls {self._names[position]!r} with gradients switched off, as a reentrant checkpoint does, so that "
+                f"no gradient would be sent to the stage before. Use `use_reentrant=False`. {_REMEDY}"
             )
         for tensor, value in zip(found, received, strict=True):
             if isinstance(tensor, Tracked) and tensor.value is None and value is not None:

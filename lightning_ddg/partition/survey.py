@@ -324,8 +324,12 @@ def _combined(target: nn.Module, training: _Watch, evaluation: _Watch) -> Survey
     layers = [training.layers[index] for index in order]
     last = len(order) - 1
     first_uses = {**evaluation.slots, **training.slots}
+    held = {id(parameter) for layer in layers for parameter in layer.module.parameters()}
     loose = {
-        key: order.index(used) if (used := first_uses.get(key)) in order else last for key in _loose(target, layers)
+        (module, name): order.index(first_uses[module, name]) if first_uses.get((module, name)) in order else last
+        for module, name in _loose(target, layers)
+        # Not another name of a layer's parameter, if the network does not go by it.
+        if (module, name) in first_uses or id(module._parameters[name]) not in held
     }
     reasons = {**evaluation.forbidden(), **training.forbidden()}
     crossing = []
