@@ -11,7 +11,9 @@ from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
-from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
+from torchvision.datasets import CIFAR10, CIFAR100
+
+from recipes.folders import image_folder
 
 Batch = tuple[Tensor, Tensor]  # images (batch, 3, 32, 32) and labels (batch,)
 
@@ -93,7 +95,7 @@ class CifarData(LightningDataModule):
         transform = self.train_transform if train else self.test_transform
         try:
             if self._is_image_folder():
-                return ImageFolder(str(self.root / ("train" if train else "test")), transform)
+                return image_folder(self.root / ("train" if train else "test"), transform)
             return DATASETS[self.dataset](str(self.root), train, transform)
         except (FileNotFoundError, RuntimeError) as error:  # RuntimeError: torchvision's archive is missing or damaged
             raise FileNotFoundError(

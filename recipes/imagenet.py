@@ -11,7 +11,8 @@ from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
-from torchvision.datasets import ImageFolder
+
+from recipes.folders import image_folder
 
 Batch = tuple[Tensor, Tensor]  # images (batch, 3, size, size) and labels (batch,)
 
@@ -51,8 +52,8 @@ class ImageNetData(LightningDataModule):
     def setup(self, stage: str) -> None:
         """Find the images; they are read batch by batch."""
         try:
-            self.train = ImageFolder(str(self.root / "train"), self.train_transform)
-            self.val = ImageFolder(str(self.root / "val"), self.val_transform)
+            self.train = image_folder(self.root / "train", self.train_transform)
+            self.val = image_folder(self.root / "val", self.val_transform)
         except FileNotFoundError as error:
             raise FileNotFoundError(
                 f"root={str(self.root)!r} does not hold images in train/<class>/ and val/<class>/. ImageNet cannot be "

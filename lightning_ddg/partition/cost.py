@@ -5,6 +5,7 @@ A new measure is a new function here; it returns one number per layer and leaves
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -113,7 +114,7 @@ def measure_profile(
         return time.perf_counter()
 
     memory = _Memory(layers)
-    with _no_trace(layers, devices):
+    with _no_trace(layers, devices), _no_garbage_collection():
         _pass_through(layers, args, kwargs, context, clock, memory)
         rounds = [_pass_through(layers, args, kwargs, context, clock) for _ in range(repeats)]
     # A clock that is too coarse to see a layer must not make it free.
@@ -283,6 +284,18 @@ def _cuda_devices(layers: Sequence[nn.Module], args: Sequence[Any], kwargs: Mapp
     for layer in layers:
         tensors += [*layer.parameters(), *layer.buffers()]
     return sorted({tensor.device for tensor in tensors if tensor.is_cuda}, key=str)
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Keep Python's collector away: it comes after so many allocations, and so to the same layer in every round."""
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -309,3 +310,27 @@ def test_layers_without_parameters_or_gradient(measure: Measure) -> None:
     chain = chain_of(nn.Flatten(), nn.Embedding(4, 2), nn.Identity())
     costs = measure(chain, (torch.ones(2, 2, dtype=torch.long),), {})
     assert all(cost > 0 for cost in costs)
+
+
+def test_garbage_is_not_collected_while_layers_are_timed() -> None:
+    class Littering(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            self.litter = [[number] for number in range(1000)]
+            return x + 1
+
+    collected = []
+    before = gc.get_threshold()
+    gc.callbacks.append(lambda phase, _info: collected.append(phase))
+    gc.set_threshold(50)
+    try:
+        Littering()(torch.ones(1))
+        assert collected
+        collected.clear()
+        measure_profile(chain_of(Littering()), (torch.ones(1),), {}, repeats=3)
+        at_most = len(collected)
+        assert gc.isenabled()
+    finally:
+        gc.set_threshold(*before)
+        gc.callbacks.pop()
+    # What comes before and after the timing may be collected in; a thousand lists a round were not.
+    assert at_most < 20

@@ -46,6 +46,17 @@ def test_only_training_images_are_shuffled_cropped_and_flipped(image_folder: Pat
     assert not torch.equal(*labels)
 
 
+def test_a_folders_first_images_are_of_all_classes_in_the_same_order_each_time(image_folder: Path) -> None:
+    found = []
+    for _ in range(2):
+        data = CifarData(str(image_folder), batch_size=6, num_workers=0)
+        data.setup("test")
+        found.append(torch.cat([labels for _, labels in data.test_dataloader()]))
+    assert torch.equal(*found)
+    assert found[0][:6].unique().tolist() == [0, 1, 2]
+    assert found[0].bincount().tolist() == [4, 4, 4]
+
+
 def write_pickle(path: Path, value: Any) -> str:
     path.write_bytes(pickle.dumps(value))
     return hashlib.md5(path.read_bytes()).hexdigest()
