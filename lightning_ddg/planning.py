@@ -41,7 +41,7 @@ from lightning_ddg.partition import (
 from lightning_ddg.predict import Prediction, Work, predict, simulate
 from lightning_ddg.refusals import no_call_of
 from lightning_ddg.seam import Seam, StepDone
-from lightning_ddg.timeline import Panel, check_picture, draw_timeline
+from lightning_ddg.timeline import Panel, check_picture, draw_timeline, show_ms
 
 NUM_STAGES = (2, 3, 4, 5, 6, 7, 8)
 
@@ -166,7 +166,7 @@ class Plan:
         raise ValueError(cut)
 
     def _summary(self) -> Table:
-        table = Table(title=f"Plain backpropagation on one device: {_ms(self.seconds)} per batch")
+        table = Table(title=f"Plain backpropagation on one device: {show_ms(self.seconds)} per batch")
         for name in ("stages", "per batch", "speed-up", "efficiency"):
             table.add_column(name, justify="right", no_wrap=True)
         table.add_column("limited by")
@@ -178,7 +178,7 @@ class Plan:
             got = cut.prediction
             largest = max(stage.memory for stage in cut.stages)
             figures = (f"{got.speedup:.2f}x", f"{got.efficiency:.0%}")
-            table.add_row(str(num_stages), _ms(got.period), *figures, got.reason, show_bytes(largest))
+            table.add_row(str(num_stages), show_ms(got.period), *figures, got.reason, show_bytes(largest))
         return table
 
 
@@ -356,17 +356,9 @@ def _details(cut: CutPlan) -> Table:
         sizes = (show_bytes(size) for size in (stage.sends, stage.in_flight, stage.memory))
         # Not a str: rich would read a label such as "layers[x]" as markup.
         label = Text(f"{span} ({len(names)})")
-        table.add_row(str(number), label, f"{stage.parameters:,}", _ms(stage.seconds), f"{stage.share:.1%}", *sizes)
+        table.add_row(str(number), label, f"{stage.parameters:,}", show_ms(stage.seconds), f"{stage.share:.1%}", *sizes)
     return table
 
 
 def _count(num_stages: int) -> str:
     return f"{num_stages} stage{'s' if num_stages > 1 else ''}"
-
-
-def _ms(seconds: float) -> str:
-    return f"{_three_digits(seconds * 1e3)} ms"
-
-
-def _three_digits(number: float) -> str:
-    return f"{number:.2f}" if number < 9.995 else f"{number:.1f}" if number < 99.95 else f"{number:,.0f}"

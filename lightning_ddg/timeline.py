@@ -68,6 +68,13 @@ def check_picture(path: str | Path) -> None:
         ) from error
 
 
+def show_ms(seconds: float) -> str:
+    """Return seconds as milliseconds with three digits, or as many as there are before the point."""
+    number = seconds * 1e3
+    digits = 2 if number < 9.995 else 1 if number < 99.95 else 0
+    return f"{number:,.{digits}f} ms"
+
+
 def draw_timeline(panels: Sequence[Panel], path: str | Path, *, span: tuple[float, float]) -> None:
     """Draws schedules below each other, on one scale of time.
 
@@ -150,7 +157,7 @@ def _mark_period(axes: Axes, panel: Panel, start: float, stop: float) -> None:
     )
     for edge in (left, right):
         axes.plot([edge, edge], [last + _BOX / 2, height + 0.18], color=_INK, linewidth=0.8)
-    text = f"period {panel.period * 1e3:.3g} ms"
+    text = f"period {show_ms(panel.period)}"
     axes.text(left, height + 0.02, f"{text}  ", ha="right", va="center", fontsize=8.5, color=_INK)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from lightning_ddg import DDGMonitor, DDGStrategy
 from lightning_ddg.monitor import Measured, aligned, summarize
 from lightning_ddg.predict import Event, Work, predict, simulate
+from lightning_ddg.timeline import show_ms
 from tests.harness import run_ranks
 from tests.networks import Classifier, ManualClassifier, loader, quiet_trainer, state_of
 
@@ -96,7 +97,7 @@ def test_both_timelines_begin_with_the_same_batch(planned: Work | None, tmp_path
     assert "measured (blank: the optimizer" in text
     source = "this fit's forwards and backwards" if planned is None else "the layers, measured before the fit"
     assert f"predicted from {source}".replace("'", "&#x27;") in text or f"predicted from {source}" in text
-    assert text.count(f"period {predict(*WORK).period * 1e3:.3g} ms") >= (2 if planned else 1)
+    assert text.count(f"period {show_ms(predict(*WORK).period)}") >= (2 if planned else 1)
 
 
 # ---- real fits

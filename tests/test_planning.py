@@ -119,9 +119,9 @@ def test_the_picture_has_a_panel_for_each_number_of_stages(tmp_path: Path) -> No
         "plain backpropagation on one device",
         "2 stages: 1.60 times as fast, limited by stage 1",
         "3 stages: 2.00 times as fast, limited by stage 2",
-        "period 24 ms",
-        "period 15 ms",
-        "period 12 ms",
+        "period 24.0 ms",
+        "period 15.0 ms",
+        "period 12.0 ms",
     ):
         assert text.count(words) >= 1, words
     assert "9 stages" not in text

@@ -10,7 +10,7 @@ import pytest
 from matplotlib import pyplot
 
 from lightning_ddg.predict import predict, simulate
-from lightning_ddg.timeline import Panel, draw_timeline
+from lightning_ddg.timeline import Panel, draw_timeline, show_ms
 
 TIMES = [0.010, 0.010], [0.020, 0.020], [0.0], [0.0]
 
@@ -27,7 +27,9 @@ def test_a_row_for_each_stage_a_number_in_each_box_and_the_period_marked(tmp_pat
     path = tmp_path / "new folder" / "picture.svg"
     draw_timeline([panel()], path, span=(0.0, 0.15))
     found = texts(path)
-    assert {"a schedule", "stage 1", "stage 2", "time (ms)", "period 30 ms", "forward", "backward", "wait"} <= {*found}
+    assert {"a schedule", "stage 1", "stage 2", "time (ms)", "period 30.0 ms", "forward", "backward", "wait"} <= {
+        *found
+    }
     numbers = [text for text in found if text in "0123456789"]
     # Stage 1: F0 F1, B0 F2 B1 F3 B2 F4 B3; stage 2: F0 B0 ... F4, and the half of B4; and the 0 of the axis.
     assert sorted(numbers) == sorted("01" + "0213243" + "0011223344" + "0")
@@ -45,7 +47,7 @@ def test_panels_share_a_scale(tmp_path: Path) -> None:
     found = texts(tmp_path / "picture.svg")
     assert {"above", "below"} <= {*found}
     assert found.count("time (ms)") == 1
-    assert found.count("period 30 ms") == 2
+    assert found.count("period 30.0 ms") == 2
 
 
 def test_the_same_numbers_give_the_same_file(tmp_path: Path) -> None:
@@ -81,3 +83,11 @@ def test_without_matplotlib_the_remedy_is_named(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r'matplotlib is missing: pip install "lightning-ddg\[plot\]"'):
         draw_timeline([panel()], tmp_path / "picture.png", span=(0.0, 0.1))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [(0.0001234, "0.12 ms"), (0.009996, "10.0 ms"), (0.0999, "99.9 ms"), (0.12345, "123 ms"), (12.3456, "12,346 ms")],
+)
+def test_milliseconds(seconds: float, shown: str) -> None:
+    assert show_ms(seconds) == shown
