@@ -395,7 +395,7 @@ class DDGStrategy(ParallelStrategy):
         layers = configure() if callable(configure) else None
 
         def example(target: nn.Module, name: str) -> Any:
-            """How the training step calls the network, on the meta device; every rank must trace the same."""
+            """How the training step calls the network, on the CPU; every rank must find the same layers."""
             fitting = trainer.state.fn == TrainerFn.FITTING
             loaders = _lightning.training_iterables(trainer) if fitting else None
             call = None
@@ -403,7 +403,7 @@ class DDGStrategy(ParallelStrategy):
             if loaders is not None and self._reads:
                 with suppress(Exception), self._seeded(0, libraries=True):
                     call = first_call(module, target, name, loaders, self.precision_plugin, torch.device("cpu"))
-                    call = map_tensors(lambda tensor: tensor.detach().to("meta"), call)
+                    call = map_tensors(Tensor.detach, call)
             return None if loaders is None else self.broadcast(call, src=self._reading_rank)
 
         points = self._split_points or self._recorded_cut or ()
