@@ -170,9 +170,9 @@ def check_same(
         torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-2, atol=1e-3, equal_nan=True)
     except AssertionError as error:
         raise NotTheSame(
-            f"The network, cut into its layers from {chain.names[0]!r} to {chain.names[-1]!r}, computes something else than "
-            "as a whole: its `forward` does what cannot be seen by tracing it. Return its layers, in the order of the call, from "
-            f"`configure_stages()`. ({str(error).strip().splitlines()[0]})"
+            f"The network, cut into its layers from {chain.names[0]!r} to {chain.names[-1]!r}, computes something else "
+            "than as a whole: its `forward` does what cannot be seen by tracing it. Return its layers, in the order of "
+            f"the call, from `configure_stages()`. ({str(error).strip().splitlines()[0]})"
         ) from error
 
 
