@@ -142,7 +142,7 @@ def _operate(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     for tensor in tracked:
         tensor.ledger.used(tensor)
     written = _written(func, args, kwargs)
-    if _DATA_TAGS & set(func.tags) or any(not isinstance(tensor, Tracked) for tensor in written):
+    if _needs_values(func, args) or any(not isinstance(tensor, Tracked) for tensor in written):
         for tensor in tracked:
             tensor.ledger.read(tensor, str(func).removeprefix("aten."))
     if torch.Tag.inplace_view in func.tags:
@@ -205,6 +205,13 @@ def _key(value: Any) -> Any:
         return tuple((name, _key(item)) for name, item in value.items())
     # True, 1 and 1.0 are one key, but not one argument.
     return type(value), value
+
+
+def _needs_values(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether the result cannot be had, not even its shape, without the values."""
+    if func is torch.ops.aten.index.Tensor:
+        return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+    return bool(_DATA_TAGS & set(func.tags))
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
