@@ -89,11 +89,14 @@ def survey(target: nn.Module, forward: Callable[..., Any], call: Call) -> Survey
         target: The network, on the device of the call.
         forward: Its forward.
         call: Arguments and keyword arguments.
+
+    Raises:
+        RuntimeError: The network's code failed.
     """
     whole: set[nn.Module] = set()
     while True:
         layers = list(find_layers(target, whole))
-        training, evaluation = (_Watch(target, layers).observe(forward, call, mode) for mode in (True, False))
+        training, evaluation = (_observed(target, layers, forward, call, mode) for mode in (True, False))
         found = _combined(target, training, evaluation)
         # Parts of a block are no layers where no cut is possible between them, or if they are called as the data will
         # have it, such as experts.
@@ -104,11 +107,29 @@ def survey(target: nn.Module, forward: Callable[..., Any], call: Call) -> Survey
             if layer.entry is not None and watch.calls.count(index) != 1
         }
         inner = Counter(layer.entry for layer in found.layers if layer.entry is not None)
-        stuck = Counter(found.layers[position].entry for position in found.forbidden)
+        inside = [
+            position for position in found.forbidden if found.layers[position - 1].entry is found.layers[position].entry
+        ]
+        stuck = Counter(found.layers[position].entry for position in inside)
         uneven |= {entry for entry, parts in inner.items() if stuck[entry] >= parts - 1 > 0}
         if not uneven:
             return found
         whole |= uneven
+
+
+def _observed(
+    target: nn.Module, layers: Sequence[Layer], forward: Callable[..., Any], call: Call, training: bool
+) -> _Watch:
+    try:
+        return _Watch(target, layers).observe(forward, call, training)
+    except Exception:  # noqa: BLE001 - code that does not bear such inputs; they are always sent then
+        try:
+            return _Watch(target, layers).observe(forward, call, training, follow_inputs=False)
+        except Exception as error:
+            raise RuntimeError(
+                f"The forward of {type(target).__name__} failed when its layers were looked for "
+                f"({type(error).__name__}: {error}). If it runs otherwise, return its layers from `configure_stages()`."
+            ) from error
 
 
 # ---- layers
@@ -191,7 +212,7 @@ class _Watch:
         self._followed: frozenset[int] = frozenset()
         self._owner = {part: index for index, layer in enumerate(layers) for part in layer.module.modules()}
 
-    def observe(self, forward: Callable[..., Any], call: Call, training: bool) -> _Watch:
+    def observe(self, forward: Callable[..., Any], call: Call, training: bool, *, follow_inputs: bool = True) -> _Watch:
         """Run the network once."""
         self.form, tensors = flatten(call)
         slots: dict[tuple[nn.Module, str], tuple[Slot, Any, Tracked]] = {}
@@ -224,18 +245,20 @@ class _Watch:
             calls_taken(handlers),
             parameters_replaced((slot, stand) for slot, _, stand in slots.values()),
         ):
-            args, kwargs = unflatten(self.form, [self._input(index, tensor) for index, tensor in enumerate(tensors)])
+            inputs = [tensor.detach().clone() for tensor in tensors]
+            args, kwargs = unflatten(
+                self.form, list(map(self._input, range(len(inputs)), inputs)) if follow_inputs else inputs
+            )
             self._finished(forward(*args, **kwargs))
         self._close()
         return self
 
     def _input(self, index: int, tensor: Tensor) -> Tensor:
-        copy = tensor.detach().clone()
-        if not copy.is_floating_point():
-            return copy
-        # Integers are small, and decide more often what the network does.
+        if not tensor.is_floating_point():
+            # Integers are small, and decide more often what the network does.
+            return tensor
         self._followed |= {index}
-        return Tracked(copy, copy.device, self, Origin(f"input {index}", False, frozenset([index])))
+        return Tracked(tensor, tensor.device, self, Origin(f"input {index}", False, frozenset([index])))
 
     def used(self, tensor: Tracked) -> None:
         """See :class:`~lightning_ddg.partition.tracked.Ledger`."""

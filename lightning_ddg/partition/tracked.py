@@ -84,6 +84,10 @@ class Tracked(Tensor):
         # Above autograd, so that gradients flow into the tensor it stands for.
         if any(tensor.value is not None for tensor in followed((args, kwargs))):
             return func(*known(args), **known(kwargs))
+        if func in _VALUES and isinstance(args[0], Tracked):
+            args[0].ledger.used(args[0])
+            args[0].ledger.read(args[0], func.__name__)
+            return func(args[0].content, *args[1:], **kwargs)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 
@@ -125,6 +129,8 @@ def known(nest: Any) -> Any:
     return replaced(lambda leaf: leaf.value if isinstance(leaf, Tracked) and leaf.value is not None else leaf, nest)
 
 
+#: Methods that go past the dispatcher, straight to the memory.
+_VALUES = {Tensor.tolist, Tensor.numpy, Tensor.__array__}
 _DATA_TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 # Only shape, dtype and device of their first argument matter, and the result is known without its values.
 _TEMPLATES = {

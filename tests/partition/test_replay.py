@@ -444,6 +444,17 @@ def test_it_runs_inside_the_seam_and_in_mixed_precision() -> None:
     seam.remove()
 
 
+@pytest.mark.parametrize("name", ["handmade", "GPT-2", "ViT", "nn.TransformerEncoder"])
+def test_evaluation_in_inference_mode(name: str) -> None:
+    network = made(FAMILIES[name].make).eval()
+    call = doubled(FAMILIES[name].call(2, 6))
+    chain = ReplayedChain(network, "net", call)
+    if hasattr(network, "config"):
+        network.config.use_cache = False
+    with torch.inference_mode(), without_fast_path():
+        assert_same(run_parts(chain, range(1, len(chain)), call), network(*call[0], **call[1]))
+
+
 def test_the_root_itself_can_be_the_network_and_is_never_copied() -> None:
     class Trainer:
         def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -605,6 +616,7 @@ def test_a_module_calls_what_is_put_in_its_calls_place() -> None:
 # ---- activation checkpointing
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad", "ignore:.*gradient_checkpointing_enable")
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointed_layers(reentrant: bool) -> None:
     ours = made(gpt2)
@@ -656,6 +668,7 @@ def test_a_checkpoint_around_code_finds_the_stashed_weights() -> None:
     assert_same(list(grads_of(network).values()), list(grads_of(reference).values()))
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 def test_a_gradient_that_a_reentrant_checkpoint_would_lose_is_refused() -> None:
     network = made(lambda: Checkpointed(reentrant=True))
     x = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
@@ -718,6 +731,8 @@ class Skips(nn.Module):
                 kept = x if self.mode == "output" else x.tanh()
             if self.mode == "values" and index == 1 and bool((x > 100).any()):
                 return x
+            if self.mode == "list" and index == 1 and max(x[0].tolist()) > 100:
+                return x
         if self.mode == "late":
             return self.last(x), kept
         if self.mode == "inside":
@@ -746,6 +761,7 @@ MESSAGES = {
     "skip": r"in .*'last'.* shape \(2, 4\) comes from an output of 'blocks.0', .* no argument of 'blocks.2'",
     "late": r"in its output, a tensor of shape \(2, 4\) comes from an output of 'blocks.0'",
     "values": r"goes on by the values of an output of 'blocks.1' .* not in the stage of 'blocks.2'",
+    "list": r"goes on by the values of an output of 'blocks.1' \(tolist\)",
     "inside": r"in its output, .* comes from the parameter 'blocks.0.weight'",
     "again": r"calls 'blocks.0' again after 'blocks.2'",
 }
@@ -781,6 +797,32 @@ def test_an_output_of_a_layer_may_skip_over_stages() -> None:
     # Where it is an argument, it crosses once.
     sizes = [len(tensors_of(chain.segment(0, stop)(x))) for stop in (1, 2)]
     assert sizes == [1, 2]
+
+
+class Twists(nn.Module):
+    """Does with its input what a tensor that is followed does not bear; ``fail`` makes it fail at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        self.fail = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if type(x) is not Tensor or self.fail:
+            raise TypeError("not my kind of tensor")
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_an_input_that_cannot_be_followed_is_always_sent() -> None:
+    network = made(Twists)
+    x = torch.randn(2, 4, dtype=torch.float64)
+    chain = ReplayedChain(network, "net", ((x,), {}))
+    assert_same_step(chain, [1, 2], ((x,), {}), network, copy.deepcopy(network))
+    network.fail = True
+    with pytest.raises(RuntimeError, match=r"Twists failed .*TypeError: not my kind of tensor.*configure_stages"):
+        ReplayedChain(network, "net", ((x,), {}))
 
 
 class Wanders(nn.Module):
