@@ -125,15 +125,20 @@ def _chain_of(
     if flat:
         return Chain(flat) if problem is not None else traced
     try:
-        return ReplayedChain(target, name, call)
+        replayed = ReplayedChain(target, name, call)
     except (RuntimeError, ValueError) as error:
-        if problem is None:
-            return traced
-        raise TypeError(
-            f"The network {_described(root, target, name)} cannot be followed to find its layers: {problem.reason}. "
-            f"Nor can its own code be run in parts: {error} Return the layers, in the order of the call, from "
-            "`configure_stages()`."
-        ) from problem
+        why = str(error)
+    else:
+        if len(replayed) > 1:
+            return replayed
+        why = "it has one layer."
+    if problem is None:
+        return traced
+    raise TypeError(
+        f"The network {_described(root, target, name)} cannot be followed to find its layers: {problem.reason}. Nor "
+        f"can its own code be run in parts: {why} Return the layers, in the order of the call, from "
+        "`configure_stages()`."
+    ) from problem
 
 
 def _hides_layers(traced: TracedChain, target: nn.Module) -> bool:

@@ -25,7 +25,7 @@ from lightning_ddg.partition.intercept import (
     places,
     plain_calls,
 )
-from lightning_ddg.partition.survey import Call, Survey, registered, survey
+from lightning_ddg.partition.survey import Call, Output, Survey, registered, survey
 from lightning_ddg.partition.tracked import Origin, Tracked, followed, known
 
 _REMEDY = "Cut elsewhere (`split_points`), or return the network's layers from `configure_stages()`."
@@ -48,6 +48,7 @@ class Crossing(NamedTuple):
         done: The calls of layers so far.
         position: The layer that is called next.
         arguments: The tensors in its arguments; ``None`` for those that every stage has by itself.
+        outputs: Tensors that layers have returned and that are needed later.
     """
 
     form: bytes
@@ -55,6 +56,7 @@ class Crossing(NamedTuple):
     done: tuple[Done, ...]
     position: int
     arguments: list[Tensor | None]
+    outputs: dict[Output, Tensor]
 
 
 class ReplayedChain:
@@ -240,12 +242,14 @@ class _Part:
         self._configs = caching_configs(target)
         self._handlers = {module: partial(self._called, position) for position, module in enumerate(self._modules)}
         self._foreign = self._foreign_slots()
+        self._wanted = frozenset[Output]().union(*found.outputs)
         self._stands: list[tuple[Slot, Tracked]] = []
         # Of the run in progress:
         self._layers: Sequence[nn.Module] = ()
         self._given: Crossing | None = None
         self._device = torch.device("cpu")
         self._done: list[Done] = []
+        self._outputs: dict[Output, Tensor] = {}
         self._skipped = 0
         self._live = False
         self._wants_grad = False
@@ -266,7 +270,7 @@ class _Part:
             RuntimeError: The network's code needs something that no stage can know.
             ValueError: The call asks for what a part of the network cannot give.
         """
-        self._layers, self._skipped, self._inside = layers, 0, None
+        self._layers, self._outputs, self._skipped, self._inside = layers, {}, 0, None
         self._live, self._wants_grad = self._start == 0, torch.is_grad_enabled()
         if self._start == 0:
             _check_call(self._target, kwargs)
@@ -295,7 +299,7 @@ class _Part:
                 ) from None
             return self._crossing(form, inputs, reached.position, reached.arguments)
         finally:
-            self._layers, self._given = (), None
+            self._layers, self._given, self._outputs = (), None, {}
         return self._finished(output)
 
     # ---- what the network's code meets
@@ -321,6 +325,7 @@ class _Part:
         if self._stop < len(self._names):
             shape, tensors = flatten(output)
             self._done.append(Done(position, shape, tuple(map(spec_of, tensors))))
+            self._remember(position, tensors)
         return output
 
     def _skip(self, position: int) -> Any:
@@ -331,7 +336,15 @@ class _Part:
             raise self._diverges(position)
         self._skipped += 1
         origin = Origin(f"an output of {self._names[position]!r}")
-        return unflatten(done.form, [self._absent(spec, origin) for spec in done.tensors])
+        tensors = [self._absent(spec, origin) for spec in done.tensors]
+        self._remember(position, tensors)
+        return unflatten(done.form, tensors)
+
+    def _remember(self, position: int, tensors: Sequence[Tensor]) -> None:
+        if self._wanted:
+            for place, tensor in enumerate(tensors):
+                if (position, place) in self._wanted:
+                    self._outputs[position, place] = tensor
 
     def _arrive(self, position: int, arguments: Call) -> None:
         """Give absent tensors among the arguments the values that were received."""
@@ -350,7 +363,10 @@ class _Part:
                 f"calls {self._names[position]!r} with gradients switched off, as a reentrant checkpoint does, so that "
                 f"no gradient would be sent to the stage before. Use `use_reentrant=False`. {_REMEDY}"
             )
-        for tensor, value in zip(found, received, strict=True):
+        if not self._given.outputs.keys() <= self._outputs.keys():
+            raise self._diverges(position)
+        outputs = [(self._outputs[key], value) for key, value in self._given.outputs.items()]
+        for tensor, value in [*zip(found, received, strict=True), *outputs]:
             if isinstance(tensor, Tracked) and tensor.value is None and value is not None:
                 if value.requires_grad:
                     # Whatever takes it past `__torch_function__` would end the gradient here, unseen.
@@ -367,12 +383,17 @@ class _Part:
             else None
             for place, tensor in enumerate(tensors)
         ]
+        outputs = {
+            key: self._present(self._outputs[key], "what is used later")
+            for key in sorted(self._survey.outputs[position])
+            if key in self._outputs
+        }
         unneeded = self._survey.unneeded[form][position] if form in self._survey.unneeded else ()
         carried = [
             spec_of(tensor) if isinstance(tensor, Tracked) or index in unneeded else tensor.detach()
             for index, tensor in enumerate(inputs)
         ]
-        return Crossing(form, carried, tuple(self._done), position, arguments)
+        return Crossing(form, carried, tuple(self._done), position, arguments, outputs)
 
     def _finished(self, output: Any) -> Any:
         missing = self._stop if self._stop < len(self._names) else self._start

@@ -29,6 +29,8 @@ from lightning_ddg.partition.intercept import (
 from lightning_ddg.partition.tracked import Origin, Tracked, replaced
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
+#: A layer, and which of the tensors in its output.
+Output = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ class Survey:
         forbidden: Positions before which the network cannot be cut, each with the reason.
         crossing: For each position and each form of the call of the layer there, which of the tensors in its arguments
             a later stage cannot compute by itself.
+        outputs: For each position, the outputs of earlier layers that are used after it without being such an argument:
+            the position of the layer, and which of the tensors in its output.
         unneeded: For each form of the network's call, the inputs that nothing uses from each position on.
     """
 
@@ -63,13 +67,19 @@ class Survey:
     loose: dict[tuple[nn.Module, str], int]
     forbidden: dict[int, str] = field(default_factory=dict)
     crossing: list[dict[bytes, frozenset[int]]] = field(default_factory=list)
+    outputs: list[frozenset[Output]] = field(default_factory=list)
     unneeded: dict[bytes, list[frozenset[int]]] = field(default_factory=dict)
 
 
 def registered(target: nn.Module) -> Survey:
     """Return what can be said without a call: the layers in the order in which the network's modules hold them."""
     layers = list(find_layers(target, set()))
-    return Survey(layers, dict.fromkeys(_loose(target, layers), 0), crossing=[{} for _ in layers])
+    return Survey(
+        layers,
+        dict.fromkeys(_loose(target, layers), 0),
+        crossing=[{} for _ in layers],
+        outputs=[frozenset()] * len(layers),
+    )
 
 
 def survey(target: nn.Module, forward: Callable[..., Any], call: Call) -> Survey:
@@ -79,11 +89,14 @@ def survey(target: nn.Module, forward: Callable[..., Any], call: Call) -> Survey
         target: The network, on the device of the call.
         forward: Its forward.
         call: Arguments and keyword arguments.
+
+    Raises:
+        RuntimeError: The network's code failed.
     """
     whole: set[nn.Module] = set()
     while True:
         layers = list(find_layers(target, whole))
-        training, evaluation = (_Watch(target, layers).observe(forward, call, mode) for mode in (True, False))
+        training, evaluation = (_observed(target, layers, forward, call, mode) for mode in (True, False))
         found = _combined(target, training, evaluation)
         # Parts of a block are no layers where no cut is possible between them, or if they are called as the data will
         # have it, such as experts.
@@ -94,11 +107,29 @@ def survey(target: nn.Module, forward: Callable[..., Any], call: Call) -> Survey
             if layer.entry is not None and watch.calls.count(index) != 1
         }
         inner = Counter(layer.entry for layer in found.layers if layer.entry is not None)
-        stuck = Counter(found.layers[position].entry for position in found.forbidden)
+        inside = [
+            position for position in found.forbidden if found.layers[position - 1].entry is found.layers[position].entry
+        ]
+        stuck = Counter(found.layers[position].entry for position in inside)
         uneven |= {entry for entry, parts in inner.items() if stuck[entry] >= parts - 1 > 0}
         if not uneven:
             return found
         whole |= uneven
+
+
+def _observed(
+    target: nn.Module, layers: Sequence[Layer], forward: Callable[..., Any], call: Call, training: bool
+) -> _Watch:
+    try:
+        return _Watch(target, layers).observe(forward, call, training)
+    except Exception:  # noqa: BLE001 - code that does not bear such inputs; they are always sent then
+        try:
+            return _Watch(target, layers).observe(forward, call, training, follow_inputs=False)
+        except Exception as error:
+            raise RuntimeError(
+                f"The forward of {type(target).__name__} failed when its layers were looked for "
+                f"({type(error).__name__}: {error}). If it runs otherwise, return its layers from `configure_stages()`."
+            ) from error
 
 
 # ---- layers
@@ -158,7 +189,7 @@ class _Watch:
     """The ledger of one call. Times count the calls of layers that have begun.
 
     A cut at ``p`` lies just before the ``p``-th call: what exists by then is known after it only if it is an argument
-    of that call, or made from the network's inputs alone.
+    of that call, or what a layer returned, or made from the network's inputs alone.
     """
 
     def __init__(self, target: nn.Module, layers: Sequence[Layer]) -> None:
@@ -167,6 +198,7 @@ class _Watch:
         self.calls: list[int] = []
         self.crossing: list[dict[bytes, frozenset[int]]] = [{} for _ in layers]
         self.bad: dict[int, str] = {}
+        self.later: dict[int, set[Output]] = {}
         self.form = b""
         self._target = target
         self._arguments: list[set[int]] = []
@@ -175,11 +207,12 @@ class _Watch:
         self._uses: dict[tuple[nn.Module, str], list[int]] = {}
         self._stands: dict[int, tuple[nn.Module, str]] = {}
         self._made: dict[int, Tracked] = {}
+        self._outputs: dict[int, Output] = {}
         self._alive: list[Any] = []
         self._followed: frozenset[int] = frozenset()
         self._owner = {part: index for index, layer in enumerate(layers) for part in layer.module.modules()}
 
-    def observe(self, forward: Callable[..., Any], call: Call, training: bool) -> _Watch:
+    def observe(self, forward: Callable[..., Any], call: Call, training: bool, *, follow_inputs: bool = True) -> _Watch:
         """Run the network once."""
         self.form, tensors = flatten(call)
         slots: dict[tuple[nn.Module, str], tuple[Slot, Any, Tracked]] = {}
@@ -212,18 +245,20 @@ class _Watch:
             calls_taken(handlers),
             parameters_replaced((slot, stand) for slot, _, stand in slots.values()),
         ):
-            args, kwargs = unflatten(self.form, [self._input(index, tensor) for index, tensor in enumerate(tensors)])
+            inputs = [tensor.detach().clone() for tensor in tensors]
+            args, kwargs = unflatten(
+                self.form, list(map(self._input, range(len(inputs)), inputs)) if follow_inputs else inputs
+            )
             self._finished(forward(*args, **kwargs))
         self._close()
         return self
 
     def _input(self, index: int, tensor: Tensor) -> Tensor:
-        copy = tensor.detach().clone()
-        if not copy.is_floating_point():
-            return copy
-        # Integers are small, and decide more often what the network does.
+        if not tensor.is_floating_point():
+            # Integers are small, and decide more often what the network does.
+            return tensor
         self._followed |= {index}
-        return Tracked(copy, copy.device, self, Origin(f"input {index}", False, frozenset([index])))
+        return Tracked(tensor, tensor.device, self, Origin(f"input {index}", False, frozenset([index])))
 
     def used(self, tensor: Tracked) -> None:
         """See :class:`~lightning_ddg.partition.tracked.Ledger`."""
@@ -241,14 +276,19 @@ class _Watch:
             self._needs.append((sys.maxsize, tensor.origin.inputs))
 
     def _use(self, tensor: Tracked, user: str) -> None:
+        # Alive, so that no other one gets its id.
         self._alive.append(tensor)
         key = self._stands.get(id(tensor))
         if key is not None:
             self._uses.setdefault(key, []).append(max(self.now - 1, 0))
         elif tensor.origin.computed:
             for cut in range(tensor.born, self.now):
-                if id(tensor) not in self._arguments[cut]:
-                    self.bad.setdefault(cut, f"{tensor.origin.what} is used later, by {user}")
+                if id(tensor) in self._arguments[cut]:
+                    continue
+                if id(tensor) in self._outputs:
+                    self.later.setdefault(cut, set()).add(self._outputs[id(tensor)])
+                else:
+                    self.bad.setdefault(cut, f"what was computed from {tensor.origin.what} is used later, by {user}")
 
     def _called(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         form, tensors = places((args, kwargs))
@@ -271,16 +311,20 @@ class _Watch:
         form, tensors = flatten(output)
         origin = Origin(f"an output of {self.layers[index].name!r}")
         tracked = [Tracked(tensor, tensor.device, self, origin) for tensor in tensors]
-        self._made.update((id(tensor.content), tensor) for tensor in tracked)
+        for place, tensor in enumerate(tracked):
+            self._made[id(tensor.content)] = tensor
+            self._outputs[id(tensor)] = index, place
         return unflatten(form, tracked)
 
     def _finished(self, output: Any) -> None:
         for tensor in flatten(output)[1]:
-            # A hook took it from the layer itself.
-            tensor = tensor if isinstance(tensor, Tracked) else self._made.get(id(tensor), tensor)
+            made = self._made.get(id(tensor))
             if isinstance(tensor, Tracked):
                 self._use(tensor, "the network's output")
                 self._needs.append((self.now, tensor.origin.inputs))
+            elif made is not None:
+                for cut in range(made.born, self.now):
+                    self.bad.setdefault(cut, f"a hook puts {made.origin.what} into the network's output")
 
     # ---- conclusions
 
@@ -298,6 +342,11 @@ class _Watch:
             first, last = self.calls.index(index), self.now - 1 - self.calls[::-1].index(index)
             for cut in range(first + 1, last + 1):
                 self.bad.setdefault(cut, f"{self.layers[index].name!r} is called on both sides")
+            if first != last:
+                # Which of its outputs is meant could not be said.
+                for cut, outputs in self.later.items():
+                    if any(layer == index for layer, _ in outputs):
+                        self.bad.setdefault(cut, f"an output of {self.layers[index].name!r} is used later")
 
     @property
     def order(self) -> list[int]:
@@ -312,6 +361,10 @@ class _Watch:
     def forbidden(self) -> dict[int, str]:
         """The layers before which there can be no cut, with the reasons."""
         return {index: self.bad[first] for index in self.order if (first := self.calls.index(index)) in self.bad}
+
+    def later_outputs(self, index: int) -> set[Output]:
+        """Outputs of earlier layers, which do not reach a layer's first call but are used later."""
+        return self.later.get(self.calls.index(index), set()) if index in self.calls else set()
 
     def unneeded_from(self, index: int) -> frozenset[int]:
         """The inputs that nothing uses from a layer's first call on."""
@@ -338,12 +391,21 @@ def _combined(target: nn.Module, training: _Watch, evaluation: _Watch) -> Survey
         for form, which in evaluation.crossing[index].items():
             forms[form] = forms.get(form, frozenset()) | which
         crossing.append(forms)
+    outputs = [
+        frozenset(
+            (order.index(layer), place)
+            for layer, place in training.later_outputs(index) | evaluation.later_outputs(index)
+            if layer in order
+        )
+        for index in order
+    ]
     unneeded = [training.unneeded_from(index) & evaluation.unneeded_from(index) for index in order]
     return Survey(
         layers,
         loose,
         {position: reasons[index] for position, index in enumerate(order) if position and index in reasons},
         crossing,
+        outputs,
         {training.form: unneeded},
     )
 

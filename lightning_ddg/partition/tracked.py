@@ -84,6 +84,10 @@ class Tracked(Tensor):
         # Above autograd, so that gradients flow into the tensor it stands for.
         if any(tensor.value is not None for tensor in followed((args, kwargs))):
             return func(*known(args), **known(kwargs))
+        if func in _VALUES and isinstance(args[0], Tracked):
+            args[0].ledger.used(args[0])
+            args[0].ledger.read(args[0], func.__name__)
+            return func(args[0].content, *args[1:], **kwargs)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 
@@ -125,6 +129,8 @@ def known(nest: Any) -> Any:
     return replaced(lambda leaf: leaf.value if isinstance(leaf, Tracked) and leaf.value is not None else leaf, nest)
 
 
+#: Methods that go past the dispatcher, straight to the memory.
+_VALUES = {Tensor.tolist, Tensor.numpy, Tensor.__array__}
 _DATA_TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 # Only shape, dtype and device of their first argument matter, and the result is known without its values.
 _TEMPLATES = {
@@ -142,7 +148,7 @@ def _operate(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     for tensor in tracked:
         tensor.ledger.used(tensor)
     written = _written(func, args, kwargs)
-    if _DATA_TAGS & set(func.tags) or any(not isinstance(tensor, Tracked) for tensor in written):
+    if _needs_values(func, args) or any(not isinstance(tensor, Tracked) for tensor in written):
         for tensor in tracked:
             tensor.ledger.read(tensor, str(func).removeprefix("aten."))
     if torch.Tag.inplace_view in func.tags:
@@ -205,6 +211,13 @@ def _key(value: Any) -> Any:
         return tuple((name, _key(item)) for name, item in value.items())
     # True, 1 and 1.0 are one key, but not one argument.
     return type(value), value
+
+
+def _needs_values(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether the result cannot be had, not even its shape, without the values."""
+    if func is torch.ops.aten.index.Tensor:
+        return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+    return bool(_DATA_TAGS & set(func.tags))
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_ddg.messages import describe, map_tensors, pack, tensors_of, unpack
-from lightning_ddg.partition import flop_costs, forbidden_cuts, time_costs
+from lightning_ddg.partition import cut_at, flop_costs, forbidden_cuts, measure_profile
 from lightning_ddg.partition.replay import ReplayedChain
 from lightning_ddg.pipeline import placeholder_maker
 from lightning_ddg.seam import Seam
@@ -192,9 +192,9 @@ SMALL = {name: SIZES[name] for name in ("vocab_size", "pad_token_id", "tie_word_
 SPECIAL = {name: SIZES[name] for name in ("bos_token_id", "eos_token_id")}
 FAMILIES: dict[str, Family] = {
     "handmade": Family(Handmade, lambda n, t: ((batch_of_ids(n, t),), {"pad": 0, "labels": batch_of_ids(n, t)}), 5),
-    "nn.Transformer": Family(Translator, lambda n, t: ((batch_of_ids(n, t), batch_of_ids(n, t - 1)), {}), 5),
+    "nn.Transformer": Family(Translator, lambda n, t: ((batch_of_ids(n, t), batch_of_ids(n, t - 1)), {}), 9),
     "nn.TransformerEncoder": Family(Encoder, lambda n, t: ((batch_of_ids(n, t),), {}), 5),
-    "GPT-2": Family(gpt2, language, 6),
+    "GPT-2": Family(gpt2, language, 7),
     "BERT classifier": Family(hugging_face("Bert", "ForSequenceClassification", **SIZES), labelled, 6),
     "BERT": Family(hugging_face("Bert", "Model", **SIZES), lambda n, t: ((), with_mask(n, t)), 5),
     "RoBERTa classifier": Family(hugging_face("Roberta", "ForSequenceClassification", **SIZES), labelled, 5),
@@ -211,7 +211,7 @@ FAMILIES: dict[str, Family] = {
     "OPT": Family(
         hugging_face("OPT", "ForCausalLM", **{**SIZES, "ffn_dim": 32, "word_embed_proj_dim": 16, "dropout": 0.1}),
         language,
-        6,
+        7,
     ),
     "T5 encoder": Family(
         hugging_face("T5", "EncoderModel", vocab_size=20, d_model=16, d_kv=8, d_ff=32, num_layers=4, num_heads=2),
@@ -221,7 +221,7 @@ FAMILIES: dict[str, Family] = {
     "BART": Family(
         hugging_face("Bart", "ForConditionalGeneration", **BART, **SMALL, **SPECIAL, max_position_embeddings=32),
         language,
-        7,
+        12,
     ),
     "ViT": Family(hugging_face("ViT", "ForImageClassification", **VISION, image_size=32, patch_size=8), images, 6),
     "Swin": Family(
@@ -253,7 +253,7 @@ FAMILIES: dict[str, Family] = {
             layer_type="basic",
         ),
         images,
-        5,
+        8,
     ),
 }
 
@@ -368,7 +368,8 @@ def test_a_cut_network_is_the_uncut_network(name: str) -> None:
             expected = theirs(*args, **kwargs)
         assert_same(run_parts(chain, everywhere, (args, kwargs)), expected)
     held = [key for segment in segments_of(chain, everywhere) for key in segment.state_dict()]
-    assert {key for key, _ in ours.named_parameters(prefix="net")} <= set(held)
+    parts = segments_of(chain, everywhere)
+    assert {id(p) for part in parts for p in part.parameters()} == {id(p) for p in ours.parameters()}
     assert len(held) == len(set(held))
     assert set(held) <= {f"net.{key}" for key in names}
     assert list(ours.state_dict()) == names
@@ -443,6 +444,17 @@ def test_it_runs_inside_the_seam_and_in_mixed_precision() -> None:
     seam.remove()
 
 
+@pytest.mark.parametrize("name", ["handmade", "GPT-2", "ViT", "nn.TransformerEncoder"])
+def test_evaluation_in_inference_mode(name: str) -> None:
+    network = made(FAMILIES[name].make).eval()
+    call = doubled(FAMILIES[name].call(2, 6))
+    chain = ReplayedChain(network, "net", call)
+    if hasattr(network, "config"):
+        network.config.use_cache = False
+    with torch.inference_mode(), without_fast_path():
+        assert_same(run_parts(chain, range(1, len(chain)), call), network(*call[0], **call[1]))
+
+
 def test_the_root_itself_can_be_the_network_and_is_never_copied() -> None:
     class Trainer:
         def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -503,22 +515,22 @@ def test_each_layer_can_be_costed_by_itself() -> None:
     network = made(gpt2)
     call = language(3, 6)
     chain = ReplayedChain(network, "net", call)
-    # The two embeddings are added outside of them, so that no stage can begin with the second.
-    assert chain.names[:2] == ["net.transformer.wte", "net.transformer.h.0"]
-    assert list(chain.forbidden) == ["net.transformer.wpe"]
-    whole = ReplayedChain(network, "net").segment(0, 8)
     with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
-        whole(**call[1]).loss.backward()
+        chain.segment(0, len(chain))(**call[1]).loss.backward()
     assert sum(flop_costs(chain, *call)) - len(chain) == counter.get_total_flops()
-    assert all(cost > 0 for cost in time_costs(chain, *call, repeats=1))
+    assert all(cost > 0 for cost in measure_profile(chain, *call, repeats=1).seconds)
 
 
-def test_modules_of_layers() -> None:
-    network = made(gpt2)
-    chain = ReplayedChain(network, "net", language(2, 5))
-    transformer: Any = network.transformer
-    assert chain.modules(0, 2) == [transformer.wte, transformer.wpe, transformer.h[0]]
-    assert list(chain.segment(0, 2).state_dict())[:2] == ["net.transformer.wte.weight", "net.transformer.wpe.weight"]
+def test_what_cannot_begin_a_stage_belongs_to_the_layer_before() -> None:
+    network = made(Skips)
+    x = torch.randn(2, 4, dtype=torch.float64)
+    chain = ReplayedChain(network, "net", ((x,), {}))
+    assert chain.names == ["net.blocks.0", "net.last"]
+    assert chain.modules(0, 1) == list(network.blocks)  # type: ignore[arg-type]
+    assert list(chain.segment(1, 2).state_dict()) == ["net.last.weight", "net.last.bias"]
+    assert len(flop_costs(chain, (x,), {})) == 2
+    with pytest.raises(ValueError, match="Layers that can: 'net.last'"):
+        cut_at(chain, ["net.blocks.2"], 2)  # type: ignore[arg-type]
 
 
 def test_ties_are_found() -> None:
@@ -604,6 +616,7 @@ def test_a_module_calls_what_is_put_in_its_calls_place() -> None:
 # ---- activation checkpointing
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad", "ignore:.*gradient_checkpointing_enable")
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointed_layers(reentrant: bool) -> None:
     ours = made(gpt2)
@@ -655,6 +668,7 @@ def test_a_checkpoint_around_code_finds_the_stashed_weights() -> None:
     assert_same(list(grads_of(network).values()), list(grads_of(reference).values()))
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 def test_a_gradient_that_a_reentrant_checkpoint_would_lose_is_refused() -> None:
     network = made(lambda: Checkpointed(reentrant=True))
     x = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
@@ -714,8 +728,10 @@ class Skips(nn.Module):
         for index, block in enumerate(self.blocks):
             x = block(x)
             if index == 0:
-                kept = x.tanh()
+                kept = x if self.mode == "output" else x.tanh()
             if self.mode == "values" and index == 1 and bool((x > 100).any()):
+                return x
+            if self.mode == "list" and index == 1 and max(x[0].tolist()) > 100:
                 return x
         if self.mode == "late":
             return self.last(x), kept
@@ -723,11 +739,13 @@ class Skips(nn.Module):
             return self.last(x) * self.blocks[0].weight.sum()
         if self.mode == "again":
             return self.last(self.blocks[0](x))
+        if self.mode == "output":
+            return self.last(x) * kept, kept
         return self.last(x + kept if self.mode == "skip" else x)
 
 
 REASONS = {
-    "skip": ({"blocks.1", "blocks.2", "blocks.3"}, "an output of 'blocks.0' is used later"),
+    "skip": ({"blocks.1", "blocks.2", "blocks.3"}, "what was computed from an output of 'blocks.0' is used later, by"),
     "late": (
         {"blocks.1", "blocks.2", "blocks.3", "last"},
         "an output of 'blocks.0' is used later, by the network's output",
@@ -743,6 +761,7 @@ MESSAGES = {
     "skip": r"in .*'last'.* shape \(2, 4\) comes from an output of 'blocks.0', .* no argument of 'blocks.2'",
     "late": r"in its output, a tensor of shape \(2, 4\) comes from an output of 'blocks.0'",
     "values": r"goes on by the values of an output of 'blocks.1' .* not in the stage of 'blocks.2'",
+    "list": r"goes on by the values of an output of 'blocks.1' \(tolist\)",
     "inside": r"in its output, .* comes from the parameter 'blocks.0.weight'",
     "again": r"calls 'blocks.0' again after 'blocks.2'",
 }
@@ -765,6 +784,45 @@ def test_what_cannot_be_cut_off_is_found_and_named(mode: str) -> None:
         blind.segment(2, 5)(value)
     assert "split_points" in str(caught.value)
     assert "configure_stages()" in str(caught.value)
+
+
+def test_an_output_of_a_layer_may_skip_over_stages() -> None:
+    network = made(Skips)
+    network.mode = "output"
+    x = torch.randn(2, 4, dtype=torch.float64)
+    chain = ReplayedChain(network, "", ((x,), {}))
+    assert not chain.forbidden
+    assert_same_step(chain, [1, 2, 3, 4], ((x,), {}), network, copy.deepcopy(network))
+    assert_same_step(chain, [2, 3], ((x,), {}), network, copy.deepcopy(network))
+    # Where it is an argument, it crosses once.
+    sizes = [len(tensors_of(chain.segment(0, stop)(x))) for stop in (1, 2)]
+    assert sizes == [1, 2]
+
+
+class Twists(nn.Module):
+    """Does with its input what a tensor that is followed does not bear; ``fail`` makes it fail at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        self.fail = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if type(x) is not Tensor or self.fail:
+            raise TypeError("not my kind of tensor")
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_an_input_that_cannot_be_followed_is_always_sent() -> None:
+    network = made(Twists)
+    x = torch.randn(2, 4, dtype=torch.float64)
+    chain = ReplayedChain(network, "net", ((x,), {}))
+    assert_same_step(chain, [1, 2], ((x,), {}), network, copy.deepcopy(network))
+    network.fail = True
+    with pytest.raises(RuntimeError, match=r"Twists failed .*TypeError: not my kind of tensor.*configure_stages"):
+        ReplayedChain(network, "net", ((x,), {}))
 
 
 class Wanders(nn.Module):
