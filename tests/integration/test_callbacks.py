@@ -19,12 +19,12 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch import callbacks as known
 from lightning.pytorch.callbacks import (
     BaseFinetuning,
     BasePredictionWriter,
     DeviceStatsMonitor,
     EarlyStopping,
-    EMAWeightAveraging,
     LearningRateFinder,
     LearningRateMonitor,
     ModelCheckpoint,
@@ -247,12 +247,16 @@ CASES: dict[str, Case] = {
         lambda: Rated("convnet"),
         {},
         lambda folder: [
-            EMAWeightAveraging(decay=0.8), ModelCheckpoint(folder, save_top_k=-1), EarlyStopping("val_loss", patience=9)
+            known.EMAWeightAveraging(decay=0.8), ModelCheckpoint(folder, save_top_k=-1),
+            EarlyStopping("val_loss", patience=9),
         ],
     ),
     "moving average by hand": (Rated, {}, lambda folder: [Average()]),
     "fine-tuning": (Trainable, {}, lambda folder: [Thawing(), ModelCheckpoint(folder, save_top_k=-1)]),
 }  # fmt: skip
+# Not every Lightning that is supported has one; the case by hand is for all.
+if not hasattr(known, "EMAWeightAveraging"):
+    del CASES["moving average"]
 
 
 def train(name: str, devices: int, folder: str, load: str | None = None) -> dict[str, Any]:
@@ -347,6 +351,8 @@ def test_the_cases_do_what_they_are_named_for(alone: dict[str, Any]) -> None:
     assert len(files["checkpoint after validations in an epoch"]) == 6
     assert {"step=4.ckpt", "step=7.ckpt", "step=10.ckpt", "last.ckpt"} <= files["checkpoint by the clock"].keys()
     assert len(files["checkpoint by the clock on a training metric"]) == 2
+    if "moving average" not in alone:
+        return
     averaged, last = alone["moving average"]["state"], alone["moving average"]["saved"]["files"]["epoch=2-step=15.ckpt"]
     assert largest_difference(averaged, last) == 0.0, "the checkpoint holds the average"
 
@@ -362,6 +368,7 @@ def resume_all(devices: int, folder: str, source: str) -> dict[str, Any]:
     return {
         name: train(name, devices, folder, f"{source}/{list(CASES).index(name)}/{file}")
         for name, file in RESUMED.items()
+        if name in CASES
     }
 
 
@@ -370,13 +377,13 @@ def test_callbacks_resume_with_what_all_stages_had(
 ) -> None:
     expected = run_ranks(resume_all, 1, 1, str(tmp_path / "one"), str(folder))[0]
     results = run_ranks(resume_all, 3, 3, str(tmp_path / "three"), str(folder), timeout=200)
-    for name in RESUMED:
+    for name in expected:
         for result in results:
             assert result[name]["steps"] == expected[name]["steps"]
             assert result[name]["groups"] == expected[name]["groups"]
             assert largest_difference(result[name]["state"], expected[name]["state"]) <= 1e-12, name
     # The averages go on where they were, so that the resumed run ends as the whole one did.
-    for name in ("weights averaged at the end", "moving average"):
+    for name in expected.keys() - {"fine-tuning"}:
         assert largest_difference(expected[name]["state"], alone[name]["state"]) <= 1e-12, name
     assert expected["fine-tuning"]["groups"] == 2
 
