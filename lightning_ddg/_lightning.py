@@ -6,8 +6,11 @@ something returns the function that undoes it.
 
 from __future__ import annotations
 
+import functools
+import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -21,9 +24,17 @@ from lightning.fabric.utilities.optimizer import _optimizers_to_device as optimi
 from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_zero_only
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    ModelCheckpoint,
+    ModelPruning,
+    OnExceptionCheckpoint,
+    Timer,
+)
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher as MultiProcessingLauncher
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher as SubprocessScriptLauncher
-from lightning.pytorch.utilities.rank_zero import rank_zero_only  # type: ignore[attr-defined]
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn  # type: ignore[attr-defined]
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import nn
 from torchmetrics import Metric
@@ -70,8 +81,49 @@ def bypass_before_batch_transfer(module: LightningModule) -> Undo:
 
 
 def mute_logging(module: LightningModule) -> Undo:
-    """On a rank without the loss, what a training step logs is a placeholder; rank 0's values are relayed instead."""
+    """While the layers are measured, the training step must log nothing."""
     return _replace(module, "log", lambda *args, **kwargs: None)
+
+
+def mute_training_logs(trainer: Trainer, module: LightningModule) -> Undo:
+    """On a rank without the loss, what is logged while training is a placeholder; rank 0's values are relayed."""
+    log = module.log
+
+    def log_unless_training(name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        if not trainer.training:
+            log(name, value, *args, **kwargs)
+        elif isinstance(value, Metric):
+            # Lightning resets a metric that it logs; this one has seen placeholders only, and would keep them all.
+            value.reset()
+
+    return _replace(module, "log", log_unless_training)
+
+
+def uses_step_outputs(module: LightningModule) -> bool:
+    """Whether hooks may use what a training step has returned or collected, so that every rank must have it.
+
+    Lightning's own callbacks use no more than the loss.
+    """
+    callbacks = module.trainer.callbacks  # type: ignore[attr-defined]
+    hooks = {type(callback).on_train_batch_end.__module__.partition(".")[0] for callback in callbacks}
+    return (
+        is_overridden("on_train_batch_end", module)
+        or is_overridden("on_train_epoch_end", module)
+        or bool(hooks - {"lightning", "lightning_ddg"})
+    )
+
+
+def after_hook(module: LightningModule, name: str, function: Callable[[], object]) -> Undo:
+    """Calls a function after a hook of the module, which comes after the callbacks'; a strategy's hook is missing."""
+    hook = getattr(module, name)
+
+    @functools.wraps(hook)
+    def hook_and_function(*args: Any, **kwargs: Any) -> Any:
+        result = hook(*args, **kwargs)
+        function()
+        return result
+
+    return _replace(module, name, hook_and_function)
 
 
 def _never_distributed() -> bool:
@@ -125,6 +177,28 @@ def insert_callback(trainer: Trainer, callback: Callback) -> Undo:
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     callbacks.insert(0, callback)
     return lambda: callbacks.remove(callback)
+
+
+def keep_callback(trainer: Trainer, callback: Callback) -> None:
+    """Puts a callback among those of a learning rate finder, which has taken all others away until it is done."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    if callback not in callbacks:
+        # Not the first: there the finder looks for its own.
+        callbacks.append(callback)
+
+
+def on_exception_in_fit(trainer: Trainer, tell: Callable[[BaseException], object]) -> Undo:
+    """Tells of an exception where it happens: a learning rate finder waits for all ranks before it lets it go on."""
+    run = trainer.fit_loop.run
+
+    def run_and_tell() -> None:
+        try:
+            run()
+        except BaseException as error:
+            tell(error)
+            raise
+
+    return _replace(trainer.fit_loop, "run", run_and_tell)
 
 
 def set_rank_zero_only(rank: int) -> None:
@@ -190,11 +264,152 @@ def batch_number(trainer: Trainer) -> int:
     return trainer.fit_loop.epoch_loop.total_batch_idx
 
 
+def skips_backward(trainer: Trainer) -> bool:
+    """Whether this batch has no backward: stochastic weight averaging ends with an epoch of forwards."""
+    return trainer.fit_loop._skip_backward
+
+
+def time_on_rank_zero(trainer: Trainer, leads: bool) -> Undo:
+    """A Timer asks rank 0 whether its time is up, after every batch; waiting for the answer would lock all stages.
+
+    Rank 0 just looks at its clock instead: its ``should_stop`` reaches the other ranks anyway.
+    """
+    undo = ExitStack()
+
+    def check(timer: Timer) -> None:
+        left = timer.time_remaining()
+        if leads and left is not None and left <= 0:
+            trainer.should_stop = True
+
+    for timer in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(timer, Timer):
+            undo.callback(_replace(timer, "_check_time_remaining", lambda _, timer=timer: check(timer)))
+    return undo.close
+
+
+class TimedCheckpoints:
+    """The checkpoints with a ``train_time_interval``: they save when allowed to, not when their own clock says so.
+
+    Each would ask rank 0 after every batch whether to save, and lock all stages together by waiting for the answer.
+
+    Args:
+        trainer: The Trainer, with all its callbacks.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self._allowed: set[str] = set()
+        self._undo = ExitStack()
+        self._callbacks = {
+            f"save {number}": callback
+            for number, callback in enumerate(trainer.checkpoint_callbacks)
+            if isinstance(callback, ModelCheckpoint) and callback._train_time_interval is not None
+        }
+        for name, callback in self._callbacks.items():
+            self._undo.callback(self._guard(name, callback))
+
+    def elapsed(self) -> list[str]:
+        """Names of those whose interval has passed by this rank's clock."""
+        names, now = [], time.monotonic()
+        for name, callback in self._callbacks.items():
+            last, interval = callback._last_time_checked, callback._train_time_interval
+            if last is not None and interval is not None and now - last >= interval.total_seconds():
+                names.append(name)
+        return names
+
+    def allow(self, names: Collection[str]) -> bool:
+        """Lets those of the given names save after this batch, and no other; whether there are any that monitor."""
+        self._allowed = set(names) & self._callbacks.keys()
+        return any(self._callbacks[name].monitor is not None for name in self._allowed)
+
+    def restore(self) -> None:
+        """Gives the callbacks their own hooks back."""
+        self._undo.close()
+
+    def _guard(self, name: str, callback: ModelCheckpoint) -> Undo:
+        hook = callback.on_train_batch_end
+
+        def save_if_allowed(*args: Any, **kwargs: Any) -> None:
+            if name in self._allowed:
+                callback._last_time_checked = float("-inf")
+                hook(*args, **kwargs)
+
+        return _replace(callback, "on_train_batch_end", save_if_allowed)
+
+
+def monitors_after_batch(trainer: Trainer) -> bool:
+    """Whether a checkpoint that monitors a metric may be saved after this batch."""
+    return any(
+        isinstance(callback, ModelCheckpoint)
+        and callback.monitor is not None
+        and callback._every_n_train_steps > 0
+        and trainer.global_step % callback._every_n_train_steps == 0
+        for callback in trainer.checkpoint_callbacks
+    )
+
+
+def plateaus_after_batch(trainer: Trainer) -> bool:
+    """Whether a ReduceLROnPlateau looks at its metric after this batch."""
+    return any(
+        config.reduce_on_plateau
+        and config.interval == "step"
+        and (trainer.fit_loop.batch_idx + 1) % config.frequency == 0
+        for config in trainer.lr_scheduler_configs
+    )
+
+
+def filter_on_optimizer_by_identity() -> Undo:
+    """Lets BaseFinetuning recognise a parameter that an optimizer has by what it is, not by its values.
+
+    Lightning compares values, which are stale for the parameters of other ranks, and may be on another device.
+    """
+    original = BaseFinetuning.__dict__["filter_on_optimizer"]
+
+    def filter_on_optimizer(optimizer: torch.optim.Optimizer, params: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+        known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        params = list(params)
+        new = [parameter for parameter in params if id(parameter) not in known]
+        if len(new) < len(params):
+            rank_zero_warn(f"{len(params) - len(new)} parameters to unfreeze are in the optimizer already.")
+        return new
+
+    setattr(BaseFinetuning, "filter_on_optimizer", staticmethod(filter_on_optimizer))  # noqa: B010
+    return lambda: setattr(BaseFinetuning, "filter_on_optimizer", original)
+
+
+def prediction_loader(trainer: Trainer, index: int) -> Any:
+    """The (wrapped) loader of a batch to predict."""
+    combined = trainer.predict_loop._combined_loader
+    assert combined is not None
+    return combined.flattened[index]
+
+
 def training_iterables(trainer: Trainer) -> Any:
     """The (wrapped) training loaders, in the nest the user gave them in; sets the loop's data up if need be."""
     trainer.fit_loop.setup_data()
     combined = trainer.fit_loop._combined_loader
     return None if combined is None else combined.iterables
+
+
+def refuse_callbacks(trainer: Trainer) -> None:
+    """Refuses callbacks that a single rank cannot serve.
+
+    Raises:
+        ValueError: For a checkpoint on an exception, and for pruning.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        name = type(callback).__name__
+        if isinstance(callback, OnExceptionCheckpoint) or getattr(callback, "save_on_exception", False):
+            option = "" if isinstance(callback, OnExceptionCheckpoint) else "(save_on_exception=True)"
+            raise ValueError(
+                f"{name}{option} saves when an exception ends the run, but then the weights of the other stages are"
+                " out of reach. Save regularly instead: ModelCheckpoint(every_n_train_steps=..., save_last=True)."
+            )
+        if isinstance(callback, ModelPruning):
+            raise ValueError(
+                f"{name} replaces parameters while training, by comparing the weights of all stages, but a process"
+                " knows only its own stage's. Prune after the fit, or train in one process (devices=1)."
+            )
 
 
 def refuse_trainer_flags(trainer: Trainer) -> None:

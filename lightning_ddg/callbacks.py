@@ -21,12 +21,17 @@ class EpochEnd(Callback):
     def __init__(self, strategy: DDGStrategy) -> None:
         self._strategy = strategy
 
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Lets callbacks that change the optimizer's groups find the whole module's parameters in them."""
+        self._strategy.show_all_parameters()
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Drains after the last batch, before the validation that may follow it."""
+        """Drains after the last batch, before the validation that may follow it, and readies what saves after it."""
         if _lightning.is_last_batch(trainer):
             self._strategy.drain("epoch", batch_idx)
+        self._strategy.before_batch_end_hooks(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Drains if the epoch ended early, then relays rank 0's metrics."""

@@ -6,7 +6,7 @@ moving the pieces between ranks is the strategy's business.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -61,6 +61,14 @@ def keys_of_stage(
     return [key for key, value in state_dict.items() if owner(key, value) == stage]
 
 
+def copies_of_state(checkpoint: Mapping[str, Any], keys: Collection[str]) -> list[dict[str, Any]]:
+    """The module's own state in a checkpoint, and what callbacks keep that has the same keys, such as an average."""
+    callbacks = checkpoint.get("callbacks", {}).values()
+    kept = [value for state in callbacks if isinstance(state, Mapping) for value in state.values()]
+    values = [checkpoint.get("state_dict"), *kept]
+    return [value for value in values if isinstance(value, dict) and value.keys() == set(keys)]
+
+
 def parameter_groups(optimizer: Optimizer) -> list[list[nn.Parameter]]:
     """The parameters of each group of an optimizer over the whole module, in the order of its state's indices."""
     return [list(group["params"]) for group in optimizer.param_groups]
@@ -73,6 +81,51 @@ def keep_only(optimizer: Optimizer, own: Iterable[nn.Parameter]) -> None:
         group["params"] = [parameter for parameter in group["params"] if id(parameter) in kept]
     for parameter in [parameter for parameter in optimizer.state if id(parameter) not in kept]:
         del optimizer.state[parameter]
+
+
+def keep_options(optimizer: Optimizer) -> Callable[[], None]:
+    """Remembers the options of an optimizer's groups, such as the learning rate; returns what gives them back."""
+    before = [
+        {name: value.clone() if isinstance(value, Tensor) else value for name, value in group.items()}
+        for group in optimizer.param_groups
+    ]
+
+    def restore() -> None:
+        for group, options in zip(optimizer.param_groups, before, strict=False):
+            for name, value in options.items():
+                if isinstance(value, Tensor) and isinstance(group[name], Tensor):
+                    group[name].copy_(value)
+                elif name != "params":
+                    group[name] = value
+
+    return restore
+
+
+def adopt_groups(
+    optimizer: Optimizer, groups: Sequence[Sequence[nn.Parameter]], own: Iterable[nn.Parameter]
+) -> list[list[nn.Parameter]]:
+    """What :func:`parameter_groups` says of an optimizer whose groups were changed after :func:`keep_only`.
+
+    Groups that were added or replaced, over the whole module, are reduced to this stage's own parameters.
+
+    Args:
+        optimizer: The optimizer.
+        groups: What :func:`parameter_groups` said before.
+        own: This stage's parameters.
+
+    Returns:
+        The parameters of each group over the whole module.
+    """
+    own = list(own)
+    kept = {id(parameter) for parameter in own}
+    adopted = []
+    for index, group in enumerate(optimizer.param_groups):
+        known = list(groups[index]) if index < len(groups) else []
+        reduced = [id(parameter) for parameter in known if id(parameter) in kept]
+        unchanged = index < len(groups) and reduced == [id(parameter) for parameter in group["params"]]
+        adopted.append(known if unchanged else list(group["params"]))
+    keep_only(optimizer, own)
+    return adopted
 
 
 def _full_indices(groups: Sequence[Sequence[nn.Parameter]]) -> dict[int, int]:

@@ -175,7 +175,7 @@ def measured_costs(
         module.to(device)
         try:
             args, kwargs = first_call(module, network.target, network.target_name, loaders, precision, device)
-            check_same(network.chain, network.target, args, kwargs, precision.train_step_context)
+            check_same(network.chain, network.whole, args, kwargs, precision.train_step_context)
             if balance == "flops":
                 return flop_costs(network.chain, args, kwargs)
             return measure_profile(network.chain, args, kwargs, context=precision.train_step_context)

@@ -38,11 +38,13 @@ class SourceLoader(_PassThrough):
         super().__init__(loader)
         self._announce = announce
         self._iterator: _SourceIterator | None = None
+        self._told = 0
 
     def __len__(self) -> int:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[Any]:
+        self._told = 0
         self._iterator = _SourceIterator(iter(self._loader), self._announce)
         return self._iterator
 
@@ -56,6 +58,13 @@ class SourceLoader(_PassThrough):
             iter(self)
         assert self._iterator is not None
         return self._iterator.peek()
+
+    def new_indices(self) -> list[Any]:
+        """Indices of the samples fetched since it was last asked, one list a batch, where Lightning keeps track."""
+        seen = getattr(getattr(self._loader, "batch_sampler", None), "seen_batch_indices", [])
+        new = list(seen[self._told :])
+        self._told = len(seen)
+        return new
 
     def release(self) -> None:
         """Forgets the batch kept for :meth:`peek`."""
@@ -121,7 +130,17 @@ class RemoteLoader(_PassThrough):
             raise TypeError(f"{type(self._loader).__name__} has no length")
         return self._length
 
+    def add_indices(self, new: list[Any]) -> None:
+        """Notes the indices of samples that the reading rank has fetched, where Lightning looks for them."""
+        if new:
+            sampler = self._loader.batch_sampler
+            # Lightning's wrapper has no such attribute before it is iterated, which it never is here.
+            sampler.seen_batch_indices = [*getattr(sampler, "seen_batch_indices", []), *new]
+
     def __iter__(self) -> Iterator[RemoteBatch]:
+        sampler: Any = getattr(self._loader, "batch_sampler", None)
+        if hasattr(sampler, "seen_batch_indices"):
+            sampler.seen_batch_indices = []
         if self._length is None:
             while self._more():
                 yield RemoteBatch()

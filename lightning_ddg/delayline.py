@@ -31,6 +31,7 @@ class DelayLine:
 
     def __init__(self, segments: Sequence[nn.Module], others: Sequence[nn.Parameter], seeded: Seeded) -> None:
         self._segments = list(segments)
+        self.notices: list[Any] = []
         self._seeded = seeded
         parameters = [list(segment.parameters()) for segment in segments]
         parameters[-1].extend(others)
@@ -83,6 +84,12 @@ class DelayLine:
         """Says that the optimizer has used the gradients there were."""
         for line in self._lines:
             line.pending = False
+
+    def skip(self) -> None:
+        """Says that no backward will follow the last forward: here it has left nothing behind."""
+
+    def announce(self, notice: Any) -> None:
+        """Tells the other stages, of which there is none in another process."""
 
     def clear(self) -> None:
         """Forgets all waiting gradients."""

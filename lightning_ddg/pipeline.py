@@ -33,8 +33,8 @@ class Pipeline:
         num_stages: ``K``.
         transport: Connects the ranks.
         seeded: ``seeded(k)`` seeds the random draws of stage ``k`` for the current batch.
-        shape_of_output: For manual optimization: maps this stage's output to a placeholder of the network's output.
-            ``None`` ends the step at the network's call instead.
+        shape_of_output: For steps that are to go on after the network's call, as in manual optimization: maps this
+            stage's output to a placeholder of the network's output. ``None`` ends the step there instead.
     """
 
     def __init__(
@@ -52,6 +52,7 @@ class Pipeline:
         self.transport = transport
         self._seeded = seeded
         self._shape_of_output = shape_of_output
+        self.notices: list[Any] = []
         self._pending = False
         self._upstream = None if number == 1 else rank_of_stage(number - 1, num_stages)
         self._downstream = None if number == num_stages else rank_of_stage(number + 1, num_stages)
@@ -60,10 +61,10 @@ class Pipeline:
         """Forward of the next training batch.
 
         Returns:
-            The network's output on the last stage; on others a placeholder for it, in manual optimization.
+            The network's output on the last stage; on others a placeholder for it, if the step is to go on.
 
         Raises:
-            StepDone: On a stage before the last, in automatic optimization: the step has nothing more to do there.
+            StepDone: On a stage before the last, if the step has nothing more to do there.
         """
         if self._upstream is not None:
             args, kwargs = (self.transport.take(self._upstream, Kind.ACTIVATION),), {}
@@ -123,15 +124,36 @@ class Pipeline:
         self._pending = False
         self.stage.weights_changed()
 
+    def skip(self) -> None:
+        """Forgets the batch just trained, of which no stage will run a backward."""
+        self.stage.skip()
+
     def clear(self) -> None:
-        """Forgets the batches in flight."""
+        """Forgets the batches in flight; every rank must call it, so that none finds their gradients later."""
         self._pending = False
+        for _ in range(len(self.stage)):
+            if self._downstream is not None:
+                self.transport.take(self._downstream, Kind.GRADIENT)
+            self._send_gradients([])
         self.stage.clear()
+
+    def announce(self, notice: Any) -> None:
+        """On the last stage: tells the others something; stage ``k`` knows it after ``K - k`` more batches.
+
+        It travels from stage to stage with the gradients, so that nobody waits for it.
+        """
+        if self._upstream is not None:
+            self.transport.send(self._upstream, Kind.NOTICE, notice)
 
     def _backward_of_oldest(self) -> None:
         assert self._downstream is not None
         self._pending = True
-        self._send_gradients(self.stage.backward(self.transport.take(self._downstream, Kind.GRADIENT)))
+        grads = self.transport.take(self._downstream, Kind.GRADIENT)
+        while self.transport.has(self._downstream, Kind.NOTICE):
+            notice = self.transport.take(self._downstream, Kind.NOTICE)
+            self.notices.append(notice)
+            self.announce(notice)
+        self._send_gradients(self.stage.backward(grads))
 
     def _send_gradients(self, grads: list[Tensor | None]) -> None:
         if self._upstream is not None:
@@ -169,6 +191,18 @@ def placeholder_maker(rest: nn.Module) -> Callable[[Any], Any]:
         return map_tensors(lambda tensor: _zeros(tensor, device), shapes)
 
     return make
+
+
+def or_end_step(make: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A placeholder where one can be made, else the end of the step: for steps that may end at the network's call."""
+
+    def make_or_end(output: Any) -> Any:
+        try:
+            return make(output)
+        except RuntimeError:
+            raise StepDone from None
+
+    return make_or_end
 
 
 def _zeros(like: Tensor, device: torch.device) -> Tensor:

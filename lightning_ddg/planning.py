@@ -234,13 +234,13 @@ def plan_module(
 
     def example(target: nn.Module, name: str) -> Any:
         call = _call_of_network(module, target, name, batch, context)
-        return map_tensors(lambda tensor: tensor.detach().to("meta"), call)
+        return map_tensors(torch.Tensor.detach, call)
 
     with _training_mode(module):
         network = find_network(module, layers, example=example)
         args, kwargs = _call_of_network(module, network.target, network.target_name, batch, context)
         try:
-            check_same(network.chain, network.target, args, kwargs, context)
+            check_same(network.chain, network.whole, args, kwargs, context)
             profile = measure_profile(network.chain, args, kwargs, context=context)
         except NotTheSame:
             raise

@@ -106,8 +106,9 @@ def check_precision(plugin: Any) -> None:
     """
     if getattr(plugin, "scaler", None) is not None or getattr(plugin, "precision", None) == "16-mixed":
         raise ValueError(
-            f"precision={plugin.precision!r} scales the loss by a factor that each process would choose for itself,"
-            " which delayed gradients do not survive. Use precision='bf16-mixed'."
+            f"precision={plugin.precision!r} scales the loss, and has to skip a batch whose gradient overflows, on all"
+            " stages; but the last stage has applied that batch's gradient before the first has computed its own. Use"
+            " precision='bf16-mixed'."
         )
 
 

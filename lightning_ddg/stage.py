@@ -123,6 +123,10 @@ class Stage:
         """Says that the next forward must stash the weights anew."""
         self._weights = None
 
+    def skip(self) -> None:
+        """Forgets the newest batch in flight."""
+        self._in_flight.pop()
+
     def clear(self) -> None:
         """Forgets all batches in flight."""
         self._in_flight.clear()

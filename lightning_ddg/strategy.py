@@ -28,8 +28,11 @@ from lightning_ddg import _lightning
 from lightning_ddg.callbacks import EpochEnd
 from lightning_ddg.checkpoint import (
     CHECKPOINT_KEY,
+    adopt_groups,
+    copies_of_state,
     full_optimizer_state,
     keep_only,
+    keep_options,
     keys_of_stage,
     local_optimizer_state,
     owner_by_name,
@@ -38,12 +41,14 @@ from lightning_ddg.checkpoint import (
 )
 from lightning_ddg.cutting import Cut, Measured, copies_kept, decide_cut, first_call, measured_costs
 from lightning_ddg.data import RemoteLoader, SourceLoader
+from lightning_ddg.decisions import Decisions
 from lightning_ddg.delayline import DelayLine
 from lightning_ddg.link import SECONDS_PER_BYTE, measure_link
 from lightning_ddg.messages import map_tensors, pack, tensors_of
 from lightning_ddg.partition import Network, Profile, find_network, parse_bytes, print_cut
 from lightning_ddg.pipeline import (
     Pipeline,
+    or_end_step,
     placeholder_maker,
 )
 from lightning_ddg.planning import NUM_STAGES, Plan, plan_module
@@ -152,6 +157,7 @@ class DDGStrategy(ParallelStrategy):
         self._owner: dict[str, int] = {}
         self._groups: list[list[nn.Parameter]] = []
         self._weights_complete = True
+        self._gathered: dict[str, Any] | None = None
         self._failure: str | None = None
 
     def _begin(self) -> None:
@@ -161,10 +167,16 @@ class DDGStrategy(ParallelStrategy):
         self._network: Network | None = None
         self._execution: Pipeline | DelayLine | None = None
         self._seam: Seam | None = None
+        self._decisions: Decisions | None = None
+        self._epoch_end = EpochEnd(self)
         self._seed = 0
         self._draws = (0, 0)
         self._evaluations = 0
         self._backward_ran = False
+        self._whole_step = False
+        self._answered = False
+        self._stepped = False
+        self._outside_shared = True
         self._foreign_grads_checked = False
 
     @classmethod
@@ -364,6 +376,8 @@ class DDGStrategy(ParallelStrategy):
         self.setup_precision_plugin()
         if fitting:
             _lightning.optimizers_to_device(self.optimizers, self.root_device)
+        if fitting and self._execution is not None:
+            self._watch(trainer, self._execution)
         # Without a seed each process has made its own; what is never trained is not shared again.
         self._share_outside(lambda tensor: True)
 
@@ -373,12 +387,12 @@ class DDGStrategy(ParallelStrategy):
         check_layer_sync(self._layer_sync)
         if not self._one_process:
             _lightning.refuse_dataloader_iter(self.lightning_module)
+            _lightning.refuse_callbacks(trainer)
 
     def _install(self, trainer: Trainer) -> None:
         assert self.lightning_module is not None
         module = self.lightning_module
-        epoch_end = EpochEnd(self)
-        self._undo.callback(_lightning.insert_callback(trainer, epoch_end))
+        self._undo.callback(_lightning.insert_callback(trainer, self._epoch_end))
         if self._one_process:
             return
         self._undo.callback(_lightning.keep_metrics_local(module))
@@ -395,7 +409,7 @@ class DDGStrategy(ParallelStrategy):
         layers = configure() if callable(configure) else None
 
         def example(target: nn.Module, name: str) -> Any:
-            """How the training step calls the network, on the meta device; every rank must trace the same."""
+            """How the training step calls the network, on the CPU; every rank must find the same layers."""
             fitting = trainer.state.fn == TrainerFn.FITTING
             loaders = _lightning.training_iterables(trainer) if fitting else None
             call = None
@@ -403,7 +417,7 @@ class DDGStrategy(ParallelStrategy):
             if loaders is not None and self._reads:
                 with suppress(Exception), self._seeded(0, libraries=True):
                     call = first_call(module, target, name, loaders, self.precision_plugin, torch.device("cpu"))
-                    call = map_tensors(lambda tensor: tensor.detach().to("meta"), call)
+                    call = map_tensors(Tensor.detach, call)
             return None if loaders is None else self.broadcast(call, src=self._reading_rank)
 
         points = self._split_points or self._recorded_cut or ()
@@ -484,8 +498,11 @@ class DDGStrategy(ParallelStrategy):
     def _own_stage(self, module: LightningModule, cut: Cut) -> Pipeline:
         assert self._transport is not None and self.stage is not None
         placeholder = None
-        if not module.automatic_optimization and self.stage < self.num_stages:
+        self._whole_step = not module.automatic_optimization or _lightning.uses_step_outputs(module)
+        if self._whole_step and self.stage < self.num_stages:
             placeholder = placeholder_maker(cut.chain.segment(cut.bounds[self.stage], len(cut.chain)))
+            if module.automatic_optimization:
+                placeholder = or_end_step(placeholder)
         own = Stage(self._segments[self.stage - 1], delay(self.stage, self.num_stages))
         return Pipeline(own, self.stage, self.num_stages, self._transport, self._seeded, placeholder)
 
@@ -501,12 +518,45 @@ class DDGStrategy(ParallelStrategy):
     def _keep_own_parameters(self) -> None:
         if self._one_process:
             return
-        assert self.lightning_module is not None and self.stage is not None
-        named = self.lightning_module.named_parameters()
-        own = [parameter for name, parameter in named if self._owner[name] == self.stage]
         self._groups = [group for optimizer in self.optimizers for group in parameter_groups(optimizer)]
         for optimizer in self.optimizers:
-            keep_only(optimizer, own)
+            keep_only(optimizer, self._own_parameters)
+
+    @property
+    def _own_parameters(self) -> list[nn.Parameter]:
+        assert self.lightning_module is not None
+        named = self.lightning_module.named_parameters()
+        return [parameter for name, parameter in named if self._owner[name] == self.stage]
+
+    def show_all_parameters(self) -> None:
+        """Puts the parameters of all stages into the optimizer's groups, until the hooks of this event have run."""
+        self._adopt_groups()
+        for optimizer in () if self._one_process else self.optimizers:
+            for group, parameters in zip(optimizer.param_groups, self._groups, strict=True):
+                group["params"] = list(parameters)
+
+    def _adopt_groups(self) -> None:
+        """Takes the parameters of other stages out of groups that were added, or shown by `show_all_parameters`."""
+        for optimizer in () if self._one_process else self.optimizers:
+            self._groups = adopt_groups(optimizer, self._groups, self._own_parameters)
+
+    def _watch(self, trainer: Trainer, execution: Pipeline | DelayLine) -> None:
+        """Acts where strategies have no hook: after those of the module, which come after the callbacks'."""
+        assert self.lightning_module is not None
+        module, leads = self.lightning_module, self.is_global_zero
+        self._decisions = Decisions(trainer, execution, self.num_stages, leads)
+        self._undo.callback(self._decisions.restore)
+        if not leads:
+            self._undo.callback(_lightning.mute_training_logs(trainer, module))
+        self._undo.callback(_lightning.filter_on_optimizer_by_identity())
+        self._undo.callback(_lightning.on_exception_in_fit(trainer, self.on_exception))
+        for name, function in (
+            ("on_fit_start", self._adopt_groups),
+            ("on_train_epoch_start", self._adopt_groups),
+            ("on_train_batch_end", lambda: self._after_batch_end_hooks(trainer)),
+            ("on_train_epoch_end", lambda: self._follow_rank_zero(trainer, stop=True)),
+        ):
+            self._undo.callback(_lightning.after_hook(module, name, function))
 
     def model_to_device(self) -> None:
         """Moves this process's layers and everything outside the network to its device; others stay on the CPU."""
@@ -565,7 +615,10 @@ class DDGStrategy(ParallelStrategy):
         if self._transport is None:
             return super().batch_to_device(batch, device, dataloader_idx)
         assert self.lightning_module is not None
-        training = self.lightning_module.trainer.training
+        trainer = self.lightning_module.trainer
+        if trainer.predicting:
+            return self._predicted_batch(_lightning.prediction_loader(trainer, dataloader_idx), batch, device)
+        training = trainer.training
         if self._reads:
             batch = super().batch_to_device(batch, device, dataloader_idx)
             # A snapshot: the user's step may change the batch in place while it is still on its way.
@@ -579,6 +632,17 @@ class DDGStrategy(ParallelStrategy):
             self._transport.send(self.global_rank - 1, Kind.BATCH, pack(batch, payload=False))
         return batch
 
+    def _predicted_batch(self, loader: SourceLoader | RemoteLoader, batch: Any, device: torch.device | None) -> Any:
+        """The batch on all ranks, and which samples it is made of, for the callbacks that write predictions."""
+        assert self._transport is not None
+        if isinstance(loader, SourceLoader):
+            batch = super().batch_to_device(batch, device)
+            self._transport.send(self._others, Kind.BATCH, pack((batch, loader.new_indices()), snapshot=True))
+        else:
+            batch, indices = self._transport.take(self._reading_rank, Kind.BATCH)
+            loader.add_indices(indices)
+        return batch
+
     # ---- training
 
     def _seeded(self, stage: int, libraries: bool = False) -> AbstractContextManager[None]:
@@ -588,12 +652,20 @@ class DDGStrategy(ParallelStrategy):
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         if self._execution is None:
             return super().training_step(*args, **kwargs)
-        assert self.lightning_module is not None and self._seam is not None
-        module = self.lightning_module
+        assert self.lightning_module is not None
+        output = self._train_one_batch(self.lightning_module, *args, **kwargs)
+        if _lightning.skips_backward(self.lightning_module.trainer):
+            self._execution.skip()
+            for parameter in self.lightning_module.parameters():
+                parameter.grad = None
+        return output
+
+    def _train_one_batch(self, module: LightningModule, *args: Any, **kwargs: Any) -> Any:
+        assert self._execution is not None and self._seam is not None
         self._draws = (0, _lightning.batch_number(module.trainer))
-        self._backward_ran = False
+        self._backward_ran = self._answered = False
         has_loss = self._one_process or self.stage == self.num_stages
-        if module.automatic_optimization and not has_loss and not self._reads:
+        if not self._whole_step and not has_loss and not self._reads:
             with self.precision_plugin.train_step_context(), suppress(StepDone):
                 self._execution.train((), {})
             return torch.zeros((), device=self.root_device, requires_grad=True)
@@ -603,21 +675,23 @@ class DDGStrategy(ParallelStrategy):
 
     def _run_training_step(self, module: LightningModule, has_loss: bool, *args: Any, **kwargs: Any) -> Any:
         assert self._seam is not None and self._network is not None
-        unmute = None if has_loss else _lightning.mute_logging(module)
         try:
             output = module.training_step(*args, **kwargs)
-        except StepDone:
+        except (StepDone, Exception) as error:
+            # What follows the network is run here for the sake of hooks only, and may not bear a placeholder.
+            in_vain = self._answered and not has_loss and module.automatic_optimization
+            if not in_vain and not isinstance(error, StepDone):
+                raise
             return torch.zeros((), device=self.root_device, requires_grad=True)
-        finally:
-            if unmute is not None:
-                unmute()
         check_step(self._network, module, self._seam.calls, output, self._backward_ran)
         return output
 
     def _train(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         assert self._seam is not None and self._execution is not None and self._network is not None
         check_call(self._network, self._seam.calls, tensors_of((args, kwargs)) if self._reads else ())
-        return self._execution.train(args, kwargs)
+        output = self._execution.train(args, kwargs)
+        self._answered = True
+        return output
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         """Runs the backward of the batch that is due on this stage; ``closure_loss`` counts on the last stage only."""
@@ -650,6 +724,7 @@ class DDGStrategy(ParallelStrategy):
     ) -> Any:
         """Steps with the gradients there are; where there are none yet, nothing of the stage changes."""
         output = super().optimizer_step(optimizer, closure, model, **kwargs)
+        self._stepped = True
         if self._execution is not None:
             self._execution.stepped()
         if self._transport is not None and self._seam is not None:
@@ -668,18 +743,23 @@ class DDGStrategy(ParallelStrategy):
             return
         assert self.lightning_module is not None
         module = self.lightning_module
-        while execution.waiting:
-            if module.automatic_optimization:
-                self._drain_automatically(module, execution, batch_idx)
-            else:
-                (optimizer,) = self.optimizers
-                optimizer.zero_grad()
-                execution.drain()
-                optimizer.step()
-                execution.stepped()
+        # A user's `optimizer_step` may set the learning rate, here on each stage another number of times.
+        with ExitStack() as undo:
+            for optimizer in self.optimizers:
+                undo.callback(keep_options(optimizer))
+            while execution.waiting:
+                if module.automatic_optimization:
+                    self._drain_automatically(module, execution, batch_idx)
+                else:
+                    (optimizer,) = self.optimizers
+                    optimizer.zero_grad()
+                    execution.drain()
+                    optimizer.step()
+                    execution.stepped()
 
     def _drain_automatically(self, module: LightningModule, execution: Pipeline | DelayLine, batch_idx: int) -> None:
         epoch, optimizer = module.trainer.current_epoch, self._lightning_optimizers[0]
+        self._stepped = False
 
         def closure() -> None:
             module.optimizer_zero_grad(epoch, batch_idx, cast(Optimizer, optimizer))
@@ -688,16 +768,54 @@ class DDGStrategy(ParallelStrategy):
                     break
 
         module.optimizer_step(epoch, batch_idx, optimizer, closure)
+        if not self._stepped:
+            # The user's hook steps at other batches only, but for these gradients there will be none.
+            optimizer.step(lambda: None)
 
     def end_epoch(self, trainer: Trainer) -> None:
         """Lets all ranks end the epoch together and gives rank 0's metrics to all of them."""
         if self._transport is None:
             return
-        metrics = dict(trainer.callback_metrics) if self.is_global_zero else None
-        self._transport.send(self._others, Kind.EPOCH, metrics)
-        received = {rank: self._transport.take(rank, Kind.EPOCH) for rank in self._others}
-        if not self.is_global_zero:
-            trainer.callback_metrics.update(received[0])
+        self._transport.send(self._others, Kind.EPOCH, None)
+        for rank in self._others:
+            self._transport.take(rank, Kind.EPOCH)
+        self._follow_rank_zero(trainer)
+
+    def before_batch_end_hooks(self, trainer: Trainer) -> None:
+        """Readies what callbacks do at the end of a batch that needs rank 0's decision, or its metrics."""
+        if self._decisions is None:
+            return
+        saves = self._decisions.due(_lightning.batch_number(trainer))
+        if saves or _lightning.monitors_after_batch(trainer):
+            self._follow_rank_zero(trainer)
+
+    def _after_batch_end_hooks(self, trainer: Trainer) -> None:
+        assert self._decisions is not None
+        self._decisions.end_batch(_lightning.batch_number(trainer))
+        if _lightning.plateaus_after_batch(trainer):
+            self._follow_rank_zero(trainer)
+
+    def _follow_rank_zero(self, trainer: Trainer, stop: bool = False) -> None:
+        """Gives all ranks rank 0's metrics and, if asked to, its decision to stop; they wait for it, so not often."""
+        if self._decisions is None:
+            return
+        decision = self._decisions.stopping
+        if self._transport is not None:
+            if self.is_global_zero:
+                news = (dict(trainer.callback_metrics), decision)
+                self._transport.send(self._others, Kind.METRICS, pack(news, snapshot=True))
+            else:
+                metrics, decision = self._transport.take(0, Kind.METRICS)
+                trainer.callback_metrics.update(metrics)
+        if stop:
+            self._decisions.stop(decision)
+
+    def on_train_start(self) -> None:
+        assert self.lightning_module is not None
+        if self._decisions is not None:
+            self._decisions.begin()
+            _lightning.keep_callback(self.lightning_module.trainer, self._epoch_end)
+            self._undo.callback(_lightning.time_on_rank_zero(self.lightning_module.trainer, self.is_global_zero))
 
     def on_train_end(self) -> None:
         """Gives every rank all the trained weights."""
@@ -713,6 +831,19 @@ class DDGStrategy(ParallelStrategy):
 
     def on_validation_start(self) -> None:
         """Modules outside the network train on the last stage's process; all ranks validate with its weights."""
+        assert self.lightning_module is not None
+        self._share_what_trains_outside()
+        self._outside_shared = False
+        if not self.lightning_module.trainer.sanity_checking:
+            self._follow_rank_zero(self.lightning_module.trainer)
+
+    def on_validation_end(self) -> None:
+        """Gives all ranks rank 0's decision to stop."""
+        assert self.lightning_module is not None
+        if not self.lightning_module.trainer.sanity_checking:
+            self._follow_rank_zero(self.lightning_module.trainer, stop=True)
+
+    def _share_what_trains_outside(self) -> None:
         self._share_outside(lambda tensor: tensor.requires_grad or not isinstance(tensor, nn.Parameter))
 
     def _share_outside(self, wanted: Callable[[Tensor], bool]) -> None:
@@ -745,6 +876,10 @@ class DDGStrategy(ParallelStrategy):
             yield
             return
         assert self._seam is not None
+        if not self._outside_shared:
+            # Once more: a callback may have exchanged the weights, for their average, since the validation started.
+            self._share_what_trains_outside()
+            self._outside_shared = True
         self._draws = (1, self._evaluations)
         self._evaluations += 1
         with self._seeded(0, libraries=True), self._seam.handled_by(self._execution.evaluate):
@@ -790,13 +925,17 @@ class DDGStrategy(ParallelStrategy):
         """The full state dict on rank 0; before the fit has ended, other ranks have only their own part up to date."""
         assert self.lightning_module is not None
         state: dict[str, Any] = self.lightning_module.state_dict()
-        if self._weights_complete:
-            return state
-        assert self.stage is not None
+        self._gathered = state
+        if not self._weights_complete:
+            self._complete(state)
+        return state
+
+    def _complete(self, state: dict[str, Any]) -> None:
+        """Puts all stages' parts into rank 0's copy of the module's state."""
+        assert self.lightning_module is not None and self.stage is not None
         keys = keys_of_stage(state, self.lightning_module, self._segments, self.stage)
         for values in self._gather({key: state[key] for key in keys}):
             state.update(values)
-        return state
 
     def optimizer_state(self, optimizer: Optimizer | LightningOptimizer) -> dict[str, Any]:
         """The state of the user's optimizer over the whole module on rank 0, nothing elsewhere."""
@@ -804,6 +943,7 @@ class DDGStrategy(ParallelStrategy):
             optimizer = optimizer.optimizer
         if self._one_process:
             return cast(dict[str, Any], super().optimizer_state(optimizer))
+        self._adopt_groups()
         own = stage_optimizer_state(optimizer, self._groups)
         others = self._gather(own)
         return full_optimizer_state(optimizer, self._groups, [own, *others]) if self.is_global_zero else {}
@@ -825,14 +965,21 @@ class DDGStrategy(ParallelStrategy):
         if self._one_process:
             super().load_optimizer_state_dict(checkpoint)
             return
+        self._adopt_groups()
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             optimizer.load_state_dict(local_optimizer_state(state, optimizer, self._groups))
             _lightning.optimizer_to_device(optimizer, self.root_device)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         """Writes a plain Lightning checkpoint on rank 0, with the cut recorded beside what Lightning put in it."""
+        if self._cut is not None and not self._one_process:
+            assert self.lightning_module is not None
+            for copy in copies_of_state(checkpoint, self.lightning_module.state_dict().keys()):
+                if copy is not self._gathered:
+                    self._complete(copy)
         if self._recorded_cut is not None:
             checkpoint[CHECKPOINT_KEY] = {"num_stages": self.num_stages, "split_points": list(self._recorded_cut)}
+        self._gathered = None
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:

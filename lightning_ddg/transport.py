@@ -60,6 +60,8 @@ class Kind(IntEnum):
     EPOCH = 7
     ERROR = 8
     BYE = 9
+    METRICS = 10
+    NOTICE = 11
 
 
 class PeerError(RuntimeError):
@@ -293,6 +295,10 @@ class Transport:
             for tensor in _cuda_tensors(value):
                 tensor.record_stream(stream)
         return value
+
+    def has(self, peer: int, kind: Kind) -> bool:
+        """Whether a message of a kind from a rank has arrived; what that rank sent before a message taken has."""
+        return bool(self._arrived[peer, kind])
 
     def _receive_from(self, peer: int) -> None:
         self._enter_thread()

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_ddg.checkpoint import (
+    adopt_groups,
     full_optimizer_state,
     keep_only,
+    keep_options,
     keys_of_stage,
     local_optimizer_state,
     owner_by_name,
@@ -203,3 +205,42 @@ def test_a_state_of_another_optimizer_is_refused() -> None:
     optimizer, groups = stage_of(net, grouped, 1)
     with pytest.raises(ValueError, match=r"parameter groups of sizes \[8\], this module's has \[2, 3, 1, 1\]. Resume"):
         local_optimizer_state(saved, optimizer, groups)
+
+
+def ids(groups: Any) -> list[list[int]]:
+    return [[id(parameter) for parameter in group] for group in groups]
+
+
+def test_groups_that_were_added_or_replaced_are_adopted() -> None:
+    a, b, c, d, e = (nn.Parameter(torch.zeros(1)) for _ in range(5))
+    optimizer = torch.optim.SGD([{"params": [a, b]}, {"params": [c]}], lr=0.1)
+    groups, own = parameter_groups(optimizer), [a, d]
+    keep_only(optimizer, own)
+    assert ids(adopt_groups(optimizer, groups, own)) == ids(groups), "nothing has changed"
+
+    optimizer.add_param_group({"params": [e, d]})
+    groups = adopt_groups(optimizer, groups, own)
+    assert ids(groups) == ids([[a, b], [c], [e, d]])
+    assert ids(group["params"] for group in optimizer.param_groups) == ids([[a], [], [d]])
+
+    # Whoever restores groups by the names of their parameters gives the whole module's.
+    optimizer.param_groups = [{**optimizer.param_groups[0], "params": [b, a]}]
+    groups = adopt_groups(optimizer, groups, own)
+    assert ids(groups) == ids([[b, a]])
+    assert ids(group["params"] for group in optimizer.param_groups) == ids([[a]])
+
+
+def test_options_of_groups_are_given_back() -> None:
+    parameter = nn.Parameter(torch.zeros(1))
+    rate = torch.tensor(0.5)
+    optimizer = torch.optim.Adam([{"params": [parameter]}], lr=rate, betas=(0.8, 0.9))
+    restore = keep_options(optimizer)
+    (group,) = optimizer.param_groups
+    group["lr"].fill_(7.0)
+    group["betas"] = (0.1, 0.2)
+    group["params"] = []
+    restore()
+    assert group["lr"] is rate
+    assert float(rate) == 0.5
+    assert group["betas"] == (0.8, 0.9)
+    assert group["params"] == [], "which parameters there are is not an option"

@@ -210,7 +210,9 @@ def test_a_network_that_is_not_what_was_traced_ends_the_run() -> None:
 
     module = Classifier("mlp")
     module.net = Wrong()
-    with pytest.raises(NotTheSame, match="Wrong, cut into its layers, computes something else"):
+    with pytest.raises(
+        NotTheSame, match="cut into its layers from 'net.layer' to 'net.layer', computes something else"
+    ):
         measure(module, SourceLoader(loader("mlp")))
 
 

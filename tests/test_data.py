@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, TensorDataset
+from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
+from torch.utils.data import BatchSampler, DataLoader, TensorDataset
 
 from lightning_ddg.data import RemoteBatch, RemoteLoader, SourceLoader
 
@@ -144,3 +145,36 @@ def test_the_position_in_the_data_is_saved_by_the_rank_that_reads() -> None:
     remote = RemoteLoader(Stateful(), 3, never)
     assert not hasattr(remote, "state_dict")
     assert not hasattr(remote, "load_state_dict")
+
+
+class Sampled:
+    """A loader with the sampler that Lightning gives to one whose batches are predicted."""
+
+    def __init__(self) -> None:
+        self.batch_sampler: Any = _IndexBatchSamplerWrapper(BatchSampler(range(5), 2, False))  # type: ignore[arg-type]
+
+    def __len__(self) -> int:
+        return 3
+
+    def __iter__(self) -> Iterator[int]:
+        return (len(indices) for indices in self.batch_sampler)
+
+
+def test_indices_of_samples_are_told_once_and_noted_where_lightning_looks() -> None:
+    theirs, mine = Sampled(), Sampled()
+    source, remote = SourceLoader(theirs), RemoteLoader(mine, 3, lambda: True)
+    for _ in range(2):
+        batches = iter(source)
+        for _, size in zip(remote, batches, strict=True):
+            remote.add_indices(source.new_indices())
+            assert len(mine.batch_sampler.seen_batch_indices[-1]) == size
+        assert mine.batch_sampler.seen_batch_indices == [[0, 1], [2, 3], [4]]
+        assert source.new_indices() == []
+
+
+def test_a_loader_that_knows_no_samples_tells_none() -> None:
+    source, remote = SourceLoader([1, 2]), RemoteLoader([1, 2], 2, lambda: True)
+    assert next(iter(source)) == 1
+    assert source.new_indices() == []
+    remote.add_indices([])
+    assert len(list(remote)) == 2

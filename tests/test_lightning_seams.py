@@ -8,12 +8,21 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_zero_only
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    LearningRateFinder,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+    Timer,
+)
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities.rank_zero import rank_zero_only  # type: ignore[attr-defined]
@@ -379,3 +388,246 @@ def test_the_seed_is_set_again(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.manual_seed(1)
         _lightning.reset_seed()
         assert torch.initial_seed() == 17
+
+
+def test_logging_is_muted_while_training_alone() -> None:
+    class LogsEverywhere(Classifier):
+        def on_train_epoch_end(self) -> None:
+            self.log("at_epoch_end", 1.0)
+
+    module = LogsEverywhere()
+    trainer = quiet_trainer(devices=1, max_epochs=1)
+    undo = _lightning.mute_training_logs(trainer, module)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.fit(module, loader("mlp"), loader("mlp"))
+    assert trainer.callback_metrics.keys() == {"val_loss"}
+    undo()
+    assert "log" not in vars(module)
+    assert {"train_loss", "at_epoch_end"} <= fitted(module).callback_metrics.keys()
+
+
+@pytest.mark.parametrize("overridden", [True, False])
+def test_a_function_runs_after_the_hooks_of_callbacks_and_module(overridden: bool) -> None:
+    calls: list[str] = []
+
+    class Own(Classifier):
+        def on_train_epoch_end(self) -> None:
+            calls.append("module")
+
+    class Theirs(pl.Callback):
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            calls.append("callback")
+
+    module = (Own if overridden else Classifier)()
+    undo = _lightning.after_hook(module, "on_train_epoch_end", lambda: calls.append("after"))
+    fitted(module, callbacks=[Theirs()])
+    assert calls == ["callback", "module", "after"][:: 1 if overridden else 2]
+    undo()
+    assert "on_train_epoch_end" not in vars(module)
+
+
+@pytest.mark.parametrize("name", ["on_fit_start", "on_train_epoch_start", "on_train_batch_end", "on_train_epoch_end"])
+def test_hooks_are_looked_up_on_the_module_itself(name: str) -> None:
+    called: list[str] = []
+    module = Classifier()
+    _lightning.after_hook(module, name, lambda: called.append(name))
+    fitted(module, DataLoader(dataset("mlp"), 22))
+    assert called == [name]
+
+
+def test_whether_a_batch_has_a_backward() -> None:
+    class Notes(pl.Callback):
+        def __init__(self) -> None:
+            self.skipped: list[bool] = []
+
+        def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+            self.skipped.append(_lightning.skips_backward(trainer))
+
+    notes = Notes()
+    averaging = StochasticWeightAveraging(0.1, swa_epoch_start=1)
+    fitted(Classifier("convnet", step_lr=False), loader("convnet", 5), callbacks=[averaging, notes], max_epochs=3)
+    assert notes.skipped == [False, False, False, True]
+
+
+@pytest.mark.parametrize("leads", [True, False])
+def test_a_timer_does_not_ask_other_ranks(leads: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    timer = Timer(timedelta(hours=1))
+    trainer = quiet_trainer(devices=1, callbacks=[timer])
+    undo = _lightning.time_on_rank_zero(trainer, leads)
+    monkeypatch.setattr(trainer.strategy, "broadcast", lambda *args: pytest.fail("it asked"))
+    timer.on_train_batch_end(trainer)
+    assert not trainer.should_stop
+    monkeypatch.setattr(timer, "time_elapsed", lambda *args: 3600.0)
+    timer.on_train_batch_end(trainer)
+    assert trainer.should_stop == leads
+    undo()
+    monkeypatch.setattr(trainer.strategy, "broadcast", lambda value: value)
+    trainer.should_stop = False
+    timer.on_train_batch_end(trainer)
+    assert trainer.should_stop
+
+
+def test_timed_checkpoints_know_when_their_interval_has_passed(tmp_path: Any) -> None:
+    """They take their own clock's word where no word is given, and save when allowed to."""
+    timed = ModelCheckpoint(tmp_path, "timed-{step}", train_time_interval=timedelta(0), save_top_k=-1)
+    untimed = ModelCheckpoint(tmp_path, "untimed", every_n_train_steps=100)
+    trainer = quiet_trainer(devices=1, max_epochs=1, callbacks=[timed, untimed], enable_checkpointing=True)
+    checkpoints = _lightning.TimedCheckpoints(trainer)
+    assert checkpoints.elapsed() == [], "training has not begun"
+    allowed = {2: ["save 0"], 4: ["save 0"]}
+
+    class Allows(pl.Callback):
+        def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            assert checkpoints.elapsed() == ["save 0"]
+            assert not checkpoints.allow(allowed.get(batch_idx, ["stop"])), "it monitors nothing"
+
+    trainer.callbacks.insert(0, Allows())  # type: ignore[attr-defined]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.fit(Classifier(), loader("mlp"))
+    assert sorted(path.name for path in tmp_path.glob("timed*")) == ["timed-step=3.ckpt", "timed-step=5.ckpt"]
+    checkpoints.restore()
+    assert "on_train_batch_end" not in vars(timed)
+
+
+class Asks(pl.Callback):
+    """Notes after which batches metrics are needed."""
+
+    def __init__(self) -> None:
+        self.monitors: list[bool] = []
+        self.plateaus: list[bool] = []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        self.monitors.append(_lightning.monitors_after_batch(trainer))
+        self.plateaus.append(_lightning.plateaus_after_batch(trainer))
+
+
+@pytest.mark.parametrize(
+    ("monitor", "expected"), [("train_loss_step", [False, True] * 2 + [False]), (None, [False] * 5)]
+)
+def test_when_a_checkpoint_monitors_after_a_batch(tmp_path: Any, monitor: Any, expected: list[bool]) -> None:
+    asks = Asks()
+    checkpoint = ModelCheckpoint(tmp_path, monitor=monitor, every_n_train_steps=2)
+    fitted(Classifier(), callbacks=[asks, checkpoint], enable_checkpointing=True)
+    assert asks.monitors == expected
+    assert asks.plateaus == [False] * 5
+
+
+@pytest.mark.parametrize(("interval", "expected"), [("step", [False, True] * 2 + [False]), ("epoch", [False] * 5)])
+def test_when_a_plateau_is_looked_for_after_a_batch(interval: str, expected: list[bool]) -> None:
+    class Plateau(Classifier):
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+            scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+            config = {"scheduler": scheduler, "interval": interval, "frequency": 2, "monitor": "train_loss"}
+            return {"optimizer": optimizer, "lr_scheduler": config}
+
+    asks = Asks()
+    fitted(Plateau(), callbacks=[asks])
+    assert asks.plateaus == expected
+
+
+def test_parameters_are_recognised_by_identity() -> None:
+    """Lightning compares values; two zero biases are not the same parameter."""
+    mine, twin, other = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2)), nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([mine], lr=0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert BaseFinetuning.filter_on_optimizer(optimizer, [mine, twin, other]) == [other]
+    undo = _lightning.filter_on_optimizer_by_identity()
+    try:
+        with pytest.warns(UserWarning, match="1 parameters to unfreeze are in the optimizer already"):
+            new = BaseFinetuning.filter_on_optimizer(optimizer, [mine, twin, other])
+        assert [id(parameter) for parameter in new] == [id(twin), id(other)]
+        assert "BaseFinetuning.filter_on_optimizer(" in inspect.getsource(BaseFinetuning.unfreeze_and_add_param_group)
+    finally:
+        undo()
+    assert isinstance(BaseFinetuning.__dict__["filter_on_optimizer"], staticmethod)
+    assert "torch.equal" in inspect.getsource(BaseFinetuning.filter_on_optimizer)
+
+
+def test_a_callback_is_kept_while_a_learning_rate_is_sought(tmp_path: Any) -> None:
+    class Present(pl.Callback):
+        batches = 0
+
+        def on_train_batch_end(self, *args: Any) -> None:
+            self.batches += 1
+
+    class Keeps(Classifier):
+        def on_train_start(self) -> None:
+            _lightning.keep_callback(self.trainer, present)
+
+    present = Present()
+    module = Keeps("mlp", step_lr=False)
+    module.lr = 0.1
+    finder = LearningRateFinder(num_training_steps=5, update_attr=False)
+    fitted(module, callbacks=[finder, present], default_root_dir=tmp_path)
+    assert present.batches == 5 + 5
+    assert finder.optimal_lr is not None
+    assert len(finder.optimal_lr.results["loss"]) == 5
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_exception_in_the_loop_is_told_where_it_happens() -> None:
+    class Breaks(Classifier):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            raise OSError("the disk is full")
+
+    told: list[BaseException] = []
+    trainer = quiet_trainer(devices=1)
+    undo = _lightning.on_exception_in_fit(trainer, told.append)
+    with pytest.raises(OSError, match="the disk is full") as caught:
+        trainer.fit(Breaks(), loader("mlp"))
+    assert told == [caught.value]
+    undo()
+    assert "run" not in vars(trainer.fit_loop)
+
+
+def test_the_loader_of_a_prediction() -> None:
+    loaders = [loader("mlp"), loader("mlp", 8)]
+    seen: list[Any] = []
+
+    class Predicting(Classifier):
+        def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+            seen.append(_lightning.prediction_loader(self.trainer, dataloader_idx).dataset)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        quiet_trainer(devices=1).predict(Predicting(), loaders)
+    assert [id(found) for found in seen] == [id(loaders[0].dataset)] * 5 + [id(loaders[1].dataset)] * 2
+
+
+class OwnBatchEnd(Classifier):
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None: ...
+
+
+class OwnEpochEnd(Classifier):
+    def on_train_epoch_end(self) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("make", "callbacks", "expected"),
+    [
+        (Classifier, [Timer(), pl.callbacks.LearningRateMonitor(), pl.callbacks.RichProgressBar()], False),
+        (Classifier, [Asks()], True),
+        (OwnBatchEnd, [], True),
+        (OwnEpochEnd, [], True),
+    ],
+)
+def test_whether_hooks_may_use_what_steps_return(make: Any, callbacks: list[pl.Callback], expected: bool) -> None:
+    module = make()
+    module.trainer = quiet_trainer(devices=1, callbacks=callbacks, logger=CSVLogger("unused"), enable_progress_bar=True)
+    assert _lightning.uses_step_outputs(module) == expected
+
+
+def test_a_metric_whose_log_is_muted_is_reset() -> None:
+    module = Classifier()
+    metric = Accuracy("multiclass", num_classes=3)
+    trainer = quiet_trainer(devices=1)
+    module.trainer = trainer
+    trainer.training = True
+    _lightning.mute_training_logs(trainer, module)
+    metric.update(torch.tensor([1]), torch.tensor([1]))
+    module.log("accuracy", metric)
+    assert metric.update_count == 0

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ddg.messages import Packed, describe, unpack
-from lightning_ddg.pipeline import Pipeline, placeholder_maker
+from lightning_ddg.pipeline import Pipeline, or_end_step, placeholder_maker
 from lightning_ddg.seam import StepDone
 from lightning_ddg.stage import Stage
 from lightning_ddg.transport import Kind, Transport
@@ -33,6 +33,9 @@ class Script:
 
     def take(self, peer: int, kind: Kind) -> Any:
         return self.ready[peer, kind].popleft()
+
+    def has(self, peer: int, kind: Kind) -> bool:
+        return bool(self.ready.get((peer, kind)))
 
     def send(self, peers: Any, kind: Kind, value: Any) -> None:
         if isinstance(value, Packed):
@@ -144,12 +147,54 @@ def test_evaluation_gives_the_output_to_every_rank() -> None:
     assert not first.waiting
 
 
-def test_clear_forgets_what_is_in_flight() -> None:
+def test_clear_forgets_what_is_in_flight_here_and_on_the_way() -> None:
+    """Of two batches in flight, stage 1's gradients are those that stage 2 has sent and those it now forgets too."""
+    line, script = pipeline(nn.Linear(2, 2), 1, 3)
+    for _ in range(2):
+        with pytest.raises(StepDone):
+            line.train((torch.ones(1, 2),), {})
+    script.lay(1, Kind.GRADIENT, [torch.ones(1, 2)], [])
+    line.clear()
+    assert not line.waiting
+    assert not script.has(1, Kind.GRADIENT)
+
+    line, script = pipeline(nn.Linear(2, 2), 2, 3)
+    script.lay(2, Kind.ACTIVATION, received(1.0, 2.0))
+    with pytest.raises(StepDone):
+        line.train((), {})
+    script.lay(0, Kind.GRADIENT, [torch.ones(1, 2)])
+    line.clear()
+    assert not line.waiting
+    assert script.sent[-1] == (2, Kind.GRADIENT, [])
+
+
+def test_a_batch_without_a_backward_is_forgotten() -> None:
     line, _ = pipeline(nn.Linear(2, 2), 1, 3)
     with pytest.raises(StepDone):
         line.train((torch.ones(1, 2),), {})
-    line.clear()
+    line.skip()
     assert not line.waiting
+
+
+def test_notices_travel_upstream_before_the_gradient_they_came_before() -> None:
+    last, script = pipeline(nn.Identity(), 3, 3)
+    last.announce("stop")
+    assert script.sent == [(1, Kind.NOTICE, "stop")]
+
+    middle, script = pipeline(nn.Linear(2, 2), 2, 3)
+    script.lay(2, Kind.ACTIVATION, received(1.0, 2.0), received(1.0, 2.0))
+    for _ in range(2):
+        with pytest.raises(StepDone):
+            middle.train((), {})
+    script.lay(0, Kind.NOTICE, "stop")
+    script.lay(0, Kind.GRADIENT, [torch.ones(1, 2)])
+    middle.backward(not_to_be_run)
+    assert middle.notices == ["stop"]
+    assert [(peer, kind) for peer, kind, _ in script.sent[-2:]] == [(2, Kind.NOTICE), (2, Kind.GRADIENT)]
+
+    first, script = pipeline(nn.Linear(2, 2), 1, 3)
+    first.announce("stop")
+    assert script.sent == []
 
 
 # ---- placeholders
@@ -208,6 +253,13 @@ def test_layers_whose_output_shape_depends_on_the_data_are_refused() -> None:
     make = placeholder_maker(NeedsValues())
     with pytest.raises(RuntimeError, match=MESSAGE):
         make(torch.ones(3))
+
+
+def test_where_no_placeholder_can_be_made_the_step_may_end() -> None:
+    make = or_end_step(placeholder_maker(NeedsValues()))
+    with pytest.raises(StepDone):
+        make(torch.ones(3))
+    assert or_end_step(placeholder_maker(nn.Identity()))(torch.ones(3)).tolist() == [0.0, 0.0, 0.0]
 
 
 class KeepsAResult(nn.Module):

@@ -134,7 +134,7 @@ class NotTheSame(RuntimeError):
 
 def check_same(
     chain: Layers,
-    target: nn.Module,
+    whole: Callable[..., Any],
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     context: Callable[[], AbstractContextManager[object]] = nullcontext,
@@ -143,7 +143,7 @@ def check_same(
 
     Args:
         chain: The layers.
-        target: The network.
+        whole: The network.
         args: Positional arguments of its call, on the same device.
         kwargs: Keyword arguments of its call.
         context: Entered around each forward, e.g. autocast.
@@ -161,9 +161,8 @@ def check_same(
         return value
 
     outputs = []
-    # Not the network's call, whose hooks are not the layers' business.
-    for network in (target.forward, cut):
-        with _no_trace([target], devices), torch.no_grad(), context():
+    for network in (whole, cut):
+        with _no_trace(layers, devices), torch.no_grad(), context():
             # A copy: the network may write into its input.
             call = map_tensors(Tensor.clone, (tuple(args), dict(kwargs)))
             outputs.append(tensors_of(network(*call[0], **call[1])))
@@ -171,9 +170,9 @@ def check_same(
         torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-2, atol=1e-3, equal_nan=True)
     except AssertionError as error:
         raise NotTheSame(
-            f"The network {type(target).__name__}, cut into its layers, computes something else than as a whole: its "
-            "`forward` does what cannot be seen by tracing it. Return its layers, in the order of the call, from "
-            f"`configure_stages()`. ({str(error).strip().splitlines()[0]})"
+            f"The network, cut into its layers from {chain.names[0]!r} to {chain.names[-1]!r}, computes something else "
+            "than as a whole: its `forward` does what cannot be seen by tracing it. Return its layers, in the order of "
+            f"the call, from `configure_stages()`. ({str(error).strip().splitlines()[0]})"
         ) from error
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lightning_ddg.partition.chain import Chain, Layers
+from lightning_ddg.partition.replay import ReplayedChain
 from lightning_ddg.partition.trace import TracedChain, used_names
 from lightning_ddg.partition.tracer import Untraceable
 
@@ -30,6 +31,15 @@ class Network:
     chain: Layers
     target: nn.Module
     target_name: str
+
+    @property
+    def whole(self) -> Callable[..., Any]:
+        """What all the layers together compute: without hooks, which are not the layers' business."""
+        if isinstance(self.chain, ReplayedChain):
+            # Its stages leave out what no stage could return, such as the caches of all layers.
+            return self.chain.segment(0, len(self.chain))
+        forward: Callable[..., Any] = self.target.forward
+        return forward
 
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -49,7 +59,8 @@ def find_network(
     ``forward`` calls: the one child that it calls, or the root itself if it uses several. Without such a ``forward``
     it is the one child that is an ``nn.Sequential``, or the one that has trainable parameters. Other children are left
     alone. The layers of a plain ``nn.Sequential`` are its modules; those of anything else, and of a Sequential of
-    larger blocks, are found by tracing it.
+    larger blocks, are found by tracing it. What cannot be traced runs its own code in every stage, with its lists of
+    layers as layers.
 
     With ``layers`` the network is the innermost module with an own ``forward`` that holds all of them. Sequentials
     inside it are flattened, except those whose call does more than call their layers (an overridden ``forward``,
@@ -100,18 +111,45 @@ def _chain_of(
         flat = list(_leaves(name, target, outermost=True))
         _check_covered(target, name, flat)
     _check_initialized(flat or [(name, target)])
+    call = None if flat or example is None else example(target, name)
+    problem = None
     try:
-        traced = TracedChain(target, name, None if flat or example is None else example(target, name), points)
+        traced = TracedChain(target, name, call, points)
     except Untraceable as error:
-        if flat:
+        problem = error
+    else:
+        if sum(1 for _, layer in flat if _has_parameters(layer)) >= len(traced):
             return Chain(flat)
-        raise TypeError(
-            f"The network {_described(root, target, name)} cannot be followed to find its layers: {error.reason}. "
-            "Return the layers, in the order of the call, from `configure_stages()`."
-        ) from error
-    if sum(1 for _, layer in flat if _has_parameters(layer)) >= len(traced):
-        return Chain(flat)
-    return traced
+        if not _hides_layers(traced, target):
+            return traced
+    if flat:
+        return Chain(flat) if problem is not None else traced
+    try:
+        replayed = ReplayedChain(target, name, call)
+    except (RuntimeError, ValueError) as error:
+        why = str(error)
+    else:
+        if len(replayed) > 1:
+            return replayed
+        why = "it has one layer."
+    if problem is None:
+        return traced
+    raise TypeError(
+        f"The network {_described(root, target, name)} cannot be followed to find its layers: {problem.reason}. Nor "
+        f"can its own code be run in parts: {why} Return the layers, in the order of the call, from "
+        "`configure_stages()`."
+    ) from problem
+
+
+def _hides_layers(traced: TracedChain, target: nn.Module) -> bool:
+    """Whether most of the network lies in modules with lists of layers that cannot be looked into."""
+    hidden = {
+        id(parameter): parameter.numel()
+        for module in traced.opaque
+        if any(isinstance(part, nn.ModuleList | nn.Sequential) and len(part) > 1 for part in module.modules())
+        for parameter in module.parameters()
+    }
+    return 2 * sum(hidden.values()) > sum(parameter.numel() for parameter in target.parameters())
 
 
 def _described(root: nn.Module, target: nn.Module, name: str) -> str:

@@ -149,11 +149,11 @@ def test_layers_that_compute_something_else_than_the_network_are_refused() -> No
     chain = TracedChain(network, "net")
     before = copy.deepcopy(network.state_dict())
     x = torch.randn(5, 4)
-    check_same(chain, network, (x,), {})
+    check_same(chain, network.forward, (x,), {})
     network.factors = [3.0]
-    message = r"network Wrong, cut into its layers, computes something else.*`configure_stages\(\)`"
+    message = r"its layers from 'net.layers.0' to 'net.layers.1', computes something else.*`configure_stages\(\)`"
     with pytest.raises(NotTheSame, match=message):
-        check_same(chain, network, (x,), {})
+        check_same(chain, network.forward, (x,), {})
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
 

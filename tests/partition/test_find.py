@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lightning_ddg.partition import find_network
+from lightning_ddg.partition.replay import ReplayedChain
 
 
 class Root(nn.Module):
@@ -219,18 +220,43 @@ def test_none_or_several_networks_are_refused(children: dict[str, nn.Module], pr
         find_network(NoForward(**children), requirer="Strategy X")
 
 
-def test_what_cannot_be_followed_is_refused_with_its_line() -> None:
-    class Branching(Body):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.stem(x) if x.sum() > 0 else self.head(x)
+class Branching(nn.Module):
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
 
-    message = (
-        r"'net' \(Branching\) cannot be followed.*test_find.py:\d+: `return self.stem\(x\) if .*`configure_stages\(\)`"
-    )
-    with pytest.raises(TypeError, match=message):
-        find_network(Root(net=Branching()))
-    with pytest.raises(TypeError, match=r"network Root.forward cannot be followed.*`raise NotImplementedError`"):
-        find_network(Root(a=Body(), b=Body()))
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x) if x.sum() > 0 else -layer(x)
+        return x
+
+
+def test_what_cannot_be_followed_runs_its_own_code_in_parts() -> None:
+    network = find_network(Root(net=Branching(nn.Linear(4, 4), nn.Linear(4, 4))))
+    assert isinstance(network.chain, ReplayedChain)
+    assert network.chain.names == ["net.layers.0", "net.layers.1"]
+
+
+def test_what_hides_most_of_its_layers_runs_its_own_code_in_parts() -> None:
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = Branching(nn.Linear(4, 4), nn.Linear(4, 4))
+            self.head = nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.body(x))
+
+    names = find_network(Root(net=Wrapped())).chain.names
+    assert names == ["net.body.layers.0", "net.body.layers.1", "net.head"]
+
+
+def test_what_cannot_be_followed_nor_run_in_parts_is_refused_with_its_line() -> None:
+    line = r"test_find.py:\d+: `x = layer\(x\) if "
+    with pytest.raises(
+        TypeError, match=rf"'net' \(Branching\) cannot be followed.*{line}.*one layer. Return the layers"
+    ):
+        find_network(Root(net=Branching(nn.Linear(4, 4))))
 
 
 def test_parameters_of_the_network_outside_its_layers_are_refused() -> None:
