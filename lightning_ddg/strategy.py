@@ -653,8 +653,12 @@ class DDGStrategy(ParallelStrategy):
         if self._execution is None:
             return super().training_step(*args, **kwargs)
         assert self.lightning_module is not None
+        skips = _lightning.skips_backward(self.lightning_module.trainer)
+        if skips and self._execution.waiting:
+            # The weights are an average by now; gradients that were not drained before have come too late.
+            self._execution.clear()
         output = self._train_one_batch(self.lightning_module, *args, **kwargs)
-        if _lightning.skips_backward(self.lightning_module.trainer):
+        if skips:
             self._execution.skip()
             for parameter in self.lightning_module.parameters():
                 parameter.grad = None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import io
+import os
 import re
 import warnings
 from collections.abc import Callable
@@ -229,6 +230,19 @@ CASES: dict[str, Case] = {
         {"max_epochs": 5},
         lambda folder: [StochasticWeightAveraging(0.05, swa_epoch_start=2, annealing_epochs=2)],
     ),
+    "weights averaged, with BatchNorm, drained late": (
+        lambda: Rated("convnet"),
+        {"max_epochs": 5, "drain": "fit"},
+        lambda folder: [StochasticWeightAveraging(0.05, swa_epoch_start=2, annealing_epochs=2)],
+    ),
+    "learning rate finder, never drained": (
+        lambda: Rated(lr=0.01),
+        {"max_epochs": 5, "drain": "never"},
+        lambda folder: [LearningRateFinder(min_lr=1e-4, max_lr=10.0, num_training_steps=22)],
+    ),
+    "stop in an epoch, never drained": (
+        Rated, {"drain": "never", "val_check_interval": 2}, lambda folder: [StopsInTheMiddle(6)]
+    ),
     "moving average": (
         lambda: Rated("convnet"),
         {},
@@ -247,9 +261,10 @@ def train(name: str, devices: int, folder: str, load: str | None = None) -> dict
     torch.manual_seed(1)
     module, metrics = make(), Metrics()
     home = f"{folder}/{list(CASES).index(name)}{'-again' if load else ''}"
-    chosen = callbacks(home)
+    chosen, flags = callbacks(home), dict(flags)
+    drain = flags.pop("drain", "epoch")
     trainer = quiet_trainer(
-        devices=devices, strategy=DDGStrategy(num_stages=3, split_points=["net.2", "net.5"]),
+        devices=devices, strategy=DDGStrategy(num_stages=3, split_points=["net.2", "net.5"], drain=drain),
         default_root_dir=folder, enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in chosen),
         callbacks=[*chosen, metrics], **flags,
     )  # fmt: skip
@@ -316,6 +331,7 @@ def test_the_cases_do_what_they_are_named_for(alone: dict[str, Any]) -> None:
     batches = {name: result["batches"] + 1 for name, result in alone.items()}
     assert batches["stop in an epoch"] == 9, "three batches after it was asked for"
     assert batches["stop before the end of an epoch"] == 10, "at the end of the epoch, which comes first"
+    assert batches["stop in an epoch, never drained"] == 7, "after the validation, which comes first"
     assert batches["stop after enough epochs"] == 15
     assert batches["stop after validation"] == 7
     assert batches["timer"] == 9
@@ -524,12 +540,13 @@ def attempt(name: str) -> str:
     return "accepted"
 
 
-def attempt_all() -> dict[str, str]:
+def attempt_all(folder: str) -> dict[str, str]:
+    os.chdir(folder)
     return {name: attempt(name) for name in REFUSED}
 
 
-def test_what_one_rank_cannot_serve_is_refused() -> None:
-    for result in run_ranks(attempt_all, 2):
+def test_what_one_rank_cannot_serve_is_refused(tmp_path: Path) -> None:
+    for result in run_ranks(attempt_all, 2, str(tmp_path)):
         for name, (_, message) in REFUSED.items():
             assert re.search(message, result[name]), result[name]
 

@@ -88,7 +88,7 @@ def break_down(what: str, stage: int, folder: str) -> str:
     warnings.simplefilter("ignore")
     module: Classifier = Classifier("mlp")
     data: Any = loader("mlp")
-    callbacks: list[Callback] = [ModelCheckpoint(folder, save_last=True, save_on_exception=True)]
+    callbacks: list[Callback] = [ModelCheckpoint(folder, save_last=True)]
     if what in ("forward", "backward", "shape", "kill"):
         module.net.insert({1: 1, 2: 4, 3: 7}[stage], Bomb(what))
     elif what == "data":
