@@ -164,7 +164,7 @@ class Measured:
         return "; ".join(lines)
 
     def draw(self, path: str | Path) -> None:
-        """Draws the measured timeline above the predicted one, from the same batch on.
+        """Draws some typical batches of the measured timeline above the predicted one, from the same batch on.
 
         Raises:
             ValueError: ``path`` ends neither in ``.png`` nor in ``.svg``.
@@ -176,7 +176,7 @@ class Measured:
             work, source = self.planned, "the layers, measured before the fit"
         prediction = predict(*work)
         measured = [event for row in self.rows for event in row]
-        first = min(event.batch for event in self.rows[0] if event.kind == "F")
+        first = self._typical_batch()
         shown = _SHOWN * max(self.period, prediction.period)
         on_paper = simulate(*work, first + num_rows + ceil(shown / prediction.period) + 1)
         panels = [
@@ -189,6 +189,15 @@ class Measured:
             Panel(f"predicted from {source}", _from(on_paper, first), num_rows, prediction.period),
         ]
         draw_timeline(panels, path, span=(0.0, shown))
+
+    def _typical_batch(self) -> int:
+        """The batch that begins those, as many as the picture shows, whose mean period is nearest to the median."""
+        begins = {event.batch: event.start for event in self.rows[-1] if event.kind == "F"}
+        recorded = [event.batch for event in self.rows[0] if event.kind == "F"]
+        whole = [batch for batch in recorded if batch in begins and batch + _SHOWN in begins]
+        if not whole:
+            return recorded[0]
+        return min(whole, key=lambda at: abs(begins[at + _SHOWN] - begins[at] - _SHOWN * self.period))
 
 
 def summarize(rows: Sequence[Sequence[Event]], planned: Work | None = None) -> Measured | None:

@@ -224,6 +224,25 @@ def failing() -> Classifier:
     return module
 
 
+class Peeking(nn.Module):
+    """Looks at what it is given, so that it cannot be traced, but always calls the same layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Linear(6, 4).double(), nn.Linear(4, 3).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 0:
+            x = -x
+        return self.other(self.one(x))  # type: ignore[no-any-return]
+
+
+def test_a_network_that_is_only_run_not_traced_is_planned() -> None:
+    module = Classifier()
+    module.net = Peeking()  # type: ignore[assignment]
+    assert DDGStrategy.plan(module, next(iter(loader("mlp"))), 2).split_points(2) == ["net.other"]
+
+
 class Winding(nn.Module):
     """Its layers depend on the data."""
 
