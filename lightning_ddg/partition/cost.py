@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -91,7 +91,9 @@ def measure_profile(
 ) -> Profile:
     """Measure every layer: the median seconds after one warm-up, and the bytes it makes, keeps and passes on.
 
-    Each repeat goes through all layers, so that a busy moment of the machine is spread over them.
+    Each repeat goes through all layers, so that a busy moment of the machine is spread over them, and then through the
+    whole network in one piece. A layer on its own takes longer than among the others, so the measured seconds of the
+    layers are scaled to add up to the whole's, unless the whole does not fit into the device's memory.
 
     Args:
         chain: The layers, in the mode (train or eval) and on the device they are to be costed in.
@@ -113,14 +115,22 @@ def measure_profile(
             torch.cuda.synchronize(device)
         return time.perf_counter()
 
+    whole = [chain.segment(0, len(chain))]
+
+    def measure_whole() -> tuple[list[float], list[float]] | None:
+        # Layer by layer, a device can measure a network that it cannot train.
+        with suppress(torch.OutOfMemoryError):
+            return _pass_through(whole, args, kwargs, context, clock)
+        return None
+
     memory = _Memory(layers)
     with _no_trace(layers, devices), _no_garbage_collection():
         _pass_through(layers, args, kwargs, context, clock, memory)
-        rounds = [_pass_through(layers, args, kwargs, context, clock) for _ in range(repeats)]
-    # A clock that is too coarse to see a layer must not make it free.
+        measure_whole()
+        rounds = [(_pass_through(layers, args, kwargs, context, clock), measure_whole()) for _ in range(repeats)]
+    wholes = [taken for _, taken in rounds if taken is not None]
     forward, backward = (
-        [max(median(seconds), 1e-9) for seconds in zip(*(taken[which] for taken in rounds), strict=True)]
-        for which in (0, 1)
+        _shared_out([parts[which] for parts, _ in rounds], [taken[which][0] for taken in wholes]) for which in (0, 1)
     )
     trainable = [[p for p in layer.parameters() if p.requires_grad] for layer in layers]
     # What the last layer returns crosses no cut.
@@ -180,6 +190,17 @@ def _layers(chain: Layers) -> list[nn.Module]:
     return [chain.segment(position, position + 1) for position in range(len(chain))]
 
 
+def _shared_out(rounds: Sequence[Sequence[float]], wholes: Sequence[float]) -> list[float]:
+    """Return the median of each layer over the rounds, scaled so that all layers together take what the whole takes.
+
+    A layer on its own pays for a call of its own, and finds caches and memory in another state than among the others.
+    """
+    medians = [median(seconds) for seconds in zip(*rounds, strict=True)]
+    scale = median(wholes) / sum(medians) if wholes and any(medians) else 1.0
+    # A clock that is too coarse to see a layer must not make it free.
+    return [max(seconds * scale, 1e-9) for seconds in medians]
+
+
 def _new_sizes(groups: Sequence[Sequence[Tensor]]) -> list[int]:
     """Bytes of the tensors of each group that no earlier group has."""
     counted: set[int] = set()
@@ -220,14 +241,15 @@ def _pass_through(
         start = clock()
         with watch, context():
             output = layer(*layer_args, **layer_kwargs)
-        middle = clock()
+        forward.append(clock() - start)
         heads = [tensor for tensor in tensors_of(output) if _carries_grad(tensor)]
         tails = [*leaves, *(parameter for parameter in layer.parameters() if parameter.requires_grad)]
+        grads = [torch.ones_like(head) for head in heads]
+        start = clock()
         if heads and tails:
             # Not `backward`: it would touch `.grad` and run the hooks that wait for it.
-            torch.autograd.grad(heads, tails, [torch.ones_like(head) for head in heads], allow_unused=True)
-        forward.append(middle - start)
-        backward.append(clock() - middle)
+            torch.autograd.grad(heads, tails, grads, allow_unused=True)
+        backward.append(clock() - start)
         if memory is not None:
             memory.passed_on(tensors_of(output))
         call = ((output,), {})

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ddg.partition import Chain, NotTheSame, check_same, flop_costs, measure_profile, parameter_costs
+from lightning_ddg.partition import cost as cost_module
 from lightning_ddg.partition.trace import TracedChain
 
 
@@ -80,8 +81,9 @@ def test_the_context_is_entered_around_each_forward() -> None:
     probe = nn.Identity()
     probe.register_forward_hook(lambda _module, _args, output: seen.append(output.dtype))
     time_costs(chain_of(nn.Linear(2, 2), probe), (torch.randn(2, 2),), {}, repeats=1, context=context)
-    assert entered == ["in", "out"] * 4
-    assert seen == [torch.bfloat16] * 2
+    # A warm-up and a repeat, each layer by layer and as a whole.
+    assert entered == ["in", "out"] * (2 * (2 + 1))
+    assert seen == [torch.bfloat16] * 4
 
 
 def test_rounds_go_through_all_layers() -> None:
@@ -90,7 +92,80 @@ def test_rounds_go_through_all_layers() -> None:
     a.register_forward_hook(lambda *_: order.append("a"))
     b.register_forward_hook(lambda *_: order.append("b"))
     time_costs(chain_of(a, b), (torch.randn(2, 2),), {}, repeats=2)
-    assert order == ["a", "b"] * 3
+    # Layer by layer, then as a whole: the warm-up and two repeats.
+    assert order == ["a", "b"] * 6
+
+
+class Clock:
+    """Time that passes only when a layer says so."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+class Takes(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, clock: Clock, forward: float, backward: float) -> Tensor:
+        ctx.clock, ctx.seconds = clock, backward
+        clock.now += forward
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        ctx.clock.now += ctx.seconds
+        return grad, None, None, None
+
+
+class Timed(nn.Module):
+    def __init__(self, clock: Clock, forward: float, backward: float) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+        self.times = clock, forward, backward
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Takes.apply(x * self.scale, *self.times)  # type: ignore[no-any-return]
+
+
+class Called(nn.Module):
+    """What every call of a segment costs on top; the whole may be too much for the device."""
+
+    def __init__(self, segment: nn.Module, clock: Clock, error: type[Exception] | None) -> None:
+        super().__init__()
+        self.segment, self.clock, self.error = segment, clock, error
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.error is not None:
+            raise self.error("too large")
+        self.clock.now += 1.0
+        return self.segment(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_seconds_of_layers_add_up_to_those_of_the_whole_if_it_fits(monkeypatch: pytest.MonkeyPatch, fits: bool) -> None:
+    clock = Clock()
+    monkeypatch.setattr(cost_module, "time", clock)
+    ones_like = torch.ones_like
+
+    def slow_ones_like(tensor: Tensor) -> Tensor:
+        clock.now += 100.0
+        return ones_like(tensor)
+
+    # In training the gradients come from the next layer.
+    monkeypatch.setattr(torch, "ones_like", slow_ones_like)
+
+    class Slow(Chain):
+        def segment(self, start: int, stop: int) -> nn.Module:
+            error = torch.OutOfMemoryError if stop - start == len(self) and not fits else None
+            return Called(super().segment(start, stop), clock, error)
+
+    chain = Slow([("a", Timed(clock, 2.0, 4.0)), ("b", Timed(clock, 5.0, 6.0))])
+    profile = measure_profile(chain, (torch.randn(2),), {}, repeats=3)
+    # Apart the forwards take 3 and 6 with a call each, together 8 with one call; the backwards are not called.
+    assert profile.forward == pytest.approx([3 * 8 / 9, 6 * 8 / 9] if fits else [3, 6])
+    assert profile.backward == pytest.approx([4, 6])
 
 
 def test_fewer_repeats_than_one_are_refused() -> None:
