@@ -63,9 +63,10 @@ class Profile:
         crossing: Bytes that cross a cut just before each layer, on their way forward; 0 before the first, as its stage
             reads the batch itself.
         crossing_grad: Bytes of the gradients that come back across that cut.
-        activations: Bytes that each layer keeps for its backward, for one batch. What a layer receives is counted where
-            it is made.
+        activations: Bytes that are kept for a backward, for one batch, by the layer that made them: what a layer
+            receives is counted with an earlier one, what the network returns with its last.
         parameters: Bytes of each layer's trainable parameters; a shared one counts where it is used first.
+        frozen: Bytes of each layer's other parameters and its buffers, counted likewise; empty if there are none.
     """
 
     forward: list[float]
@@ -74,6 +75,7 @@ class Profile:
     crossing_grad: list[int]
     activations: list[int]
     parameters: list[int]
+    frozen: Sequence[int] = ()
 
     @property
     def seconds(self) -> list[float]:
@@ -126,6 +128,7 @@ def measure_profile(
     memory = _Memory(layers)
     with _no_trace(layers, devices), _no_garbage_collection():
         _pass_through(layers, args, kwargs, context, clock, memory)
+        memory.returned()
         measure_whole()
         rounds = [(_pass_through(layers, args, kwargs, context, clock), measure_whole()) for _ in range(repeats)]
     wholes = [taken for _, taken in rounds if taken is not None]
@@ -133,9 +136,11 @@ def measure_profile(
         _shared_out([parts[which] for parts, _ in rounds], [taken[which][0] for taken in wholes]) for which in (0, 1)
     )
     trainable = [[p for p in layer.parameters() if p.requires_grad] for layer in layers]
+    frozen = [[t for t in (*layer.parameters(), *layer.buffers()) if not t.requires_grad] for layer in layers]
     # What the last layer returns crosses no cut.
     crossing, crossing_grad = memory.crossing[:-1], memory.crossing_grad[:-1]
-    return Profile(forward, backward, crossing, crossing_grad, memory.kept, _new_sizes(trainable))
+    sizes = _new_sizes(trainable), _new_sizes(frozen)
+    return Profile(forward, backward, crossing, crossing_grad, memory.kept, *sizes)
 
 
 class NotTheSame(RuntimeError):
@@ -268,36 +273,55 @@ class _Memory:
         self.crossing = [0]
         self.crossing_grad = [0]
         self._weights = {p.untyped_storage().data_ptr() for layer in layers for p in layer.parameters()}
-        # Whether what lies at this address is already counted; of tensors that are still alive.
+        # By the address of what the next layer is given: the layer that made it, and whether it is counted already.
+        self._maker: dict[int, int] = {}
         self._counted: set[int] = set()
-        self._found: dict[int, Tensor] = {}
+        self._uncounted: dict[int, int] = {}
 
     @contextmanager
     def watching(self, passed: Sequence[Tensor], copies: Sequence[Tensor]) -> Iterator[None]:
-        """Count what is saved inside, but for the copies of what an earlier layer has been counted for."""
-        known = {
-            copy.untyped_storage().data_ptr()
-            for original, copy in zip(passed, copies, strict=True)
-            if original.untyped_storage().data_ptr() in self._counted
-        }
-        self._found = {}
+        """Count what is saved inside, with the layer that made it; ``copies`` stand for what was passed on."""
+        position = len(self.kept)
+        self.kept.append(0)
+        addresses = [(_address(original), _address(copy)) for original, copy in zip(passed, copies, strict=True)]
+        self._counted = {copy for original, copy in addresses if original in self._counted}
+        self._maker = {copy: self._maker.get(original, position) for original, copy in addresses}
+        # They stay alive until the count, so that no two are found at the same address.
+        found: dict[int, Tensor] = {}
 
         def save(tensor: Tensor) -> Tensor:
-            address = tensor.untyped_storage().data_ptr()
-            if address not in self._weights and address not in known:
-                self._found.setdefault(address, tensor)
+            if _address(tensor) not in self._weights:
+                found.setdefault(_address(tensor), tensor)
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
             yield
-        self.kept.append(sum(tensor.untyped_storage().nbytes() for tensor in self._found.values()))
-        self._counted = known | set(self._found)
+        for address, tensor in found.items():
+            if address not in self._counted:
+                self.kept[self._maker.get(address, position)] += tensor.untyped_storage().nbytes()
+        self._counted |= set(found)
 
     def passed_on(self, outputs: Sequence[Tensor]) -> None:
         """Count what the layer gives to the next one."""
-        self._counted &= {tensor.untyped_storage().data_ptr() for tensor in outputs}
+        last = len(self.kept) - 1
+        self._maker = {address: self._maker.get(address, last) for address in map(_address, outputs)}
+        self._counted &= set(self._maker)
+        self._uncounted = {
+            _address(tensor): tensor.untyped_storage().nbytes()
+            for tensor in outputs
+            if _carries_grad(tensor) and _address(tensor) not in self._counted
+        }
         self.crossing.append(sum(map(_bytes, outputs)))
         self.crossing_grad.append(sum(_bytes(tensor) for tensor in outputs if _carries_grad(tensor)))
+
+    def returned(self) -> None:
+        """Count what the last layer gave, which the loss needs."""
+        for address, size in self._uncounted.items():
+            self.kept[self._maker[address]] += size
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _cuda_devices(layers: Sequence[nn.Module], args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.device]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lightning_ddg.partition import Chain, NotTheSame, check_same, flop_costs, measure_profile, parameter_costs
 from lightning_ddg.partition import cost as cost_module
 from lightning_ddg.partition.trace import TracedChain
+from lightning_ddg.stage import Stage
 
 
 def time_costs(*args: Any, **kwargs: Any) -> list[float]:
@@ -182,18 +183,90 @@ def test_bytes_of_parameters_of_what_crosses_and_of_what_is_kept() -> None:
     assert profile.crossing == [0, *[wide] * 5]
     assert profile.crossing_grad == [0, *[wide] * 5]
     # The first keeps its input, sigmoid and ReLU their outputs; what a product keeps is what the layer before it kept.
-    assert profile.activations == [4 * 16 * 4, wide, 0, wide, 0, 0]
+    # The loss needs the output.
+    assert profile.activations == [4 * 16 * 4, wide, 0, wide, 0, 4 * 16 * 2]
     assert all(len(costs) == 6 and min(costs) > 0 for costs in (profile.forward, profile.backward))
 
 
-def test_what_a_layer_receives_counts_where_it_is_kept_first() -> None:
-    # Nothing before it keeps the sum, which is what the product needs.
-    class Add(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return x + 1
+class Add(nn.Module):
+    """Keeps nothing."""
 
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 1
+
+
+class Carry(nn.Module):
+    """Works on the first of two values and hands the second on."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, values: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return self.layer(values[0]), values[1]
+
+
+class Fork(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x + 1, x + 2
+
+
+class Join(nn.Module):
+    def forward(self, values: tuple[Tensor, Tensor]) -> Tensor:
+        return values[0] * values[1]
+
+
+def test_what_a_layer_keeps_counts_where_it_was_made() -> None:
+    # The sum, which the product needs, would be kept in the stage that sends it as well.
     profile = measure_profile(chain_of(nn.Linear(8, 8), Add(), nn.Linear(8, 2)), (torch.randn(16, 8),), {}, repeats=1)
-    assert profile.activations == [4 * 16 * 8, 0, 4 * 16 * 8]
+    assert profile.activations == [4 * 16 * 8, 4 * 16 * 8, 4 * 16 * 2]
+    # Two layers further on as well, and in place as well.
+    layers = nn.Linear(8, 8), Fork(), Carry(nn.ReLU(inplace=True)), Carry(Add()), Join()
+    profile = measure_profile(chain_of(*layers), (torch.randn(16, 8),), {}, repeats=1)
+    assert profile.activations == [4 * 16 * 8, 2 * 4 * 16 * 8, 0, 4 * 16 * 8, 4 * 16 * 8]
+    assert profile.crossing == [0, 512, 1024, 1024, 1024]
+
+
+def test_bytes_of_frozen_parameters_and_of_buffers() -> None:
+    tied = nn.Linear(8, 8).requires_grad_(False)
+    norm = nn.BatchNorm1d(8)
+    norm.bias.requires_grad_(False)
+    profile = measure_profile(chain_of(tied, norm, tied), (torch.randn(16, 8),), {}, repeats=1)
+    # Mean, variance and a count of 8 bytes.
+    assert profile.frozen == [4 * 72, 4 * (8 + 8 + 8) + 8, 0]
+    assert profile.parameters == [0, 4 * 8, 0]
+
+
+@pytest.mark.parametrize("start", range(1, 6))
+def test_a_stage_keeps_per_batch_what_the_profile_says(start: int) -> None:
+    def layers() -> list[nn.Module]:
+        return [
+            nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Conv2d(4, 4, 3), nn.Flatten(),
+            nn.Linear(64, 8),
+        ]  # fmt: skip
+
+    x = torch.randn(5, 2, 8, 8)
+    profile = measure_profile(chain_of(*layers()), (x,), {}, repeats=1)
+    chain = chain_of(*layers())
+    stages = [Stage(chain.segment(0, start), 1), Stage(chain.segment(start, 6), 1)]
+    kept = []
+    for number, stage in enumerate(stages):
+        weights = {weight.untyped_storage().data_ptr() for weight in stage._stashed().values()}
+        alive: dict[int, Tensor] = {}
+
+        def save(tensor: Tensor, weights: set[int] = weights, alive: dict[int, Tensor] = alive) -> Tensor:
+            if tensor.untyped_storage().data_ptr() not in weights:
+                alive.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+            output = stage.forward(x, received=number == 1)
+        # It is held until the backward.
+        alive[output.untyped_storage().data_ptr()] = output
+        kept.append(sum(tensor.untyped_storage().nbytes() for tensor in alive.values()))
+        x = output.detach().clone().requires_grad_()
+    assert sum(profile.activations[:start]) == kept[0]
+    assert profile.crossing[start] + sum(profile.activations[start:]) == kept[1]
 
 
 def test_integers_and_what_needs_no_gradient_have_no_bytes_on_the_way_back() -> None:
