@@ -36,6 +36,7 @@ from lightning_ddg.partition import (
     forbidden_cuts,
     measure_profile,
     parameter_costs,
+    stage_memory,
 )
 from lightning_ddg.refusals import no_call_of
 from lightning_ddg.seam import Seam, StepDone
@@ -110,11 +111,11 @@ def decide_cut(
         chain: The layers.
         num_stages: ``K``.
         split_points: The user's choice, if any.
-        recorded: An earlier run's choice, if any; ignored where it does not fit.
+        recorded: An earlier run's choice, if any; ignored where it does not fit, into ``max_memory`` neither.
         balance: What to even out.
         measure: Gives the costs of the layers, the same on every rank: a profile, or numbers, or ``None`` if there are
             none; called only if needed, and then on every rank.
-        max_memory: Bytes that no stage may need; counts where a profile is measured.
+        max_memory: Bytes that no stage may need, for ``balance="time"``.
 
     Raises:
         ValueError: If the network cannot be cut so.
@@ -125,28 +126,39 @@ def decide_cut(
         starts = cut_at(chain, split_points, num_stages)
         check_cut(starts, forbidden)
         return Cut(chain, starts, parameters, BALANCES["parameters"])
+    earlier: list[int] | None = None
     if recorded is not None:
         # The network, or the number of stages, may be another one since.
         with suppress(ValueError):
             starts = cut_at(chain, recorded, num_stages)
             check_cut(starts, forbidden)
-            return Cut(chain, starts, parameters, BALANCES["parameters"])
+            if max_memory is None:
+                return Cut(chain, starts, parameters, BALANCES["parameters"])
+            earlier = starts
     # Before anything is measured: it says whether so many stages are possible at all.
     starts = best_cut(parameters, num_stages, forbidden)
     costs = None if balance == "parameters" else measure()
+    if max_memory is not None and not isinstance(costs, Measured):
+        raise ValueError(
+            f"max_memory={max_memory} bytes cannot be kept, as the layers could not be measured (a warning says why)."
+            " Make the training step run on the first batch, or leave `max_memory` out and give `split_points`."
+        )
     if costs is None:
         return Cut(chain, starts, parameters, BALANCES["parameters"])
     if not isinstance(costs, Measured):
         return Cut(chain, best_cut(costs, num_stages, forbidden), costs, BALANCES[balance])
+    profile, copies = costs.profile, costs.optimizer_copies
+    if earlier is not None and max_memory is not None and max(stage_memory(profile, earlier, copies)) <= max_memory:
+        return Cut(chain, earlier, profile.seconds, BALANCES[balance], costs)
     starts = best_stages(
-        costs.profile,
+        profile,
         num_stages,
         forbidden,
         seconds_per_byte=costs.seconds_per_byte,
         max_memory=max_memory,
-        optimizer_copies=costs.optimizer_copies,
+        optimizer_copies=copies,
     )
-    return Cut(chain, starts, costs.profile.seconds, BALANCES[balance], costs)
+    return Cut(chain, starts, profile.seconds, BALANCES[balance], costs)
 
 
 def measured_costs(

@@ -41,5 +41,8 @@ def measure_link(transport: Transport, peer: int, device: torch.device, *, first
         transport.take(peer, Kind.STATE)
         if not first:
             transport.send(peer, Kind.STATE, message)
+        # What has been taken may still be on its way to the device.
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - start)
     return median(seconds[1:]) / 2 / _BYTES

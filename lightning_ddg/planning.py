@@ -56,7 +56,8 @@ class StagePlan:
         seconds: What its forward and backward take.
         share: Its part of the time of all stages, in 0..1.
         sends: Bytes it sends per batch: activations on, gradients back.
-        in_flight: Bytes of the batches between forward and backward: activations, and the weights stashed for them.
+        in_flight: Bytes of the batches between forward and backward: activations, the weights stashed for them, and the
+            messages that wait for their turn.
         memory: Bytes of all it holds: weights, their gradients, optimizer state, and what is in flight.
     """
 
@@ -278,7 +279,7 @@ def _plan_cut(chain: Layers, profile: Profile, starts: Sequence[int], optimizer_
     stages = []
     for stage, (start, stop) in enumerate(pairwise(bounds), start=1):
         seconds = work.forward[stage - 1] + work.backward[stage - 1]
-        at_rest = (2 + optimizer_copies) * sum(profile.parameters[start:stop])
+        at_rest = (2 + optimizer_copies) * sum(profile.parameters[start:stop]) + sum(profile.frozen[start:stop])
         stages.append(
             StagePlan(
                 layers=chain.names[start:stop],

@@ -85,6 +85,22 @@ def check_world_size(num_stages: Any, split_points: Sequence[str] | None, world_
         )
 
 
+def check_memory_limit(max_memory: int | None, split_points: Any, balance: str) -> None:
+    """Refuses a limit to each stage's memory where something else decides the cut.
+
+    Raises:
+        ValueError: Naming both.
+    """
+    if max_memory is None:
+        return
+    other = f"{split_points=}" if split_points is not None else f"{balance=}"
+    if split_points is not None or balance != "time":
+        raise ValueError(
+            f"max_memory={max_memory} bytes has no part in a cut by {other}: it is kept by the cut by measured time."
+            " Leave out one of the two."
+        )
+
+
 def check_no_memory_limit(max_memory: int | None) -> None:
     """Refuses a limit to each stage's memory where all stages share one process.
 

@@ -57,6 +57,7 @@ from lightning_ddg.refusals import (
     check_choice,
     check_foreign_grads,
     check_layer_sync,
+    check_memory_limit,
     check_no_memory_limit,
     check_optimizers,
     check_precision,
@@ -93,7 +94,7 @@ class DDGStrategy(ParallelStrategy):
         split_points: Names of the submodules, relative to the LightningModule, that begin stages ``2..K``.
         balance: What the automatic cut evens out: measured ``"time"``, ``"parameters"`` or ``"flops"``.
         max_memory: What the automatic cut by time allows a stage to need on its device: bytes, or a text such as
-            ``"12GB"`` or ``"800MiB"``. For several processes.
+            ``"12GB"`` or ``"800MiB"``. For several processes, without ``split_points``.
         drain: When the gradients still in flight are applied without a new forward: at the end of each ``"epoch"``, of
             the ``"fit"``, or ``"never"``, which is the paper's bare algorithm.
         process_group_backend: Backend of ``torch.distributed``; by default NCCL on CUDA devices, gloo otherwise. With
@@ -145,6 +146,7 @@ class DDGStrategy(ParallelStrategy):
         self._split_points = split_points
         self._balance = balance
         self._max_memory = None if max_memory is None else parse_bytes(max_memory)
+        check_memory_limit(self._max_memory, split_points, balance)
         self._drain = drain
         self._process_group_backend = process_group_backend
         self._timeout = timeout
@@ -456,9 +458,11 @@ class DDGStrategy(ParallelStrategy):
             self._recorded_cut,
             self._balance,
             measure,
-            self._max_memory,
+            self._max_memory if fitting else None,
         )
-        self._recorded_cut = self._cut.split_points
+        # What is cut only to be evaluated was not measured, and a fit that follows shall be.
+        if fitting:
+            self._recorded_cut = self._cut.split_points
         self._segments = self._cut.segments()
         check_ties_outside(module, self._segments)
         self._owner = owner_by_name(module, self._segments)

@@ -14,7 +14,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins.precision import Precision
 from torch import Tensor, nn
 
-from lightning_ddg.cutting import Cut, copies_kept, decide_cut, measured_costs
+from lightning_ddg.cutting import Cut, Measured, copies_kept, decide_cut, measured_costs
 from lightning_ddg.data import SourceLoader
 from lightning_ddg.partition import Chain, NotTheSame, Profile, find_network
 from tests.networks import Classifier, loader, state_of
@@ -81,6 +81,36 @@ def test_a_cut_of_the_users_that_is_none_is_refused() -> None:
     layers.layers[1].weight = layers.layers[2].weight
     with pytest.raises(ValueError, match="is used by 'net.1' and by 'net.2'"):
         decide(layers, 2, ["net.2"])
+
+
+def measured_layers() -> Measured:
+    """Four layers that are equal but for the memory of the last."""
+    return Measured(Profile([1.0] * 4, [1.0] * 4, [0] * 4, [0] * 4, [0] * 4, [10, 10, 10, 40]), 0.0, 0)
+
+
+@pytest.mark.parametrize(
+    ("max_memory", "starts"),
+    [
+        (None, [1]),
+        (140, [1]),  # The second stage: weights and gradients of 60 bytes, and no copy of the weights.
+        (119, [2]),
+    ],
+)
+def test_an_earlier_cut_is_used_again_if_it_keeps_the_limit(max_memory: int | None, starts: list[int]) -> None:
+    cut = decide_cut(chain(1, 1, 1, 1), 2, None, ["net.1"], "time", measured_layers, max_memory)
+    assert cut.starts == starts
+    assert (cut.measured is None) == (max_memory is None)
+
+
+def test_an_earlier_cut_through_a_tie_is_not_used_again_for_keeping_the_limit() -> None:
+    layers = chain(1, 1, 1, 1)
+    layers.layers[0].weight = layers.layers[1].weight
+    assert decide_cut(layers, 2, None, ["net.1"], "time", measured_layers, 140).starts == [2]
+
+
+def test_a_limit_that_nothing_is_known_of_is_refused() -> None:
+    with pytest.raises(ValueError, match="max_memory=100 bytes cannot be kept, as the layers could not be measured"):
+        decide_cut(chain(1, 1), 2, None, None, "time", lambda: None, 100)
 
 
 def test_too_many_stages_are_refused_before_anything_is_measured() -> None:

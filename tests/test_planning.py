@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +49,21 @@ def test_the_figures_of_two_stages() -> None:
     assert (first.seconds, second.seconds) == (pytest.approx(0.015), pytest.approx(0.009))
     assert (first.share, second.share) == (pytest.approx(0.625), pytest.approx(0.375))
     assert (first.sends, second.sends) == (2000, 200), "activations on, gradients back"
-    # The first stage keeps two batches, each with a version of its 12 bytes of weights; the second what it received.
-    assert (first.in_flight, second.in_flight) == (2 * (30_000 + 12), 70_000 + 2000)
+    # The first stage keeps two batches, each with a version of its 12 bytes of weights, and two gradients that wait;
+    # the second what it received, and two activations that wait.
+    assert (first.in_flight, second.in_flight) == (2 * (30_000 + 12) + 2 * 200, 70_000 + 2000 + 2 * 2000)
     # Weights, gradients, two copies of them in the optimizer, and what is in flight.
-    assert (first.memory, second.memory) == (60_024 + 4 * 12, 72_000 + 4 * 28)
+    assert (first.memory, second.memory) == (60_424 + 4 * 12, 76_000 + 4 * 28)
+
+
+def test_frozen_weights_are_memory_but_not_in_flight() -> None:
+    plain, frozen = (
+        make_plan(chain(), profile, [2]).rows[2] for profile in (PROFILE, replace(PROFILE, frozen=[1, 2, 4, 8]))
+    )
+    assert isinstance(plain, CutPlan)
+    assert isinstance(frozen, CutPlan)
+    assert [stage.in_flight for stage in frozen.stages] == [stage.in_flight for stage in plain.stages]
+    assert [b.memory - a.memory for a, b in zip(plain.stages, frozen.stages, strict=True)] == [3, 12]
 
 
 def test_memory_depends_on_the_optimizer() -> None:
@@ -97,10 +109,10 @@ def test_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     lines = [" ".join(line.replace("│", " ").split()) for line in printed.splitlines()]
     assert "Plain backpropagation on one device: 24.0 ms per batch" in lines
-    assert "2 15.0 ms 1.60x 80% stage 1 72.1 kB" in lines
-    assert "3 12.0 ms 2.00x 67% stage 2 72.1 kB" in lines
-    assert "1 net.0 … net.1 (2) 3 15.0 ms 62.5% 2 kB 60 kB 60.1 kB" in lines
-    assert "2 net.1 (1) 2 12.0 ms 50.0% 2.1 kB 42 kB 42 kB" in lines
+    assert "2 15.0 ms 1.60x 80% stage 1 76.1 kB" in lines
+    assert "3 12.0 ms 2.00x 67% stage 2 76.1 kB" in lines
+    assert "1 net.0 … net.1 (2) 3 15.0 ms 62.5% 2 kB 60.4 kB 60.5 kB" in lines
+    assert "2 net.1 (1) 2 12.0 ms 50.0% 2.1 kB 44.4 kB 44.4 kB" in lines
     assert 'split_points: ["net.2"]' in lines
     assert 'split_points: ["net.1", "net.2"]' in lines
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -63,9 +63,10 @@ class Profile:
         crossing: Bytes that cross a cut just before each layer, on their way forward; 0 before the first, as its stage
             reads the batch itself.
         crossing_grad: Bytes of the gradients that come back across that cut.
-        activations: Bytes that each layer keeps for its backward, for one batch. What a layer receives is counted where
-            it is made.
+        activations: Bytes that are kept for a backward, for one batch, by the layer that made them: what a layer
+            receives is counted with an earlier one, what the network returns with its last.
         parameters: Bytes of each layer's trainable parameters; a shared one counts where it is used first.
+        frozen: Bytes of each layer's other parameters and its buffers, counted likewise; empty if there are none.
     """
 
     forward: list[float]
@@ -74,6 +75,7 @@ class Profile:
     crossing_grad: list[int]
     activations: list[int]
     parameters: list[int]
+    frozen: Sequence[int] = ()
 
     @property
     def seconds(self) -> list[float]:
@@ -91,7 +93,9 @@ def measure_profile(
 ) -> Profile:
     """Measure every layer: the median seconds after one warm-up, and the bytes it makes, keeps and passes on.
 
-    Each repeat goes through all layers, so that a busy moment of the machine is spread over them.
+    Each repeat goes through all layers, so that a busy moment of the machine is spread over them, and then through the
+    whole network in one piece. A layer on its own takes longer than among the others, so the measured seconds of the
+    layers are scaled to add up to the whole's, unless the whole does not fit into the device's memory.
 
     Args:
         chain: The layers, in the mode (train or eval) and on the device they are to be costed in.
@@ -113,19 +117,30 @@ def measure_profile(
             torch.cuda.synchronize(device)
         return time.perf_counter()
 
+    whole = [chain.segment(0, len(chain))]
+
+    def measure_whole() -> tuple[list[float], list[float]] | None:
+        # Layer by layer, a device can measure a network that it cannot train.
+        with suppress(torch.OutOfMemoryError):
+            return _pass_through(whole, args, kwargs, context, clock)
+        return None
+
     memory = _Memory(layers)
     with _no_trace(layers, devices), _no_garbage_collection():
         _pass_through(layers, args, kwargs, context, clock, memory)
-        rounds = [_pass_through(layers, args, kwargs, context, clock) for _ in range(repeats)]
-    # A clock that is too coarse to see a layer must not make it free.
+        memory.returned()
+        measure_whole()
+        rounds = [(_pass_through(layers, args, kwargs, context, clock), measure_whole()) for _ in range(repeats)]
+    wholes = [taken for _, taken in rounds if taken is not None]
     forward, backward = (
-        [max(median(seconds), 1e-9) for seconds in zip(*(taken[which] for taken in rounds), strict=True)]
-        for which in (0, 1)
+        _shared_out([parts[which] for parts, _ in rounds], [taken[which][0] for taken in wholes]) for which in (0, 1)
     )
     trainable = [[p for p in layer.parameters() if p.requires_grad] for layer in layers]
+    frozen = [[t for t in (*layer.parameters(), *layer.buffers()) if not t.requires_grad] for layer in layers]
     # What the last layer returns crosses no cut.
     crossing, crossing_grad = memory.crossing[:-1], memory.crossing_grad[:-1]
-    return Profile(forward, backward, crossing, crossing_grad, memory.kept, _new_sizes(trainable))
+    sizes = _new_sizes(trainable), _new_sizes(frozen)
+    return Profile(forward, backward, crossing, crossing_grad, memory.kept, *sizes)
 
 
 class NotTheSame(RuntimeError):
@@ -180,6 +195,17 @@ def _layers(chain: Layers) -> list[nn.Module]:
     return [chain.segment(position, position + 1) for position in range(len(chain))]
 
 
+def _shared_out(rounds: Sequence[Sequence[float]], wholes: Sequence[float]) -> list[float]:
+    """Return the median of each layer over the rounds, scaled so that all layers together take what the whole takes.
+
+    A layer on its own pays for a call of its own, and finds caches and memory in another state than among the others.
+    """
+    medians = [median(seconds) for seconds in zip(*rounds, strict=True)]
+    scale = median(wholes) / sum(medians) if wholes and any(medians) else 1.0
+    # A clock that is too coarse to see a layer must not make it free.
+    return [max(seconds * scale, 1e-9) for seconds in medians]
+
+
 def _new_sizes(groups: Sequence[Sequence[Tensor]]) -> list[int]:
     """Bytes of the tensors of each group that no earlier group has."""
     counted: set[int] = set()
@@ -220,14 +246,15 @@ def _pass_through(
         start = clock()
         with watch, context():
             output = layer(*layer_args, **layer_kwargs)
-        middle = clock()
+        forward.append(clock() - start)
         heads = [tensor for tensor in tensors_of(output) if _carries_grad(tensor)]
         tails = [*leaves, *(parameter for parameter in layer.parameters() if parameter.requires_grad)]
+        grads = [torch.ones_like(head) for head in heads]
+        start = clock()
         if heads and tails:
             # Not `backward`: it would touch `.grad` and run the hooks that wait for it.
-            torch.autograd.grad(heads, tails, [torch.ones_like(head) for head in heads], allow_unused=True)
-        forward.append(middle - start)
-        backward.append(clock() - middle)
+            torch.autograd.grad(heads, tails, grads, allow_unused=True)
+        backward.append(clock() - start)
         if memory is not None:
             memory.passed_on(tensors_of(output))
         call = ((output,), {})
@@ -246,36 +273,55 @@ class _Memory:
         self.crossing = [0]
         self.crossing_grad = [0]
         self._weights = {p.untyped_storage().data_ptr() for layer in layers for p in layer.parameters()}
-        # Whether what lies at this address is already counted; of tensors that are still alive.
+        # By the address of what the next layer is given: the layer that made it, and whether it is counted already.
+        self._maker: dict[int, int] = {}
         self._counted: set[int] = set()
-        self._found: dict[int, Tensor] = {}
+        self._uncounted: dict[int, int] = {}
 
     @contextmanager
     def watching(self, passed: Sequence[Tensor], copies: Sequence[Tensor]) -> Iterator[None]:
-        """Count what is saved inside, but for the copies of what an earlier layer has been counted for."""
-        known = {
-            copy.untyped_storage().data_ptr()
-            for original, copy in zip(passed, copies, strict=True)
-            if original.untyped_storage().data_ptr() in self._counted
-        }
-        self._found = {}
+        """Count what is saved inside, with the layer that made it; ``copies`` stand for what was passed on."""
+        position = len(self.kept)
+        self.kept.append(0)
+        addresses = [(_address(original), _address(copy)) for original, copy in zip(passed, copies, strict=True)]
+        self._counted = {copy for original, copy in addresses if original in self._counted}
+        self._maker = {copy: self._maker.get(original, position) for original, copy in addresses}
+        # They stay alive until the count, so that no two are found at the same address.
+        found: dict[int, Tensor] = {}
 
         def save(tensor: Tensor) -> Tensor:
-            address = tensor.untyped_storage().data_ptr()
-            if address not in self._weights and address not in known:
-                self._found.setdefault(address, tensor)
+            if _address(tensor) not in self._weights:
+                found.setdefault(_address(tensor), tensor)
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
             yield
-        self.kept.append(sum(tensor.untyped_storage().nbytes() for tensor in self._found.values()))
-        self._counted = known | set(self._found)
+        for address, tensor in found.items():
+            if address not in self._counted:
+                self.kept[self._maker.get(address, position)] += tensor.untyped_storage().nbytes()
+        self._counted |= set(found)
 
     def passed_on(self, outputs: Sequence[Tensor]) -> None:
         """Count what the layer gives to the next one."""
-        self._counted &= {tensor.untyped_storage().data_ptr() for tensor in outputs}
+        last = len(self.kept) - 1
+        self._maker = {address: self._maker.get(address, last) for address in map(_address, outputs)}
+        self._counted &= set(self._maker)
+        self._uncounted = {
+            _address(tensor): tensor.untyped_storage().nbytes()
+            for tensor in outputs
+            if _carries_grad(tensor) and _address(tensor) not in self._counted
+        }
         self.crossing.append(sum(map(_bytes, outputs)))
         self.crossing_grad.append(sum(_bytes(tensor) for tensor in outputs if _carries_grad(tensor)))
+
+    def returned(self) -> None:
+        """Count what the last layer gave, which the loss needs."""
+        for address, size in self._uncounted.items():
+            self.kept[self._maker[address]] += size
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _cuda_devices(layers: Sequence[nn.Module], args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.device]:

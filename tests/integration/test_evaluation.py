@@ -156,3 +156,18 @@ def test_evaluation_without_a_fit() -> None:
     for got, expected, names in run_ranks(evaluate_without_fit, 2):
         assert abs(got - expected) < 1e-12
         assert len(names) == 2
+
+
+def test_a_fit_after_an_evaluation_measures_its_cut() -> None:
+    strategy = DDGStrategy()
+    trainer = quiet_trainer(strategy=strategy, devices=1, max_epochs=1)
+    module = Classifier("mlp")
+    trainer.validate(module, loader("mlp"), verbose=False)
+    assert strategy._cut is not None
+    assert strategy._cut.unit == "parameters"
+    trainer.fit(module, loader("mlp"))
+    assert strategy._cut.unit == "measured time"
+    # And a cut that was trained with is used again.
+    points = strategy._cut.split_points
+    trainer.validate(module, loader("mlp"), verbose=False)
+    assert strategy._cut.split_points == points

@@ -25,6 +25,12 @@ ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"num_stages": "two"}, ValueError, "num_stages='two' is not"),
     ({"balance": "memory"}, ValueError, "balance='memory' is not known. Use one of 'time', 'parameters', 'flops'"),
     ({"max_memory": "lots"}, ValueError, "'lots' is not a number of bytes: give .* such as '12GB'"),
+    (
+        {"max_memory": "1kB", "num_stages": 2, "split_points": ["net.3"]},
+        ValueError,
+        r"max_memory=1000 bytes has no part in a cut by split_points=\['net.3'\].*Leave out one",
+    ),
+    ({"max_memory": 1000, "balance": "flops"}, ValueError, "max_memory=1000 bytes .* balance='flops'.*Leave out one"),
     ({"drain": "step"}, ValueError, "drain='step' is not known. Use one of 'epoch', 'fit', 'never'"),
     ({"start_method": "thread"}, ValueError, "start_method='thread' is not known. Use one of 'popen'"),
     ({"split_points": "net.3"}, TypeError, r"split_points='net.3' is a string.*split_points=\['net.3'\]"),

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ddg.partition import Chain, NotTheSame, check_same, flop_costs, measure_profile, parameter_costs
+from lightning_ddg.partition import cost as cost_module
 from lightning_ddg.partition.trace import TracedChain
+from lightning_ddg.stage import Stage
 
 
 def time_costs(*args: Any, **kwargs: Any) -> list[float]:
@@ -80,8 +82,9 @@ def test_the_context_is_entered_around_each_forward() -> None:
     probe = nn.Identity()
     probe.register_forward_hook(lambda _module, _args, output: seen.append(output.dtype))
     time_costs(chain_of(nn.Linear(2, 2), probe), (torch.randn(2, 2),), {}, repeats=1, context=context)
-    assert entered == ["in", "out"] * 4
-    assert seen == [torch.bfloat16] * 2
+    # A warm-up and a repeat, each layer by layer and as a whole.
+    assert entered == ["in", "out"] * (2 * (2 + 1))
+    assert seen == [torch.bfloat16] * 4
 
 
 def test_rounds_go_through_all_layers() -> None:
@@ -90,7 +93,80 @@ def test_rounds_go_through_all_layers() -> None:
     a.register_forward_hook(lambda *_: order.append("a"))
     b.register_forward_hook(lambda *_: order.append("b"))
     time_costs(chain_of(a, b), (torch.randn(2, 2),), {}, repeats=2)
-    assert order == ["a", "b"] * 3
+    # Layer by layer, then as a whole: the warm-up and two repeats.
+    assert order == ["a", "b"] * 6
+
+
+class Clock:
+    """Time that passes only when a layer says so."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+class Takes(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, clock: Clock, forward: float, backward: float) -> Tensor:
+        ctx.clock, ctx.seconds = clock, backward
+        clock.now += forward
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        ctx.clock.now += ctx.seconds
+        return grad, None, None, None
+
+
+class Timed(nn.Module):
+    def __init__(self, clock: Clock, forward: float, backward: float) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+        self.times = clock, forward, backward
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Takes.apply(x * self.scale, *self.times)  # type: ignore[no-any-return]
+
+
+class Called(nn.Module):
+    """What every call of a segment costs on top; the whole may be too much for the device."""
+
+    def __init__(self, segment: nn.Module, clock: Clock, error: type[Exception] | None) -> None:
+        super().__init__()
+        self.segment, self.clock, self.error = segment, clock, error
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.error is not None:
+            raise self.error("too large")
+        self.clock.now += 1.0
+        return self.segment(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_seconds_of_layers_add_up_to_those_of_the_whole_if_it_fits(monkeypatch: pytest.MonkeyPatch, fits: bool) -> None:
+    clock = Clock()
+    monkeypatch.setattr(cost_module, "time", clock)
+    ones_like = torch.ones_like
+
+    def slow_ones_like(tensor: Tensor) -> Tensor:
+        clock.now += 100.0
+        return ones_like(tensor)
+
+    # In training the gradients come from the next layer.
+    monkeypatch.setattr(torch, "ones_like", slow_ones_like)
+
+    class Slow(Chain):
+        def segment(self, start: int, stop: int) -> nn.Module:
+            error = torch.OutOfMemoryError if stop - start == len(self) and not fits else None
+            return Called(super().segment(start, stop), clock, error)
+
+    chain = Slow([("a", Timed(clock, 2.0, 4.0)), ("b", Timed(clock, 5.0, 6.0))])
+    profile = measure_profile(chain, (torch.randn(2),), {}, repeats=3)
+    # Apart the forwards take 3 and 6 with a call each, together 8 with one call; the backwards are not called.
+    assert profile.forward == pytest.approx([3 * 8 / 9, 6 * 8 / 9] if fits else [3, 6])
+    assert profile.backward == pytest.approx([4, 6])
 
 
 def test_fewer_repeats_than_one_are_refused() -> None:
@@ -107,18 +183,90 @@ def test_bytes_of_parameters_of_what_crosses_and_of_what_is_kept() -> None:
     assert profile.crossing == [0, *[wide] * 5]
     assert profile.crossing_grad == [0, *[wide] * 5]
     # The first keeps its input, sigmoid and ReLU their outputs; what a product keeps is what the layer before it kept.
-    assert profile.activations == [4 * 16 * 4, wide, 0, wide, 0, 0]
+    # The loss needs the output.
+    assert profile.activations == [4 * 16 * 4, wide, 0, wide, 0, 4 * 16 * 2]
     assert all(len(costs) == 6 and min(costs) > 0 for costs in (profile.forward, profile.backward))
 
 
-def test_what_a_layer_receives_counts_where_it_is_kept_first() -> None:
-    # Nothing before it keeps the sum, which is what the product needs.
-    class Add(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return x + 1
+class Add(nn.Module):
+    """Keeps nothing."""
 
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 1
+
+
+class Carry(nn.Module):
+    """Works on the first of two values and hands the second on."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, values: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return self.layer(values[0]), values[1]
+
+
+class Fork(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x + 1, x + 2
+
+
+class Join(nn.Module):
+    def forward(self, values: tuple[Tensor, Tensor]) -> Tensor:
+        return values[0] * values[1]
+
+
+def test_what_a_layer_keeps_counts_where_it_was_made() -> None:
+    # The sum, which the product needs, would be kept in the stage that sends it as well.
     profile = measure_profile(chain_of(nn.Linear(8, 8), Add(), nn.Linear(8, 2)), (torch.randn(16, 8),), {}, repeats=1)
-    assert profile.activations == [4 * 16 * 8, 0, 4 * 16 * 8]
+    assert profile.activations == [4 * 16 * 8, 4 * 16 * 8, 4 * 16 * 2]
+    # Two layers further on as well, and in place as well.
+    layers = nn.Linear(8, 8), Fork(), Carry(nn.ReLU(inplace=True)), Carry(Add()), Join()
+    profile = measure_profile(chain_of(*layers), (torch.randn(16, 8),), {}, repeats=1)
+    assert profile.activations == [4 * 16 * 8, 2 * 4 * 16 * 8, 0, 4 * 16 * 8, 4 * 16 * 8]
+    assert profile.crossing == [0, 512, 1024, 1024, 1024]
+
+
+def test_bytes_of_frozen_parameters_and_of_buffers() -> None:
+    tied = nn.Linear(8, 8).requires_grad_(False)
+    norm = nn.BatchNorm1d(8)
+    norm.bias.requires_grad_(False)
+    profile = measure_profile(chain_of(tied, norm, tied), (torch.randn(16, 8),), {}, repeats=1)
+    # Mean, variance and a count of 8 bytes.
+    assert profile.frozen == [4 * 72, 4 * (8 + 8 + 8) + 8, 0]
+    assert profile.parameters == [0, 4 * 8, 0]
+
+
+@pytest.mark.parametrize("start", range(1, 6))
+def test_a_stage_keeps_per_batch_what_the_profile_says(start: int) -> None:
+    def layers() -> list[nn.Module]:
+        return [
+            nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Conv2d(4, 4, 3), nn.Flatten(),
+            nn.Linear(64, 8),
+        ]  # fmt: skip
+
+    x = torch.randn(5, 2, 8, 8)
+    profile = measure_profile(chain_of(*layers()), (x,), {}, repeats=1)
+    chain = chain_of(*layers())
+    stages = [Stage(chain.segment(0, start), 1), Stage(chain.segment(start, 6), 1)]
+    kept = []
+    for number, stage in enumerate(stages):
+        weights = {weight.untyped_storage().data_ptr() for weight in stage._stashed().values()}
+        alive: dict[int, Tensor] = {}
+
+        def save(tensor: Tensor, weights: set[int] = weights, alive: dict[int, Tensor] = alive) -> Tensor:
+            if tensor.untyped_storage().data_ptr() not in weights:
+                alive.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+            output = stage.forward(x, received=number == 1)
+        # It is held until the backward.
+        alive[output.untyped_storage().data_ptr()] = output
+        kept.append(sum(tensor.untyped_storage().nbytes() for tensor in alive.values()))
+        x = output.detach().clone().requires_grad_()
+    assert sum(profile.activations[:start]) == kept[0]
+    assert profile.crossing[start] + sum(profile.activations[start:]) == kept[1]
 
 
 def test_integers_and_what_needs_no_gradient_have_no_bytes_on_the_way_back() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from itertools import combinations, pairwise
 
 import pytest
@@ -194,7 +195,7 @@ def random_profile(draw: random.Random, count: int) -> Profile:
 
     seconds = [[float(n) for n in numbers(6)] for _ in range(2)]
     crossing, crossing_grad = ([0, *numbers(5)[1:]] for _ in range(2))
-    return Profile(seconds[0], seconds[1], crossing, crossing_grad, numbers(9), numbers(9))
+    return Profile(seconds[0], seconds[1], crossing, crossing_grad, numbers(9), numbers(9), numbers(9))
 
 
 def brute_force(
@@ -250,10 +251,15 @@ def test_the_least_memory_that_is_named_can_be_kept() -> None:
 
 
 def test_memory_of_a_stage() -> None:
-    profile = Profile([1.0] * 3, [1.0] * 3, [0, 5, 7], [0, 5, 7], [10, 20, 30], [100, 200, 300])
-    # Delay 1: weights, gradients and two of the optimizer, and two batches, each with a copy of the weights.
-    assert stage_memory(profile, [1], 2) == [4 * 100 + 2 * (10 + 100), 4 * 500 + 50 + 5]
+    profile = Profile([1.0] * 3, [1.0] * 3, [0, 5, 7], [0, 4, 6], [10, 20, 30], [100, 200, 300])
+    # Delay 1: weights, gradients and two of the optimizer; two batches, each with a copy of the weights; two gradients.
+    first = 4 * 100 + 2 * (10 + 100) + 2 * 4
+    # Delay 0: one batch, with what was received; two activations.
+    last = 4 * 500 + 50 + 5 + 2 * 5
+    assert stage_memory(profile, [1], 2) == [first, last]
     assert stage_memory(profile, [], 0) == [2 * 600 + 60]
+    # Of what is never trained there is one copy, whatever the delay.
+    assert stage_memory(replace(profile, frozen=[1000, 2000, 3000]), [1], 2) == [first + 1000, last + 5000]
 
 
 def test_messages_move_the_cut() -> None:

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 from torch import nn
 
-from lightning_ddg.partition import Chain, cut_table, print_cut
+from lightning_ddg.partition import Chain, Profile, cut_table, print_cut, show_bytes, stage_memory
 
 
 def make_chain() -> Chain:
@@ -39,6 +39,17 @@ def test_rows() -> None:
         ("2", "net.3 (1)", "1,500", "37.5%", "1"),
         ("3", "net.4 (1)", "1,204", "12.5%", "0"),
     ]
+
+
+def test_what_was_measured_has_columns_of_its_own() -> None:
+    profile = Profile([1.0] * 5, [1.0] * 5, [0, 10, 20, 3_000, 4_000_000], [0, 1, 2, 300, 400], [0] * 5, [1_000] * 5)
+    table = cut_table(make_chain(), [3, 4], profile.seconds, "measured time", profile, optimizer_copies=1)
+    assert [column.header for column in table.columns][-2:] == ["sends per batch", "memory"]
+    # The activation on to the next stage, the gradient back to the one before.
+    assert list(table.columns[-2].cells) == ["3 kB", "4 MB", "400 B"]
+    memory = stage_memory(profile, [3, 4], 1)
+    assert list(table.columns[-1].cells) == [show_bytes(size) for size in memory]
+    assert memory != stage_memory(profile, [3, 4], 2)
 
 
 def test_costs_of_zero_have_a_share_of_zero() -> None:
