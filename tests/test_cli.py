@@ -88,9 +88,7 @@ def words(module: str, data: str = "LoudData") -> list[str]:
     return ["plan", f"--model={here}.{module}", f"--data={here}.{data}", "--trainer.accelerator=cpu", *optimizer]
 
 
-def test_plan_goes_the_way_of_a_fit_up_to_the_first_step_and_keeps_nothing_else_of_its_trainer(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_plan_goes_the_way_of_a_fit_up_to_the_first_step_and_keeps_nothing_else_of_its_trainer(tmp_path: Path) -> None:
     import tests.test_cli as loud
 
     logger = "--trainer.logger=lightning.pytorch.loggers.CSVLogger"
@@ -106,8 +104,6 @@ def test_plan_goes_the_way_of_a_fit_up_to_the_first_step_and_keeps_nothing_else_
     assert module.net[0].weight.dtype == torch.float64
     assert all(torch.equal(tensor, seen["weights"][name]) for name, tensor in module.state_dict().items())
     assert not list(tmp_path.iterdir())
-    # 32 images of 16 channels and 8x8 values of 8 bytes cross the cut, or half of them where the sides are halved.
-    assert re.search(r"(262|524|131) kB", capsys.readouterr().out)
 
 
 class NoData(LightningDataModule):
