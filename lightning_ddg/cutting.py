@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, cast
@@ -218,6 +218,10 @@ def copies_kept(optimizer: Optimizer | None) -> int:
     return 2
 
 
+class NotCalled(RuntimeError):
+    """A training step has ended without a call of the network."""
+
+
 def first_call(
     module: LightningModule,
     target: nn.Module,
@@ -240,24 +244,50 @@ def first_call(
         RuntimeError: If the step does not call the network.
     """
 
+    unmute = _lightning.mute_logging(module)
+    try:
+        # A copy: the hooks may change the batch in place, and training will see it again.
+        batch = map_tensors(torch.clone, tree_map(_peek, loaders))
+        batch = _lightning.transfer_batch(module, precision.convert_input(batch), device)
+    finally:
+        unmute()
+    return call_of_network(module, target, target_name, batch, precision.train_step_context)
+
+
+def call_of_network(
+    module: LightningModule,
+    target: nn.Module,
+    target_name: str,
+    batch: Any,
+    context: Callable[[], AbstractContextManager[object]],
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What the user's training step passes to the network for a batch.
+
+    Args:
+        module: The LightningModule.
+        target: The module whose call is the call of the network.
+        target_name: Its name.
+        batch: What the step takes; the step may change it in place.
+        context: Entered around the step, e.g. autocast.
+
+    Raises:
+        NotCalled: If the step does not call the network.
+    """
+
     def capture(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         raise StepDone((args, kwargs))
 
     seam = Seam(target, {})
     unmute = _lightning.mute_logging(module)
     try:
-        with seam.handled_by(capture):
-            # A copy: the hooks and the step may change the batch in place, and training will see it again.
-            batch = map_tensors(torch.clone, tree_map(_peek, loaders))
-            batch = _lightning.transfer_batch(module, precision.convert_input(batch), device)
-            with precision.train_step_context(), torch.enable_grad():
-                module.training_step(*_lightning.step_arguments(module.training_step, batch))
+        with seam.handled_by(capture), context(), torch.enable_grad():
+            module.training_step(*_lightning.step_arguments(module.training_step, batch))
     except StepDone as done:
         return cast(tuple[tuple[Any, ...], dict[str, Any]], done.value)
     finally:
         unmute()
         seam.remove()
-    raise RuntimeError(no_call_of(target_name))
+    raise NotCalled(no_call_of(target_name))
 
 
 def _peek(loader: Any) -> Any:

@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from lightning_ddg import _lightning
+from lightning_ddg.cutting import NotCalled, call_of_network
 from lightning_ddg.link import SECONDS_PER_BYTE
 from lightning_ddg.messages import map_tensors
 from lightning_ddg.partition import (
@@ -39,8 +39,6 @@ from lightning_ddg.partition import (
     stage_memory,
 )
 from lightning_ddg.predict import Prediction, Work, predict, simulate
-from lightning_ddg.refusals import no_call_of
-from lightning_ddg.seam import Seam, StepDone
 from lightning_ddg.timeline import Panel, check_picture, draw_timeline, show_ms
 
 NUM_STAGES = (2, 3, 4, 5, 6, 7, 8)
@@ -302,29 +300,16 @@ def _call_of_network(
     context: Callable[[], AbstractContextManager[object]],
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """What the training step passes to the network, the module ``target``."""
-
-    def capture(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        raise StepDone((args, kwargs))
-
-    seam = Seam(target, {})
-    unmute = _lightning.mute_logging(module)
     try:
         # A copy: the step may change its batch in place.
-        batch = map_tensors(torch.clone, batch)
-        with seam.handled_by(capture), context(), torch.enable_grad():
-            module.training_step(*_lightning.step_arguments(module.training_step, batch))
-    except StepDone as done:
-        args, kwargs = done.value
-        return args, kwargs
+        return call_of_network(module, target, name, map_tensors(torch.clone, batch), context)
+    except NotCalled:
+        raise
     except Exception as error:
         raise RuntimeError(
             f"`training_step` failed before it called the network ({type(error).__name__}: {error}). Give the batch as"
             " the training step takes it, on the module's device."
         ) from error
-    finally:
-        unmute()
-        seam.remove()
-    raise RuntimeError(no_call_of(name))
 
 
 @contextmanager

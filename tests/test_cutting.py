@@ -214,7 +214,7 @@ def failing() -> LightningModule:
     ("make", "data", "why"),
     [
         (failing, loader("mlp"), "ArithmeticError: bang"),
-        (NeverCalls, loader("mlp"), "RuntimeError: `training_step` did not call the network"),
+        (NeverCalls, loader("mlp"), "NotCalled: `training_step` did not call the network"),
         (Classifier, [], "RuntimeError: a training loader has no batch"),
     ],
     ids=["layer", "no call", "no data"],
