@@ -17,6 +17,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial, wraps
 from pathlib import Path
+from threading import get_ident
 from typing import Any
 from unittest import mock
 
@@ -171,6 +172,7 @@ class _Tracer(fx.Tracer):
         self._tensor_names = {id(tensor): name for name, tensor in reversed(tensors)}
         self._device = tensors[0][1].device if tensors else torch.device("cpu")
         self._attributes: dict[str, fx.Proxy] = {}
+        self._thread = get_ident()
 
     def recording(self, graph: fx.Graph) -> Recording:
         """What has been recorded."""
@@ -227,6 +229,8 @@ class _Tracer(fx.Tracer):
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Record the call of a module, or what happens inside it."""
+        if self._elsewhere:
+            return forward(*args, **kwargs)
         if m not in self._names:
             # Made in the forward, as `nn.Softmax(dim=-1)(x)`, or kept out of the network's sight.
             if next(m.parameters(), None) is not None:
@@ -265,6 +269,11 @@ class _Tracer(fx.Tracer):
         own = type(m).__module__.startswith(("torch.nn.", "torch.ao."))
         return own and not isinstance(m, nn.Sequential) and type(m) not in CONTAINERS
 
+    @property
+    def _elsewhere(self) -> bool:
+        """Whether another thread asks: messages arrive in one, and it must find torch as it is."""
+        return get_ident() != self._thread
+
     def follow(self, m: nn.Module, run: Callable[[], Any]) -> Any:
         """Run a forward; say which module it was if it cannot be followed."""
         before = _draw_states()
@@ -288,7 +297,7 @@ class _Tracer(fx.Tracer):
         assign = nn.Module.__setattr__
 
         def read(module: nn.Module, name: str) -> Any:
-            if id(module) not in module_names:
+            if id(module) not in module_names or self._elsewhere:
                 return object.__getattribute__(module, name)
             own = object.__getattribute__(module, "__dict__")
             for table in (own["_parameters"], own["_buffers"]):
@@ -303,19 +312,24 @@ class _Tracer(fx.Tracer):
             return value
 
         def write(module: nn.Module, name: str, value: Any) -> None:
-            if id(module) in module_names:
+            if id(module) in module_names and not self._elsewhere:
                 raise fx.proxy.TraceError(f"the forward assigns to `self.{name}`")
             assign(module, name, value)
 
-        def refuse(context: Any) -> None:
-            raise fx.proxy.TraceError(f"the forward enters `{type(context).__name__}`")
+        def refusing(enter: Callable[[Any], Any]) -> Callable[[Any], Any]:
+            def refuse(context: Any) -> Any:
+                if self._elsewhere:
+                    return enter(context)
+                raise fx.proxy.TraceError(f"the forward enters `{type(context).__name__}`")
+
+            return refuse
 
         with ExitStack() as stack:
             for name in (*_CREATORS, *_RANDOM):
                 stack.enter_context(mock.patch.object(torch, name, self._recorded(getattr(torch, name))))
             stack.enter_context(mock.patch.object(checkpoint, "checkpoint", self._recorded(checkpoint.checkpoint)))
-            stack.enter_context(mock.patch.object(autocast, "__enter__", refuse))
-            stack.enter_context(mock.patch.object(inference_mode, "__enter__", refuse))
+            for context in (autocast, inference_mode):
+                stack.enter_context(mock.patch.object(context, "__enter__", refusing(context.__enter__)))
             stack.enter_context(mock.patch.object(nn.Module, "__setattr__", write))
             stack.enter_context(_replaced_getattribute(read))
             yield
@@ -325,6 +339,8 @@ class _Tracer(fx.Tracer):
 
         @wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
+            if self._elsewhere:
+                return function(*args, **kwargs)
             return self.create_proxy("call_function", function, args, kwargs)
 
         return call

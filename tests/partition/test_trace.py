@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any
 
@@ -359,6 +360,29 @@ def test_random_tensors_and_new_tensors_are_made_in_each_call() -> None:
 
     network = Noisy()
     assert_same(network, TracedChain(network, ""), X)
+
+
+def test_other_threads_find_torch_as_it_is_while_a_network_is_traced() -> None:
+    """Messages arrive in a thread of their own, which makes tensors, at any time."""
+    other = nn.Linear(4, 4)
+    made: list[Tensor] = []
+
+    class Interrupted(Net):
+        def arrive(self) -> None:
+            self.arrived = True
+            with torch.inference_mode():
+                made.append(other(torch.empty(2, 4).copy_(torch.zeros(4))))
+
+        def forward(self, x: Tensor) -> Tensor:
+            with ThreadPoolExecutor(1) as threads:
+                threads.submit(self.arrive).result()
+            return self.c(self.b(self.a(x)) + torch.ones(4))
+
+    network = Interrupted()
+    chain = TracedChain(network, "")
+    assert_same(network, chain, X)
+    assert made
+    assert all(type(tensor) is Tensor for tensor in made)
 
 
 def test_gradients_stay_off_where_they_were_off() -> None:
