@@ -126,6 +126,22 @@ def after_hook(module: LightningModule, name: str, function: Callable[[], object
     return _replace(module, name, hook_and_function)
 
 
+def remembered_clipping(module: LightningModule) -> tuple[Callable[[], object], Undo]:
+    """Remembers how a step in manual optimization clips, for the gradients that are applied outside any step.
+
+    Returns:
+        What clips as the last step did, and what undoes this.
+    """
+    clip = module.clip_gradients
+    last: list[Callable[[], object]] = []
+
+    def clip_and_remember(*args: Any, **kwargs: Any) -> None:
+        last[:] = [functools.partial(clip, *args, **kwargs)]
+        clip(*args, **kwargs)
+
+    return lambda: [again() for again in last], _replace(module, "clip_gradients", clip_and_remember)
+
+
 def _never_distributed() -> bool:
     return False
 

@@ -43,6 +43,7 @@ from lightning_ddg.cutting import Cut, Measured, copies_kept, decide_cut, first_
 from lightning_ddg.data import RemoteLoader, SourceLoader
 from lightning_ddg.decisions import Decisions
 from lightning_ddg.delayline import DelayLine
+from lightning_ddg.followers import Followers
 from lightning_ddg.link import SECONDS_PER_BYTE, measure_link
 from lightning_ddg.messages import map_tensors, pack, tensors_of
 from lightning_ddg.partition import Network, Profile, find_network, parse_bytes, print_cut
@@ -169,6 +170,7 @@ class DDGStrategy(ParallelStrategy):
         self._network: Network | None = None
         self._execution: Pipeline | DelayLine | None = None
         self._seam: Seam | None = None
+        self._followers: Followers | None = None
         self._decisions: Decisions | None = None
         self._epoch_end = EpochEnd(self)
         self._seed = 0
@@ -180,6 +182,7 @@ class DDGStrategy(ParallelStrategy):
         self._stepped = False
         self._outside_shared = True
         self._foreign_grads_checked = False
+        self._clip_again: Callable[[], object] = lambda: None
 
     @classmethod
     def register_strategies(cls, strategy_registry: Any) -> None:
@@ -378,8 +381,9 @@ class DDGStrategy(ParallelStrategy):
         self.setup_precision_plugin()
         if fitting:
             _lightning.optimizers_to_device(self.optimizers, self.root_device)
-        if fitting and self._execution is not None:
+        if fitting and self._execution is not None and self._network is not None:
             self._watch(trainer, self._execution)
+            self._watch_followers(module, self._network.target)
         # Without a seed each process has made its own; what is never trained is not shared again.
         self._share_outside(lambda tensor: True)
 
@@ -519,6 +523,13 @@ class DDGStrategy(ParallelStrategy):
         stages = range(1, self.num_stages + 1)
         return {layer: stage for stage in stages for layer in self._cut.layers_of(stage) if id(layer) not in own}
 
+    def _watch_followers(self, module: LightningModule, target: nn.Module) -> None:
+        """On the rank whose step goes on after the network, where copies of its layers may be used."""
+        if self.stage != self.num_stages:
+            return
+        owned = [(parameter, self._owner[name]) for name, parameter in module.named_parameters()]
+        self._followers = Followers(module, target, [pair for pair in owned if pair[1] != self.stage])
+
     def _keep_own_parameters(self) -> None:
         if self._one_process:
             return
@@ -554,11 +565,14 @@ class DDGStrategy(ParallelStrategy):
             self._undo.callback(_lightning.mute_training_logs(trainer, module))
         self._undo.callback(_lightning.filter_on_optimizer_by_identity())
         self._undo.callback(_lightning.on_exception_in_fit(trainer, self.on_exception))
+        if not module.automatic_optimization:
+            self._clip_again, undo = _lightning.remembered_clipping(module)
+            self._undo.callback(undo)
         for name, function in (
             ("on_fit_start", self._adopt_groups),
             ("on_train_epoch_start", self._adopt_groups),
             ("on_train_batch_end", lambda: self._after_batch_end_hooks(trainer)),
-            ("on_train_epoch_end", lambda: self._follow_rank_zero(trainer, stop=True)),
+            ("on_train_epoch_end", lambda: self._after_epoch_end_hooks(trainer)),
         ):
             self._undo.callback(_lightning.after_hook(module, name, function))
 
@@ -672,6 +686,8 @@ class DDGStrategy(ParallelStrategy):
         assert self._execution is not None and self._seam is not None
         self._draws = (0, _lightning.batch_number(module.trainer))
         self._backward_ran = self._answered = False
+        if self._followers is not None:
+            self._followers.mark()
         has_loss = self._one_process or self.stage == self.num_stages
         if not self._whole_step and not has_loss and not self._reads:
             with self.precision_plugin.train_step_context(), suppress(StepDone):
@@ -762,6 +778,7 @@ class DDGStrategy(ParallelStrategy):
                     (optimizer,) = self.optimizers
                     optimizer.zero_grad()
                     execution.drain()
+                    self._clip_again()
                     optimizer.step()
                     execution.stepped()
 
@@ -784,6 +801,8 @@ class DDGStrategy(ParallelStrategy):
         """Lets all ranks end the epoch together and gives rank 0's metrics to all of them."""
         if self._transport is None:
             return
+        if self._followers is not None:
+            self._followers.mark()
         self._transport.send(self._others, Kind.EPOCH, None)
         for rank in self._others:
             self._transport.take(rank, Kind.EPOCH)
@@ -799,9 +818,16 @@ class DDGStrategy(ParallelStrategy):
 
     def _after_batch_end_hooks(self, trainer: Trainer) -> None:
         assert self._decisions is not None
+        if self._followers is not None:
+            self._followers.check()
         self._decisions.end_batch(_lightning.batch_number(trainer))
         if _lightning.plateaus_after_batch(trainer):
             self._follow_rank_zero(trainer)
+
+    def _after_epoch_end_hooks(self, trainer: Trainer) -> None:
+        if self._followers is not None:
+            self._followers.check()
+        self._follow_rank_zero(trainer, stop=True)
 
     def _follow_rank_zero(self, trainer: Trainer, stop: bool = False) -> None:
         """Gives all ranks rank 0's metrics and, if asked to, its decision to stop; they wait for it, so not often."""
