@@ -33,6 +33,10 @@ class EpochEnd(Callback):
             self._strategy.drain("epoch", batch_idx)
         self._strategy.before_batch_end_hooks(trainer)
 
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        """Stashes weights before any hook may change them."""
+        self._strategy.before_step()
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Drains if the epoch ended early, then relays rank 0's metrics."""
         self._strategy.drain("epoch")

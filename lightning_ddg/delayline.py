@@ -80,6 +80,9 @@ class DelayLine:
         """Whether any batch's gradient has not been applied yet."""
         return any(line.queue for line in self._lines)
 
+    def before_step(self) -> None:
+        """Lets the weights be changed: no batch in flight needs them here."""
+
     def stepped(self) -> None:
         """Says that the optimizer has used the gradients there were."""
         for line in self._lines:

@@ -119,10 +119,14 @@ class Pipeline:
         """Whether any batch's gradient has not been applied yet."""
         return len(self.stage) > 0
 
+    def before_step(self) -> None:
+        """Lets the weights be changed; batches in flight keep those of their forward."""
+        self.stage.stash()
+
     def stepped(self) -> None:
         """Says that the optimizer has changed the weights."""
         self._pending = False
-        self.stage.weights_changed()
+        self.stage.check_stashed()
 
     def skip(self) -> None:
         """Forgets the batch just trained, of which no stage will run a backward."""

@@ -7,14 +7,20 @@ This is the arithmetic of one process and one stage; what it receives and sends 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from operator import is_
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from lightning_ddg.messages import map_tensors, tensors_of
+from lightning_ddg.partition.intercept import Slot, parameters_replaced
+
+_CHANGED = (
+    "Weights were changed between a forward and the optimizer's step, but batches in flight need them as they were."
+    " Change weights in `on_before_optimizer_step`, in `on_train_batch_end` or by an optimizer's `step`."
+)
 
 
 class _Inlet(torch.autograd.Function):
@@ -36,28 +42,50 @@ class _Inlet(torch.autograd.Function):
         return (None, None, *([None] * len(grads)))
 
 
-class _Reparametrized(nn.Module):
-    """Runs any function of the module while the module's parameters are replaced."""
+class _Alias(torch.autograd.Function):
+    """Other tensors on the memory of the given ones, whose gradients go to these."""
 
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        # Not `detach`: that would share the count of changes, and the optimizer's would look like an error to autograd.
+        return tuple(tensor.data for tensor in tensors)
 
-    def forward(self, function: Callable[[], Any]) -> Any:
-        return function()
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return grads
+
+
+class _Weights(NamedTuple):
+    """The weights of a forward.
+
+    Attributes:
+        slots: Where modules keep the parameters.
+        tensors: What stands there while the forward runs.
+        parameters: The parameters, each once.
+        memory: What they held, for other weights to be written to when these are no longer needed.
+    """
+
+    slots: list[Slot]
+    tensors: list[Tensor]
+    parameters: list[nn.Parameter]
+    memory: list[Tensor]
 
 
 class _InFlight(NamedTuple):
     outputs: list[Tensor]
     input_grads: list[Any]
-    weights: dict[str, Tensor]
+    weights: _Weights | None
 
 
 class Stage:
     """A module whose backward runs ``delay`` batches after its forward, with the weights of that forward.
 
-    The weights are stashed as differentiable clones (``p.clone()``), so that gradients arrive in ``p.grad`` and no
-    update, in place or fused, can touch what the backward needs. Nothing is cloned where the delay is 0.
+    A forward runs on tensors that share the parameters' memory, so that gradients arrive in ``p.grad``. Before the
+    optimizer steps, :meth:`stash` leaves that memory to the batches in flight and gives the parameters a copy of it, so
+    that no update, in place or fused, can touch what a backward needs. With ``d`` batches in flight there are ``d + 1``
+    sets of weights, the current one included; their memory is used again in turn. Nothing is copied where the delay
+    is 0.
 
     Args:
         module: The layers of this stage, called with what the previous stage returned.
@@ -67,9 +95,11 @@ class Stage:
     def __init__(self, module: nn.Module, delay: int) -> None:
         self.module = module
         self.delay = delay
-        self._holder = _Reparametrized(module)
         self._in_flight: deque[_InFlight] = deque()
-        self._weights: dict[str, Tensor] | None = None
+        self._slots = _slots_of(module) if delay else []
+        self._weights: _Weights | None = None
+        self._versions: list[int] = []
+        self._spare: list[_Weights] = []
 
     def __len__(self) -> int:
         return len(self._in_flight)
@@ -84,16 +114,16 @@ class Stage:
 
         Returns:
             The stage's output, attached to its graph.
+
+        Raises:
+            RuntimeError: If weights were changed since the last forward without :meth:`stash`.
         """
         input_grads: list[Any] = []
         if received:
             args = (_enter(args[0], input_grads),)
-        if self.delay == 0:
-            weights: dict[str, Tensor] = {}
+        weights = self._current() if self.delay else None
+        with _in_place_of_parameters(weights):
             output = self.module(*args, **kwargs)
-        else:
-            weights = self._stashed()
-            output = self._with(weights, lambda: self.module(*args, **kwargs))
         outputs = [tensor for tensor in tensors_of(output) if _carries_grad(tensor)]
         self._in_flight.append(_InFlight(outputs, input_grads, weights))
         return output
@@ -112,16 +142,38 @@ class Stage:
         if pairs:
             outputs, given = zip(*pairs, strict=True)
             # Activation checkpointing runs the forward again here, and must find the weights of that forward.
-            self._with(batch.weights, lambda: torch.autograd.backward(outputs, given))
+            with _in_place_of_parameters(batch.weights):
+                torch.autograd.backward(outputs, given)
+        self._reuse(batch.weights)
         return batch.input_grads
 
     def backward_done(self) -> list[Tensor | None]:
         """Drops the oldest batch, whose backward ran as part of the loss's, and returns the gradients by its inputs."""
         return self._in_flight.popleft().input_grads
 
-    def weights_changed(self) -> None:
-        """Says that the next forward must stash the weights anew."""
-        self._weights = None
+    def stash(self) -> None:
+        """Lets the weights be changed: batches in flight keep those they have. Call it before every step.
+
+        Raises:
+            RuntimeError: If weights have been changed already.
+        """
+        weights, self._weights = self._weights, None
+        if weights is None or not weights.parameters:
+            return
+        self._check_unchanged(weights)
+        fresh = self._memory_for(weights)
+        torch._foreach_copy_(fresh, weights.memory)
+        for parameter, data in zip(weights.parameters, fresh, strict=True):
+            parameter.data = data
+
+    def check_stashed(self) -> None:
+        """Makes sure, after a step, that :meth:`stash` came before it.
+
+        Raises:
+            RuntimeError: If it did not.
+        """
+        if self._weights is not None and self._weights.parameters:
+            raise RuntimeError(_CHANGED)
 
     def skip(self) -> None:
         """Forgets the newest batch in flight."""
@@ -130,19 +182,52 @@ class Stage:
     def clear(self) -> None:
         """Forgets all batches in flight."""
         self._in_flight.clear()
+        self._spare.clear()
         self._weights = None
 
-    def _stashed(self) -> dict[str, Tensor]:
-        if self._weights is None:
-            self._weights = {
-                f"module.{name}": parameter.clone()
-                for name, parameter in self.module.named_parameters()
-                if parameter.requires_grad
-            }
+    def _current(self) -> _Weights:
+        if self._weights is not None:
+            self._check_unchanged(self._weights)
+            return self._weights
+        held = [(slot, slot[0][slot[1]]) for slot in self._slots]
+        trained = [(slot, parameter) for slot, parameter in held if parameter is not None and parameter.requires_grad]
+        unique = {id(parameter): parameter for _, parameter in trained}
+        given = cast(tuple[Tensor, ...], _Alias.apply(*unique.values()) if unique else ())
+        aliases = dict(zip(unique, given, strict=True))
+        self._versions = [parameter._version for parameter in unique.values()]
+        self._weights = _Weights(
+            [slot for slot, _ in trained],
+            [aliases[id(parameter)] for _, parameter in trained],
+            list(unique.values()),
+            [parameter.data for parameter in unique.values()],
+        )
         return self._weights
 
-    def _with(self, weights: dict[str, Tensor], function: Callable[[], Any]) -> Any:
-        return functional_call(self._holder, weights, (function,)) if weights else function()
+    def _check_unchanged(self, weights: _Weights) -> None:
+        if self._versions != [parameter._version for parameter in weights.parameters]:
+            raise RuntimeError(_CHANGED)
+
+    def _memory_for(self, weights: _Weights) -> list[Tensor]:
+        while self._spare:
+            spare = self._spare.pop()
+            if len(spare.parameters) == len(weights.parameters) and all(map(is_, spare.parameters, weights.parameters)):
+                return spare.memory
+        return [torch.empty_like(data) for data in weights.memory]
+
+    def _reuse(self, weights: _Weights | None) -> None:
+        """Keeps the memory of weights that no batch in flight needs any more."""
+        used = (self._weights, *(batch.weights for batch in self._in_flight))
+        if weights is not None and all(other is not weights for other in used):
+            self._spare.append(weights)
+
+
+def _slots_of(module: nn.Module) -> list[Slot]:
+    names = (name.rpartition(".") for name, _ in module.named_parameters(remove_duplicate=False))
+    return [(module.get_submodule(owner)._parameters, name) for owner, _, name in names]
+
+
+def _in_place_of_parameters(weights: _Weights | None) -> AbstractContextManager[None]:
+    return nullcontext() if weights is None else parameters_replaced(zip(weights.slots, weights.tensors, strict=True))
 
 
 def _carries_grad(tensor: Tensor) -> bool:

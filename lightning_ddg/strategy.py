@@ -564,6 +564,10 @@ class DDGStrategy(ParallelStrategy):
         if not leads:
             self._undo.callback(_lightning.mute_training_logs(trainer, module))
         self._undo.callback(_lightning.filter_on_optimizer_by_identity())
+        for optimizer in self.optimizers:
+            # A user may step with the optimizer itself, of which Lightning knows nothing.
+            self._undo.callback(optimizer.register_step_pre_hook(lambda *_: self.before_step()).remove)
+            self._undo.callback(optimizer.register_step_post_hook(lambda *_: self._after_step()).remove)
         self._undo.callback(_lightning.on_exception_in_fit(trainer, self.on_exception))
         if not module.automatic_optimization:
             self._clip_again, undo = _lightning.remembered_clipping(module)
@@ -739,21 +743,17 @@ class DDGStrategy(ParallelStrategy):
         self.post_backward(closure_loss)
         return closure_loss
 
-    def optimizer_step(
-        self,
-        optimizer: Optimizer,
-        closure: Callable[[], Any],
-        model: LightningModule | nn.Module | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Steps with the gradients there are; where there are none yet, nothing of the stage changes."""
-        output = super().optimizer_step(optimizer, closure, model, **kwargs)
+    def before_step(self) -> None:
+        """Lets the optimizer change the weights, while what is in flight keeps those of its forward."""
+        if self._execution is not None:
+            self._execution.before_step()
+
+    def _after_step(self) -> None:
         self._stepped = True
         if self._execution is not None:
             self._execution.stepped()
         if self._transport is not None and self._seam is not None:
             self._weights_complete, self._seam.stale = False, True
-        return output
 
     def drain(self, when: str, batch_idx: int = 0) -> None:
         """Applies the gradients in flight, one step each, if this is when they shall be.
@@ -780,7 +780,6 @@ class DDGStrategy(ParallelStrategy):
                     execution.drain()
                     self._clip_again()
                     optimizer.step()
-                    execution.stepped()
 
     def _drain_automatically(self, module: LightningModule, execution: Pipeline | DelayLine, batch_idx: int) -> None:
         epoch, optimizer = module.trainer.current_epoch, self._lightning_optimizers[0]
@@ -868,6 +867,8 @@ class DDGStrategy(ParallelStrategy):
         assert self.lightning_module is not None
         self._share_what_trains_outside()
         self._outside_shared = False
+        # A callback may exchange the weights for the validation.
+        self.before_step()
         if not self.lightning_module.trainer.sanity_checking:
             self._follow_rank_zero(self.lightning_module.trainer)
 

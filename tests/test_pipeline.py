@@ -73,6 +73,7 @@ def test_the_first_stage_sends_its_output_and_waits_for_no_gradient_while_it_war
             line.train((torch.full((1, 2), float(batch)),), {})
         line.backward(not_to_be_run)
         assert module.weight.grad is None, "a zero gradient would decay the weights"
+        line.before_step()
         line.stepped()
     assert [(peer, kind) for peer, kind, _ in script.sent] == [(1, Kind.ACTIVATION)] * 2
     with pytest.raises(StepDone):
@@ -99,6 +100,7 @@ def test_a_gradient_that_accumulates_survives_a_batch_that_has_none_due() -> Non
     line.backward(not_to_be_run)
     assert module.weight.grad is not None
     assert module.weight.grad.tolist() == [[3.0, 3.0], [3.0, 3.0]]
+    line.before_step()
     line.stepped()
     line.backward(not_to_be_run)
     assert module.weight.grad is None

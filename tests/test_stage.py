@@ -156,8 +156,9 @@ def test_a_backward_is_that_of_the_weights_of_its_forward(name: str, delay: int,
         if delay and batch > delay and name != "bias_only":
             today = plain_backward(module, value_for(module, batch - delay), batch - delay)
             assert not same(sum(today, []), [*by_parameters, *by_inputs]), "it could not tell today's weights"
+        stage.stash()
         chosen.step()
-        stage.weights_changed()
+        stage.check_stashed()
         # An in-place update of what was sent would be a race.
         before = [None if grad is None else grad.clone() for grad in got_inputs]
         for parameter in trained:
@@ -179,7 +180,7 @@ class Probe(nn.Module):
         return x * self.weight
 
 
-def test_nothing_is_cloned_without_a_delay() -> None:
+def test_nothing_is_stashed_without_a_delay() -> None:
     probe = Probe()
     stage = Stage(probe, 0)
     stage.forward(torch.ones(3), received=False)
@@ -187,17 +188,61 @@ def test_nothing_is_cloned_without_a_delay() -> None:
     assert probe.used[0] is probe.weight
 
 
-def test_weights_are_cloned_once_between_two_updates() -> None:
+def test_weights_are_stashed_once_between_two_updates() -> None:
     probe = Probe()
     stage = Stage(probe, 2)
     stage.forward(torch.ones(3), received=False)
     stage.forward(torch.ones(3), received=False)
     assert probe.used[0] is probe.used[1]
     assert probe.used[0] is not probe.weight
-    stage.weights_changed()
+    stage.stash()
     stage.forward(torch.ones(3), received=False)
     assert probe.used[2] is not probe.used[1]
     assert probe.weight is dict(probe.named_parameters())["weight"], "the module has its own parameter back"
+
+
+@pytest.mark.parametrize("delay", [1, 2])
+def test_there_are_as_many_sets_of_weights_as_batches_in_flight(delay: int) -> None:
+    """The memory is used again in turn; the parameter stays the same object."""
+    module = nn.Linear(2, 1, bias=False)
+    parameter, stage = module.weight, Stage(module, delay)
+    held = []
+    for batch in range(3 * delay + 3):
+        stage.forward(torch.ones(1, 2), received=False)
+        if len(stage) > delay:
+            stage.backward([torch.ones(1, 1)])
+        stage.stash()
+        stage.check_stashed()
+        held.append(parameter.data_ptr())
+        assert module.weight is parameter
+        with torch.no_grad():
+            parameter.add_(1)
+        assert len(set(held)) == min(batch + 1, delay + 1), "the first set is the one it was made with"
+
+
+def test_memory_is_not_used_again_for_other_parameters() -> None:
+    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 3))
+    module[0].requires_grad_(False)
+    stage = Stage(module, 1)
+    for batch in range(6):
+        module[0].requires_grad_(batch > 2)
+        output = stage.forward(torch.ones(1, 2), received=False)
+        if len(stage) > 1:
+            stage.backward([torch.ones_like(output)])
+        stage.stash()
+    assert [parameter.grad is None for parameter in module.parameters()] == [False] * 4
+
+
+@pytest.mark.parametrize("where", ["forward", "stash", "check_stashed"])
+def test_weights_that_change_too_early_are_refused(where: str) -> None:
+    module = nn.Linear(2, 1)
+    stage = Stage(module, 1)
+    stage.forward(torch.ones(1, 2), received=False)
+    with torch.no_grad():
+        module.weight.mul_(2)
+    calls = {"forward": lambda: stage.forward(torch.ones(1, 2), received=False), "stash": stage.stash}
+    with pytest.raises(RuntimeError, match="changed between a forward and the optimizer's step.*on_train_batch_end"):
+        calls.get(where, stage.check_stashed)()
 
 
 def test_gradients_accumulate_until_they_are_cleared() -> None:

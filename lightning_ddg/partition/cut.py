@@ -114,11 +114,11 @@ def stage_seconds(profile: Profile, starts: Sequence[int], seconds_per_byte: flo
 def stage_memory(profile: Profile, starts: Sequence[int], optimizer_copies: int = 2) -> list[int]:
     """Return the bytes that each stage needs at its fullest, between a forward and the backward that follows it.
 
-    Stage k of K with the delay d = K - k holds its weights and their gradients, what the optimizer keeps, and d + 1
-    batches in flight: what the layers keep for their backward, what was received, and for d > 0 a copy of the weights;
-    and up to two activations and two gradients that have arrived before their turn. (A neighbour can be no further
-    ahead: its next forward waits for a backward here, and the other way round.) Not counted is what a layer needs only
-    while it runs, what lies outside the network, and on the CPU the layers of the other stages.
+    Stage k of K with the delay d = K - k holds its weights and their gradients, what the optimizer keeps, d older sets
+    of weights, and d + 1 batches in flight: what the layers keep for their backward, and what was received; and up to
+    two activations and two gradients that have arrived before their turn. (A neighbour can be no further ahead: its
+    next forward waits for a backward here, and the other way round.) Not counted is what a layer needs only while it
+    runs, what lies outside the network, and on the CPU the layers of the other stages.
 
     Args:
         profile: What the layers cost.
@@ -141,10 +141,10 @@ class _Memory:
     def __call__(self, stage: int, start: int, stop: int) -> int:
         late = delay(stage, self._num_stages)
         weights = self._weights[stop] - self._weights[start]
-        batch = self._kept[stop] - self._kept[start] + self._crossing[start] + (weights if late else 0)
+        batch = self._kept[stop] - self._kept[start] + self._crossing[start]
         frozen = self._frozen[stop] - self._frozen[start]
         waiting = 2 * (self._crossing[start] + self._crossing_grad[stop])
-        return self._copies * weights + frozen + (late + 1) * batch + waiting
+        return (self._copies + late) * weights + frozen + (late + 1) * batch + waiting
 
 
 def _check_costs(costs: Sequence[float]) -> None:

@@ -72,6 +72,16 @@ class ManualAccumulation(ManualClassifier):
             optimizer.zero_grad()
 
 
+class ManualWithoutLightning(ManualClassifier):
+    """Steps with the optimizer itself, of which Lightning knows nothing."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        optimizer.zero_grad()
+        self.manual_backward(nn.functional.cross_entropy(self.net(batch[0]), batch[1]))
+        optimizer.step()
+
+
 class OneCycle(Classifier):
     """Cycles the momentum against the learning rate, at every step."""
 
@@ -244,6 +254,7 @@ CASES: dict[str, Case] = {
     "gradient norms": (lambda: Norms("mlp", "sgd"), {"logger": False}, []),
     "zeroing gradients": (lambda: ZeroingGradients("mlp", "adamw_fused"), {}, []),
     "manual accumulation": (lambda: ManualAccumulation("mlp", "nesterov"), {}, []),
+    "manual without Lightning's step": (lambda: ManualWithoutLightning("mlp", "nesterov"), {}, []),
     "detect anomaly": (lambda: Classifier("mlp", "sgd"), {"detect_anomaly": True}, []),
     "deterministic": (lambda: Classifier("convnet", "sgd"), {"deterministic": True}, []),
 }

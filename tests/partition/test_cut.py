@@ -252,8 +252,8 @@ def test_the_least_memory_that_is_named_can_be_kept() -> None:
 
 def test_memory_of_a_stage() -> None:
     profile = Profile([1.0] * 3, [1.0] * 3, [0, 5, 7], [0, 4, 6], [10, 20, 30], [100, 200, 300])
-    # Delay 1: weights, gradients and two of the optimizer; two batches, each with a copy of the weights; two gradients.
-    first = 4 * 100 + 2 * (10 + 100) + 2 * 4
+    # Delay 1: weights, gradients and two of the optimizer; the weights before; two batches; two gradients.
+    first = 4 * 100 + 100 + 2 * 10 + 2 * 4
     # Delay 0: one batch, with what was received; two activations.
     last = 4 * 500 + 50 + 5 + 2 * 5
     assert stage_memory(profile, [1], 2) == [first, last]
