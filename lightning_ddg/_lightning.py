@@ -75,6 +75,42 @@ def silence_sigterm_broadcast(trainer: Trainer) -> Undo:
     return _replace(loop, "_broadcast_sigterm_tensor", lambda: None)
 
 
+def on_sigterm(trainer: Trainer, handle: Callable[[int], object]) -> Undo:
+    """Lightning's handler waits, inside the signal handler, for a broadcast that other ranks may never join.
+
+    Must be called before Lightning registers its handlers, which is when a strategy has been set up.
+    """
+    return _replace(trainer._signal_connector, "_sigterm_notifier_fn", lambda number, frame: handle(number))
+
+
+def mark_sigterm(trainer: Trainer) -> None:
+    """Makes Lightning's loops raise ``SIGTERMException`` at the end of the batch."""
+    trainer._signal_connector.received_sigterm = True
+
+
+def save_on_exception_if(trainer: Trainer, allowed: Callable[[BaseException], bool]) -> Undo:
+    """Lets callbacks save on an exception only where the other stages are in reach."""
+    undo = ExitStack()
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, OnExceptionCheckpoint) or getattr(callback, "save_on_exception", False):
+            undo.callback(_replace(callback, "on_exception", _if_allowed(callback.on_exception, allowed)))
+    return undo.close
+
+
+def _if_allowed(hook: Callable[..., None], allowed: Callable[[BaseException], bool]) -> Callable[..., None]:
+    @functools.wraps(hook)
+    def save_or_warn(trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
+        if allowed(exception):
+            hook(trainer, module, exception)
+        else:
+            rank_zero_warn(
+                f"No checkpoint is saved on {type(exception).__name__}: the weights of the other stages are out of"
+                " reach. For such cases save regularly: ModelCheckpoint(every_n_train_steps=..., save_last=True)."
+            )
+
+    return save_or_warn
+
+
 def bypass_before_batch_transfer(module: LightningModule) -> Undo:
     """On a rank that does not read, the loader yields stand-ins that the user's hooks must not see."""
     return _replace(module, "_on_before_batch_transfer", lambda batch, dataloader_idx=0: batch)
@@ -411,20 +447,13 @@ def refuse_callbacks(trainer: Trainer) -> None:
     """Refuses callbacks that a single rank cannot serve.
 
     Raises:
-        ValueError: For a checkpoint on an exception, and for pruning.
+        ValueError: For pruning.
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        name = type(callback).__name__
-        if isinstance(callback, OnExceptionCheckpoint) or getattr(callback, "save_on_exception", False):
-            option = "" if isinstance(callback, OnExceptionCheckpoint) else "(save_on_exception=True)"
-            raise ValueError(
-                f"{name}{option} saves when an exception ends the run, but then the weights of the other stages are"
-                " out of reach. Save regularly instead: ModelCheckpoint(every_n_train_steps=..., save_last=True)."
-            )
         if isinstance(callback, ModelPruning):
             raise ValueError(
-                f"{name} replaces parameters while training, by comparing the weights of all stages, but a process"
-                " knows only its own stage's. Prune after the fit, or train in one process (devices=1)."
+                f"{type(callback).__name__} replaces parameters while training, by comparing the weights of all stages,"
+                " but a process knows only its own stage's. Prune after the fit, or train in one process (devices=1)."
             )
 
 

@@ -94,6 +94,13 @@ class DelayLine:
     def announce(self, notice: Any) -> None:
         """Tells the other stages, of which there is none in another process."""
 
+    def ask(self, names: list[str]) -> None:
+        """Asks rank 0 for a decision, which is this one."""
+
+    def asked(self) -> list[str]:
+        """What other ranks have asked for: there are none."""
+        return []
+
     def clear(self) -> None:
         """Forgets all waiting gradients."""
         self.stepped()

@@ -149,6 +149,20 @@ class Pipeline:
         if self._upstream is not None:
             self.transport.send(self._upstream, Kind.NOTICE, notice)
 
+    def ask(self, names: list[str]) -> None:
+        """On another stage than the last: asks rank 0 for a decision."""
+        self.transport.send(rank_of_stage(self.num_stages, self.num_stages), Kind.NOTICE, names)
+
+    def asked(self) -> list[str]:
+        """On the last stage: what others have asked for since it was last called."""
+        others = [rank_of_stage(number, self.num_stages) for number in range(1, self.num_stages)]
+        return [
+            name
+            for peer in others
+            if self.transport.has(peer, Kind.NOTICE)
+            for name in self.transport.take(peer, Kind.NOTICE)
+        ]
+
     def _backward_of_oldest(self) -> None:
         assert self._downstream is not None
         self._pending = True

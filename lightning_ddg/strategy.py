@@ -72,6 +72,7 @@ from lightning_ddg.rng import seeded
 from lightning_ddg.schedule import delay, rank_of_stage, seed_of, stage_of_rank
 from lightning_ddg.seam import Seam, StepDone
 from lightning_ddg.sharing import gather_to_rank_zero, share_with_all
+from lightning_ddg.signals import Signals
 from lightning_ddg.stage import Stage
 from lightning_ddg.transport import Kind, PeerError, Transport
 
@@ -559,8 +560,11 @@ class DDGStrategy(ParallelStrategy):
         """Acts where strategies have no hook: after those of the module, which come after the callbacks'."""
         assert self.lightning_module is not None
         module, leads = self.lightning_module, self.is_global_zero
-        self._decisions = Decisions(trainer, execution, self.num_stages, leads)
+        signals = None if self._one_process else Signals(trainer)
+        self._decisions = Decisions(trainer, execution, self.num_stages, leads, signals)
         self._undo.callback(self._decisions.restore)
+        if not self._one_process:
+            self._undo.callback(_lightning.save_on_exception_if(trainer, self._decisions.end_all))
         if not leads:
             self._undo.callback(_lightning.mute_training_logs(trainer, module))
         self._undo.callback(_lightning.filter_on_optimizer_by_identity())
@@ -826,22 +830,22 @@ class DDGStrategy(ParallelStrategy):
     def _after_epoch_end_hooks(self, trainer: Trainer) -> None:
         if self._followers is not None:
             self._followers.check()
-        self._follow_rank_zero(trainer, stop=True)
+        self._follow_rank_zero(trainer, meet=True)
 
-    def _follow_rank_zero(self, trainer: Trainer, stop: bool = False) -> None:
-        """Gives all ranks rank 0's metrics and, if asked to, its decision to stop; they wait for it, so not often."""
+    def _follow_rank_zero(self, trainer: Trainer, meet: bool = False) -> None:
+        """Gives all ranks rank 0's metrics and, where they meet, its decisions; they wait for it, so not often."""
         if self._decisions is None:
             return
-        decision = self._decisions.stopping
+        wanted = self._decisions.wanted
         if self._transport is not None:
             if self.is_global_zero:
-                news = (dict(trainer.callback_metrics), decision)
+                news = (dict(trainer.callback_metrics), wanted)
                 self._transport.send(self._others, Kind.METRICS, pack(news, snapshot=True))
             else:
-                metrics, decision = self._transport.take(0, Kind.METRICS)
+                metrics, wanted = self._transport.take(0, Kind.METRICS)
                 trainer.callback_metrics.update(metrics)
-        if stop:
-            self._decisions.stop(decision)
+        if meet:
+            self._decisions.meet(wanted)
 
     def on_train_start(self) -> None:
         assert self.lightning_module is not None
@@ -852,6 +856,8 @@ class DDGStrategy(ParallelStrategy):
 
     def on_train_end(self) -> None:
         """Gives every rank all the trained weights."""
+        if self._decisions is not None:
+            self._decisions.end()
         if self._execution is not None:
             self._execution.clear()
         if self._transport is not None and self._seam is not None:
@@ -876,7 +882,7 @@ class DDGStrategy(ParallelStrategy):
         """Gives all ranks rank 0's decision to stop."""
         assert self.lightning_module is not None
         if not self.lightning_module.trainer.sanity_checking:
-            self._follow_rank_zero(self.lightning_module.trainer, stop=True)
+            self._follow_rank_zero(self.lightning_module.trainer, meet=True)
 
     def _share_what_trains_outside(self) -> None:
         self._share_outside(lambda tensor: tensor.requires_grad or not isinstance(tensor, nn.Parameter))
@@ -1031,7 +1037,7 @@ class DDGStrategy(ParallelStrategy):
 
     def on_exception(self, exception: BaseException) -> None:
         """Tells the other ranks, so that none of them waits for this one."""
-        if self._failure is not None:
+        if self._failure is not None or (self._decisions is not None and self._decisions.end_all(exception)):
             return
         name = f"Rank {self.global_rank} (stage {self.stage})"
         self._failure = f"{name} failed with {type(exception).__name__}: {exception}"

@@ -21,6 +21,9 @@ class Line:
     def announce(self, notice: Any) -> None:
         self.announced.append(notice)
 
+    def asked(self) -> list[str]:
+        return []
+
 
 def decisions(num_stages: int = 3, leads: bool = True, **trainer: Any) -> tuple[Decisions, Any, Line]:
     fake: Any = SimpleNamespace(**{"should_stop": False, "checkpoint_callbacks": [], **trainer})
@@ -73,9 +76,9 @@ def test_where_the_ranks_meet_a_stop_is_due_at_once(asked: bool) -> None:
     trainer.should_stop = asked
     made.due(0)
     made.end_batch(0)
-    assert made.stopping == asked
+    assert (made.wanted == {"stop"}) == asked
     assert not trainer.should_stop
-    made.stop(made.stopping)
+    made.meet(made.wanted)
     assert trainer.should_stop == asked
     made.due(1)
     made.end_batch(1)

@@ -525,11 +525,6 @@ def test_displays_show_the_whole_network_on_rank_zero(tmp_path: Path) -> None:
 
 
 REFUSED: dict[str, tuple[Callable[[], Callback], str]] = {
-    "save_on_exception": (
-        lambda: ModelCheckpoint(save_on_exception=True),
-        r"ModelCheckpoint\(save_on_exception=True\) saves when an exception.*every_n_train_steps",
-    ),
-    "OnExceptionCheckpoint": (lambda: OnExceptionCheckpoint("."), "OnExceptionCheckpoint saves when.*save_last=True"),
     "ModelPruning": (
         lambda: ModelPruning("l1_unstructured", amount=0.5),
         r"ModelPruning replaces parameters.*Prune after the fit, or train in one process \(devices=1\)",
@@ -565,7 +560,7 @@ class Breaks(Classifier):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("make", [REFUSED["save_on_exception"][0], REFUSED["OnExceptionCheckpoint"][0]])
+@pytest.mark.parametrize("make", [lambda: ModelCheckpoint(save_on_exception=True), lambda: OnExceptionCheckpoint(".")])
 def test_one_process_saves_on_an_exception(
     make: Callable[[], Callback], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -578,3 +573,32 @@ def test_one_process_saves_on_an_exception(
         trainer.fit(Breaks(), loader("mlp"))
     (file,) = tmp_path.rglob("*.ckpt")
     assert torch.load(file, weights_only=True)["global_step"] == 3
+
+
+class FailsOnRankOne(Callback):
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        if trainer.global_rank == 1 and trainer.global_step == 4:
+            raise OSError("the disk is full")
+
+
+def fail_and_want_to_save(folder: str) -> tuple[str, list[str]]:
+    """The error of a rank, and what it warns of."""
+    os.chdir(folder)
+    callbacks = [ModelCheckpoint(save_on_exception=True), OnExceptionCheckpoint("."), FailsOnRankOne()]
+    trainer = quiet_trainer(devices=2, strategy="ddg", callbacks=callbacks, enable_checkpointing=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            trainer.fit(Classifier(), loader("mlp"))
+        except (OSError, RuntimeError) as error:
+            return str(error), [str(entry.message) for entry in caught]
+    return "trained", []
+
+
+def test_an_error_on_one_rank_is_not_followed_by_a_checkpoint_that_says_so(tmp_path: Path) -> None:
+    results = run_ranks(fail_and_want_to_save, 2, str(tmp_path))
+    for error, _ in results:
+        assert "the disk is full" in error
+    warned = results[0][1]
+    assert any(re.search("No checkpoint is saved on PeerError.*every_n_train_steps", text) for text in warned), warned
+    assert list(tmp_path.rglob("*.ckpt")) == []
