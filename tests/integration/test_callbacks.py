@@ -42,7 +42,7 @@ from torch import Tensor, nn
 
 from lightning_ddg import DDGStrategy
 from tests.harness import run_ranks, run_ranks_raw
-from tests.networks import Classifier, largest_difference, loader, quiet_trainer, state_of
+from tests.networks import SAFELY, Classifier, largest_difference, loader, quiet_trainer, state_of
 
 
 class Rated(Classifier):
@@ -273,7 +273,7 @@ def train(name: str, devices: int, folder: str, load: str | None = None) -> dict
         callbacks=[*chosen, metrics], **flags,
     )  # fmt: skip
     data = loader("convnet" if isinstance(module.net[0], nn.Conv2d) else "mlp")
-    trainer.fit(module, data, data, ckpt_path=load, weights_only=True)
+    trainer.fit(module, data, data, ckpt_path=load, **SAFELY)
     saved = [summary_of(callback) for callback in chosen if isinstance(callback, ModelCheckpoint)]
     return {
         "state": state_of(module),
