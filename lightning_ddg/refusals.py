@@ -6,6 +6,7 @@ one when the thing it refuses works.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
@@ -82,6 +83,59 @@ def check_world_size(num_stages: Any, split_points: Sequence[str] | None, world_
             f"split_points={list(split_points)!r} make {len(split_points) + 1} stages, but there are {world_size}"
             f" processes, and each trains one stage. Use devices={len(split_points) + 1}, or name {world_size - 1}"
             " split points."
+        )
+
+
+def check_started(started: int, devices: int, num_nodes: int, local_rank: int, environment: str) -> None:
+    """Refuses a Trainer that counts otherwise than whoever has started its processes.
+
+    Args:
+        started: The number of processes started.
+        devices: The Trainer's number of processes on a node.
+        num_nodes: The Trainer's number of nodes.
+        local_rank: Which process of its node this is.
+        environment: Who has started it, for the message.
+
+    Raises:
+        ValueError: Naming the numbers.
+    """
+    asked = f"devices={devices} and num_nodes={num_nodes} ask for {devices * num_nodes}"
+    if started != devices * num_nodes:
+        raise ValueError(
+            f"{asked} processes, but {started} have been started ({environment}). Let devices x num_nodes be {started},"
+            f" or start {devices * num_nodes}. A script that trains in turn with several numbers of stages can use"
+            " strategy='ddg_spawn' throughout."
+        )
+    if started > 1 and local_rank >= devices:
+        raise ValueError(
+            f"{asked} processes, {devices} on each node, but this is process {local_rank} of its node, counted from 0"
+            f" ({environment}). Let `devices` be the number of processes on each node."
+        )
+
+
+def check_not_started(start_method: str, environment: str) -> None:
+    """Refuses to start processes where somebody else has started them.
+
+    Raises:
+        ValueError: Naming both.
+    """
+    if start_method != "popen":
+        raise ValueError(
+            f"start_method={start_method!r} would start processes, but they have been started already"
+            f" ({environment}). Use strategy='ddg' (start_method='popen'), which takes those there are."
+        )
+
+
+def check_interactive(start_method: str) -> None:
+    """Refuses to start processes from a notebook or a Python shell in a way that needs a script.
+
+    Raises:
+        ValueError: Naming the way that works there.
+    """
+    if start_method != "fork" and (hasattr(sys, "ps1") or sys.flags.interactive):
+        raise ValueError(
+            f"start_method={start_method!r} starts a script again, but this is a notebook or an interactive session."
+            " Use strategy='ddg_notebook' (start_method='fork'), or one process (devices=1)."
         )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from datetime import timedelta
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, ClassVar, Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -57,12 +57,15 @@ from lightning_ddg.refusals import (
     check_call,
     check_choice,
     check_foreign_grads,
+    check_interactive,
     check_layer_sync,
     check_memory_limit,
     check_no_memory_limit,
+    check_not_started,
     check_optimizers,
     check_precision,
     check_stages,
+    check_started,
     check_step,
     check_ties_outside,
     check_timeout,
@@ -114,6 +117,8 @@ class DDGStrategy(ParallelStrategy):
     """
 
     strategy_name = "ddg"
+    # As how many processes this script has been started, once it has been.
+    _processes: ClassVar[int | None] = None
 
     def __init__(
         self,
@@ -265,7 +270,8 @@ class DDGStrategy(ParallelStrategy):
     def root_device(self) -> torch.device:
         """This process's device."""
         assert self.parallel_devices is not None
-        return self.parallel_devices[self.local_rank]
+        # A process of several that runs a Trainer of one uses that Trainer's device.
+        return self.parallel_devices[0 if self._one_process else self.local_rank]
 
     @property
     def num_processes(self) -> int:
@@ -299,17 +305,30 @@ class DDGStrategy(ParallelStrategy):
     # ---- processes
 
     def _configure_launcher(self) -> None:
-        assert self.cluster_environment is not None
+        environment = self.cluster_environment
+        assert environment is not None
+        started = environment.creates_processes_externally
+        if started:
+            self._check_started(environment)
         check_world_size(self._num_stages, self._split_points, self.world_size)
         if self._one_process:
             check_no_memory_limit(self._max_memory)
             return
-        if self._start_method != "popen":
+        if started:
+            check_not_started(self._start_method, type(environment).__name__)
+            return
+        check_interactive(self._start_method)
+        if self._start_method == "popen":
+            self._launcher = _lightning.SubprocessScriptLauncher(environment, self.num_processes, self.num_nodes)
+        else:
             self._launcher = _lightning.MultiProcessingLauncher(self, start_method=self._start_method)
-        elif not self.cluster_environment.creates_processes_externally:
-            self._launcher = _lightning.SubprocessScriptLauncher(
-                self.cluster_environment, self.num_processes, self.num_nodes
-            )
+
+    def _check_started(self, environment: ClusterEnvironment) -> None:
+        # A script that has been started several times by a first Trainer stays so for the Trainers after it.
+        started = self.world_size if self._one_process else DDGStrategy._processes or self.world_size
+        name = type(environment).__name__
+        check_started(started, self.num_processes, self.num_nodes, environment.local_rank(), name)
+        environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
 
     def setup_environment(self) -> None:
         super().setup_environment()
@@ -318,6 +337,11 @@ class DDGStrategy(ParallelStrategy):
         self.set_world_ranks()
         if self._one_process:
             return
+        if self._start_method == "popen":
+            DDGStrategy._processes = self.world_size
+        if self._start_method == "fork":
+            # OpenMP's threads have not come along: the first operation that waits for one would wait for ever.
+            torch.set_num_threads(1)
         self._process_group_backend = self._get_process_group_backend()
         assert self.cluster_environment is not None
         _lightning.init_dist_connection(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,10 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+
+# Lightning 2.5 has neither the argument nor a `val_check_interval` in seconds.
+BEFORE_2_6 = "weights_only" not in inspect.signature(pl.Trainer.fit).parameters
+SAFELY: dict[str, Any] = {} if BEFORE_2_6 else {"weights_only": True}
 
 
 class SelfAttention(nn.Module):

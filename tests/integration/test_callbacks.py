@@ -39,10 +39,11 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
+from torch.optim.swa_utils import SWALR
 
 from lightning_ddg import DDGStrategy
 from tests.harness import run_ranks, run_ranks_raw
-from tests.networks import Classifier, largest_difference, loader, quiet_trainer, state_of
+from tests.networks import SAFELY, Classifier, largest_difference, loader, quiet_trainer, state_of
 
 
 class Rated(Classifier):
@@ -135,14 +136,17 @@ class Trainable(Rated):
 def summary_of(checkpoint: ModelCheckpoint) -> dict[str, Any]:
     """What a checkpoint callback ended with, and what it has written."""
     folder = Path(str(checkpoint.dirpath))
+    # In torch 2.6 the state of SWALR holds one of its functions, by name; Lightning puts it in the file.
+    scheduler = SWALR(torch.optim.SGD([nn.Parameter(torch.zeros(()))]), 0.1)
+    extra = [getattr, SWALR] if "anneal_func" in scheduler.state_dict() else []
+    with torch.serialization.safe_globals(extra):
+        files = {file.name: torch.load(file, weights_only=True)["state_dict"] for file in sorted(folder.glob("*.ckpt"))}
     return {
         "best": Path(checkpoint.best_model_path).name,
         "last": Path(checkpoint.last_model_path).name,
         "score": None if checkpoint.best_model_score is None else float(checkpoint.best_model_score),
         "top": {Path(path).name: float(score) for path, score in checkpoint.best_k_models.items()},
-        "files": {
-            file.name: torch.load(file, weights_only=True)["state_dict"] for file in sorted(folder.glob("*.ckpt"))
-        },
+        "files": files,
     }
 
 
@@ -273,7 +277,7 @@ def train(name: str, devices: int, folder: str, load: str | None = None) -> dict
         callbacks=[*chosen, metrics], **flags,
     )  # fmt: skip
     data = loader("convnet" if isinstance(module.net[0], nn.Conv2d) else "mlp")
-    trainer.fit(module, data, data, ckpt_path=load, weights_only=True)
+    trainer.fit(module, data, data, ckpt_path=load, **SAFELY)
     saved = [summary_of(callback) for callback in chosen if isinstance(callback, ModelCheckpoint)]
     return {
         "state": state_of(module),

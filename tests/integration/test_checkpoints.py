@@ -16,7 +16,7 @@ from torch import nn
 
 from lightning_ddg import DDGStrategy
 from tests.harness import run_ranks
-from tests.networks import Classifier, largest_difference, loader, quiet_trainer, seeded_network, state_of
+from tests.networks import SAFELY, Classifier, largest_difference, loader, quiet_trainer, seeded_network, state_of
 
 STARTS = {2: [3], 3: [2, 5]}
 
@@ -34,7 +34,7 @@ def fit(
     pl.seed_everything(11)
     module = Classifier(network, "nesterov")
     trainer = quiet_trainer(devices=devices, strategy=strategy_for(num_stages), max_epochs=epochs)
-    trainer.fit(module, loader(network), ckpt_path=load, weights_only=True)
+    trainer.fit(module, loader(network), ckpt_path=load, **SAFELY)
     if save is not None:
         trainer.save_checkpoint(save)
     return state_of(module)
@@ -121,9 +121,9 @@ def test_a_program_without_the_package_loads_a_checkpoint(tmp_path: Path) -> Non
     program = f"""
 import sys
 import torch
-from tests.networks import Classifier
+from tests.networks import SAFELY, Classifier
 
-module = Classifier.load_from_checkpoint({str(tmp_path / "two.ckpt")!r}, network="convnet", weights_only=True)
+module = Classifier.load_from_checkpoint({str(tmp_path / "two.ckpt")!r}, network="convnet", **SAFELY)
 for name, value in torch.load({str(tmp_path / "expected.pt")!r}).items():
     assert torch.equal(module.state_dict()[name], value), name
 assert not any(name.startswith("lightning_ddg") for name in sys.modules)
@@ -140,7 +140,7 @@ def remembered_cut(path: str, devices: int, load: bool) -> list[list[str]]:
     module = Classifier("mlp")
     strategy = DDGStrategy(num_stages=2, split_points=None if load else ["net.1"], balance="parameters")
     trainer = quiet_trainer(devices=devices, strategy=strategy, max_epochs=2 if load else 1)
-    trainer.fit(module, loader("mlp"), ckpt_path=path if load else None, weights_only=True)
+    trainer.fit(module, loader("mlp"), ckpt_path=path if load else None, **SAFELY)
     if not load:
         trainer.save_checkpoint(path)
     return strategy.stage_parameter_names

@@ -15,7 +15,7 @@ from torchmetrics import Accuracy, MetricCollection
 
 from lightning_ddg import DDGStrategy
 from tests.harness import run_ranks
-from tests.networks import Classifier, dataset, loader, quiet_trainer
+from tests.networks import SAFELY, Classifier, dataset, loader, quiet_trainer
 
 
 class Measured(Classifier):
@@ -90,7 +90,7 @@ def everything(folder: str, devices: int) -> dict[str, Any]:
         and module.test_acc.distributed_available_fn.__name__ != "_never_distributed",
     }
     result["validate"] = trainer.validate(module, data, verbose=False)
-    result["test"] = trainer.test(module, data, ckpt_path="best", verbose=False, weights_only=True)
+    result["test"] = trainer.test(module, data, ckpt_path="best", verbose=False, **SAFELY)
     result["predict"] = [batch.tolist() for batch in trainer.predict(module, data) or []]
     with torch.no_grad():
         module.eval()

@@ -208,9 +208,3 @@ def test_started_processes_end_with_the_first_error(start: str, position: int, t
     assert done.returncode != 0
     assert "ArithmeticError: bang in forward" in done.stderr
     assert "trained" not in done.stdout
-
-
-def test_spawned_processes_train(tmp_path: Path) -> None:
-    done = run_script(tmp_path, position=1, where="nowhere", start="spawn")
-    assert done.returncode == 0, done.stderr
-    assert "trained" in done.stdout

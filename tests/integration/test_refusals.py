@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_ddg import DDGMixin, DDGStrategy
 from tests.harness import run_ranks, run_ranks_raw
-from tests.networks import Classifier, ManualClassifier, loader, quiet_trainer
+from tests.networks import BEFORE_2_6, Classifier, ManualClassifier, loader, quiet_trainer
 
 ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"num_stages": 0}, ValueError, "num_stages=0 is not a number of stages. Use a positive integer or 'auto'"),
@@ -226,6 +226,8 @@ EVERYWHERE: dict[str, Case] = {
         "`val_check_interval` .5.0 seconds.*number of batches",
     ),
 }
+if BEFORE_2_6:
+    del EVERYWHERE["time-based validation"]
 PROCESSES_ONLY: dict[str, Case] = {
     "layer by layer": (
         OneByOne,

@@ -220,6 +220,8 @@ def assert_equal(got: Any, wanted: Any) -> None:
     "family", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in NETWORKS]
 )
 def test_cut_in_2_3_and_4_it_computes_what_it_computes_uncut(family: str) -> None:
+    if family == "GPT by hand, checkpointed" and torch.__version__.startswith("2.6."):
+        pytest.skip("the checkpoint of torch 2.6 takes no stand-ins for tensors; such a network is replayed there")
     torch.manual_seed(1)
     make, arguments = NETWORKS[family]
     network = make().double()

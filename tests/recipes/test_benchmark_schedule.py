@@ -18,6 +18,7 @@ PAPER = Settings(stages=4, batches=60, rounds=3, forward_ms=20, backward_ms=40, 
 WAIT_FOR_EVER = "import threading; threading.Event().wait()"
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="the pipeline schedules of torch 2.6 cannot run it")
 def test_the_whole_benchmark_reports_every_contender(tmp_path: Path) -> None:
     report = tmp_path / "schedule.json"
     options = ["--stages", "2", "--forward-ms", "5", "--backward-ms", "10", "--microbatches", "1", "2"]
