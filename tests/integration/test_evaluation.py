@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import csv
 import warnings
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
+import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
@@ -15,7 +18,7 @@ from torchmetrics import Accuracy, MetricCollection
 
 from lightning_ddg import DDGStrategy
 from tests.harness import run_ranks
-from tests.networks import SAFELY, Classifier, dataset, loader, quiet_trainer
+from tests.networks import SAFELY, Classifier, dataset, largest_difference, loader, quiet_trainer, state_of
 
 
 class Measured(Classifier):
@@ -171,3 +174,41 @@ def test_a_fit_after_an_evaluation_measures_its_cut() -> None:
     points = strategy._cut.split_points
     trainer.validate(module, loader("mlp"), verbose=False)
     assert strategy._cut.split_points == points
+
+
+def fit_then_anything(devices: int) -> Any:
+    """One script, one module: every command of a Trainer, then one without the strategy, then with it again."""
+    warnings.simplefilter("ignore")
+    module, data = Classifier("convnet", "nesterov"), loader("convnet")
+
+    def trainer(strategy: Any, number: int) -> pl.Trainer:
+        return quiet_trainer(max_epochs=2, strategy=strategy, devices=number)
+
+    first = trainer(DDGStrategy(2, ["net.4"]), devices)
+    first.fit(module, data, data)
+    trained = state_of(module)
+    found: list[Any] = [first.validate(module, data, verbose=False), first.test(module, data, verbose=False)]
+    found.append(torch.cat(first.predict(module, data)))  # type: ignore[arg-type]
+    kept = state_of(module)
+    second = trainer("auto", 1)
+    second.fit(module, data, data)
+    alone = state_of(module)
+    found.append(second.test(module, data, verbose=False))
+    third = trainer(DDGStrategy(2, ["net.4"]), devices)
+    third.fit(module, data, data)
+    return trained, kept, alone, state_of(module), found
+
+
+def test_a_fit_then_anything() -> None:
+    (expected,) = run_ranks(fit_then_anything, 1, 1)
+    *states, found = expected
+    assert largest_difference(states[0], states[1]) == 0.0, "evaluation changes no weights"
+    assert min(largest_difference(a, b) for a, b in pairwise(states[1:])) > 1e-3, "each fit changes them"
+    for result in run_ranks(fit_then_anything, 2, 2):
+        for ours, theirs in zip(result[:-1], states, strict=True):
+            assert largest_difference(ours, theirs) <= 1e-12
+        for ours, theirs in zip(result[-1], found, strict=True):
+            if isinstance(ours, torch.Tensor):
+                assert torch.equal(ours, theirs)
+            else:
+                assert ours[0] == pytest.approx(theirs[0], rel=1e-9)
