@@ -82,12 +82,14 @@ class Outcome:
         period_s: Seconds a batch: from the end of the last batch before those timed to the end of the last timed one.
         median_s: The median time between the ends of two timed batches, in seconds.
         cpu_s: Processor seconds of this process a batch, of all its threads.
+        spent_s: Processor seconds of this process from beginning to end.
         weights: The trained weights of this process by name, if wanted.
     """
 
     period_s: float
     median_s: float
     cpu_s: float
+    spent_s: float
     weights: dict[str, np.ndarray[Any, Any]]
 
 
@@ -104,6 +106,7 @@ class Laps:
     def __init__(self, warm: int, timed: int, after: int, device: torch.device) -> None:
         self.warm, self.timed, self.total = warm, timed, warm + timed + after
         self.device = device
+        self._began = time.process_time()
         self._ends: list[tuple[float, float]] = []
 
     def __iter__(self) -> Iterator[int]:
@@ -124,7 +127,8 @@ class Laps:
         timed = self._ends[self.warm - 1 : self.warm + self.timed]
         (first, first_cpu), (last, last_cpu) = timed[0], timed[-1]
         median = statistics.median(after - before for (before, _), (after, _) in pairwise(timed))
-        return Outcome((last - first) / self.timed, median, (last_cpu - first_cpu) / self.timed, weights)
+        period, cpu = (last - first) / self.timed, (last_cpu - first_cpu) / self.timed
+        return Outcome(period, median, cpu, time.process_time() - self._began, weights)
 
 
 Run = Callable[[Job, Laps], nn.Module]
@@ -140,7 +144,7 @@ class Kind:
         chunks: Stages of a process; the cut has that many times as many stages as there are processes.
         alone: Whether one process does it all, with all cores.
         delayed: Whether stages run ahead of each other: then the first and the last batches are not typical.
-        flushes: Whether it cuts the batch into micro-batches.
+        family: Of one family only the best is reported; those with one cut the batch into micro-batches.
     """
 
     label: str
@@ -148,7 +152,7 @@ class Kind:
     chunks: int = 1
     alone: bool = False
     delayed: bool = False
-    flushes: bool = False
+    family: str = ""
 
 
 def cores() -> int:
@@ -362,11 +366,11 @@ KINDS = {
     "backprop": Kind("backprop, one process", backprop, alone=True),
     "ddp": Kind("DDP", ddp),
     "naive": Kind("naive model parallel", flushing(ScheduleGPipe)),
-    "gpipe": Kind("torch GPipe", flushing(ScheduleGPipe), flushes=True),
-    "1f1b": Kind("torch 1F1B", flushing(Schedule1F1B), flushes=True),
-    "interleaved": Kind("torch interleaved 1F1B", flushing(ScheduleInterleaved1F1B, 2), chunks=2, flushes=True),
-    "zb": Kind("torch zero bubble", flushing(ScheduleInterleavedZeroBubble, 2), chunks=2, flushes=True),
-    "zbv": Kind("torch zero bubble V", flushing(ScheduleZBVZeroBubble, 2, v_shaped=True), chunks=2, flushes=True),
+    "gpipe": Kind("torch GPipe", flushing(ScheduleGPipe), family="gpipe"),
+    "1f1b": Kind("torch 1F1B", flushing(Schedule1F1B), family="1f1b"),
+    "interleaved": Kind("torch interleaved 1F1B", flushing(ScheduleInterleaved1F1B, 2), chunks=2, family="interleaved"),
+    "zb": Kind("torch zero bubble", flushing(ScheduleInterleavedZeroBubble, 2), chunks=2, family="zero bubble"),
+    "zbv": Kind("torch zero bubble V", flushing(ScheduleZBVZeroBubble, 2, v_shaped=True), chunks=2, family="zero bubble"),
     "trainer": Kind("backprop through the Trainer", trainer_alone, alone=True),
     "ddg-one-process": Kind("DDG in one process", ddg_in_one_process, alone=True),
     "ddg": Kind("DDG through the Trainer", ddg, delayed=True),

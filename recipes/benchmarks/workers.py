@@ -1,6 +1,6 @@
 """Processes that are started once and then told what to run live here; what they run is none of this file's business.
 
-The processes are connected by ``torch.distributed`` (gloo) and found by Lightning as ranks that something else has
+The processes are connected by ``torch.distributed`` and found by Lightning as ranks that something else has
 started. Every wait has a limit, and no process outlives the one that started it.
 """
 
@@ -18,7 +18,6 @@ from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -50,12 +49,13 @@ class Workers:
 
     Args:
         size: How many.
+        backend: Of ``torch.distributed``.
 
     Raises:
         ValueError: If ``size`` is below 1.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, backend: str = "gloo") -> None:
         if size < 1:
             raise ValueError(f"size={size}: there is nothing to run without processes; give 1 or more.")
         self.size = size
@@ -65,7 +65,7 @@ class Workers:
         port = free_port()
         for rank in range(size):
             ours, theirs = _context.Pipe()
-            arguments = (theirs, rank, size, port, str(self._log(rank)))
+            arguments = (theirs, rank, size, backend, port, str(self._log(rank)))
             process = _context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             theirs.close()
@@ -75,9 +75,7 @@ class Workers:
     def __enter__(self) -> Workers:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     @property
@@ -153,7 +151,32 @@ class Workers:
         self._folder.cleanup()
 
 
-def _serve(connection: Connection, rank: int, size: int, port: int, log: str) -> None:
+class Crew:
+    """Processes that are replaced after a failure; a context manager that leaves none behind.
+
+    Args:
+        size: How many.
+        backend: Of ``torch.distributed``.
+    """
+
+    def __init__(self, size: int, backend: str = "gloo") -> None:
+        self.size, self.backend = size, backend
+        self._workers = Workers(size, backend)
+
+    def __enter__(self) -> Crew:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._workers.close()
+
+    def ask(self, limit_s: float, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """As :meth:`Workers.ask`; after a failure new processes are asked."""
+        if not self._workers.alive:
+            self._workers = Workers(self.size, self.backend)
+        return self._workers.ask(limit_s, function, *args)
+
+
+def _serve(connection: Connection, rank: int, size: int, backend: str, port: int, log: str) -> None:
     """Runs in a worker: does what it is asked until nobody asks any more."""
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
@@ -167,7 +190,7 @@ def _serve(connection: Connection, rank: int, size: int, port: int, log: str) ->
         WORLD_SIZE=str(size),
     )
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=size, timeout=TIMEOUT)
+    dist.init_process_group(backend, rank=rank, world_size=size, timeout=TIMEOUT)
     while True:
         try:
             function, args = connection.recv()

@@ -114,8 +114,8 @@ def measure_cuts(work: Work, counts: Sequence[int], repeats: int) -> dict[str, A
         repeats: How often each layer is measured.
 
     Returns:
-        ``"cuts"``, by the number of stages; ``"shares"``, what part of the time of all stages each takes; the number of
-        ``"parameters"``; the bytes that cross each cut in ``"crossing"``.
+        By the number of stages: the ``"cuts"``; in ``"shares"``, what part of the time of all stages each takes; in
+        ``"crossing"``, the bytes that cross each cut. The number of ``"parameters"`` and the shape of the ``"batch"``.
     """
     torch.set_num_threads(1)
     training, (inputs, _) = make(work)
@@ -133,7 +133,8 @@ def measure_cuts(work: Work, counts: Sequence[int], repeats: int) -> dict[str, A
             found["shares"][count] = [part / sum(seconds) for part in seconds]
             found["crossing"][count] = [profile.crossing[start] for start in starts]
         found["cuts"][count] = [chain.names[start] for start in starts]
-    return {**found, "parameters": sum(parameter.numel() for parameter in training.parameters())}
+    found["parameters"] = sum(parameter.numel() for parameter in training.parameters())
+    return {**found, "batch": list(inputs.shape)}
 
 
 # The works
