@@ -1,6 +1,6 @@
 """The command lives here: what can be asked for, and in which order it is run.
 
-    python -m recipes.benchmarks --json results.json --pictures pictures
+python -m recipes.benchmarks --json results.json --pictures pictures
 """
 
 from __future__ import annotations

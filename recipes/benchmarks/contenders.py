@@ -188,6 +188,12 @@ def _on_device(job: Job) -> tuple[Any, Batch]:
     return training, (inputs.to(job.device), targets.to(job.device))
 
 
+def own_stage(job: Job, number: int) -> tuple[nn.Module, Batch]:
+    """The module of one stage, 1 for the first, and the batch; the other stages are not kept if they need not be."""
+    training, batch = _on_device(job)
+    return segments(find_network(training), job.cuts[dist.get_world_size()])[number - 1].to(job.device), batch
+
+
 # ---- one process, and copies of it
 
 
@@ -309,7 +315,9 @@ def ddg(job: Job, laps: Laps) -> nn.Module:
     points = list(job.cuts[size])
     if job.accelerator == "cuda" and torch.cuda.device_count() < size:
         devices = [torch.device("cuda", rank % torch.cuda.device_count()) for rank in range(size)]
-        return _fit(job, laps, strategy=DDGStrategy(size, points, process_group_backend="gloo", parallel_devices=devices))
+        return _fit(
+            job, laps, strategy=DDGStrategy(size, points, process_group_backend="gloo", parallel_devices=devices)
+        )
     return _fit(job, laps, strategy=DDGStrategy(size, points), accelerator=job.accelerator, devices=size)
 
 
@@ -327,10 +335,9 @@ def trainer_alone(job: Job, laps: Laps) -> nn.Module:
 
 def ddg_bare(job: Job, laps: Laps) -> nn.Module:
     """This package's stage, pipeline and transport without Lightning; tensors of GPUs travel through the host."""
-    training, (inputs, targets) = _on_device(job)
     size = dist.get_world_size()
     number = stage_of_rank(dist.get_rank(), size)
-    module = segments(find_network(training), job.cuts[size])[number - 1].to(job.device)
+    module, (inputs, targets) = own_stage(job, number)
     group = dist.new_group(list(range(size)), backend="gloo")
     transport = Transport(group, job.device, TIMEOUT, [f"Rank {rank}" for rank in range(size)])
     try:
@@ -370,7 +377,9 @@ KINDS = {
     "1f1b": Kind("torch 1F1B", flushing(Schedule1F1B), family="1f1b"),
     "interleaved": Kind("torch interleaved 1F1B", flushing(ScheduleInterleaved1F1B, 2), chunks=2, family="interleaved"),
     "zb": Kind("torch zero bubble", flushing(ScheduleInterleavedZeroBubble, 2), chunks=2, family="zero bubble"),
-    "zbv": Kind("torch zero bubble V", flushing(ScheduleZBVZeroBubble, 2, v_shaped=True), chunks=2, family="zero bubble"),
+    "zbv": Kind(
+        "torch zero bubble V", flushing(ScheduleZBVZeroBubble, 2, v_shaped=True), chunks=2, family="zero bubble"
+    ),
     "trainer": Kind("backprop through the Trainer", trainer_alone, alone=True),
     "ddg-one-process": Kind("DDG in one process", ddg_in_one_process, alone=True),
     "ddg": Kind("DDG through the Trainer", ddg, delayed=True),

@@ -49,6 +49,8 @@ class _Timer:
         self._owed = 0.0
 
     def sleep(self, seconds: float) -> None:
+        if not seconds:
+            return
         start = time.perf_counter()
         time.sleep(max(0.0, seconds - self._owed))
         late = time.perf_counter() - start - (seconds - self._owed)
@@ -61,8 +63,8 @@ _timer = _Timer()
 def _await(message: Tensor, delay_s: float) -> None:
     sent, sender = message[0, _SENT].item(), message[0, _SENDER].item()
     left = sent + delay_s - time.perf_counter()
-    # Torch's pipelines pass memory that nobody has written through the layers to learn shapes: no stamp is in the future.
-    if 0 < left <= delay_s and sender != os.getpid():
+    # To learn shapes, torch's pipelines pass memory that nobody has written through the layers: no stamp then.
+    if 0 < left < delay_s + 0.001 and sender != os.getpid():
         time.sleep(left)
 
 
@@ -105,8 +107,7 @@ class _Busy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, forward_s: float, backward_s: float) -> Tensor:
         ctx.backward_s = backward_s
-        if forward_s:
-            _timer.sleep(forward_s)
+        _timer.sleep(forward_s)
         return value.view_as(value)
 
     @staticmethod
@@ -178,11 +179,12 @@ def emulated(stages: int, times: Times, chunks: int) -> Work:
 
 
 def theory_ms(name: str, microbatches: int, stages: int, times: Times) -> float | None:
-    """What a schedule's batch takes, in milliseconds, if nothing but the devices takes time; ``None`` if not known here.
+    """What a schedule takes for a batch, in milliseconds, if only devices and messages take time; ``None`` if unknown.
 
-    DDG takes F + B where messages take no time: no stage ever waits. With messages the package predicts it. GPipe and 1F1B flush after every batch, which costs the time of K - 1 of m
-    micro-batches, (F + B)(m + K - 1)/m (Narayanan et al., *Efficient Large-Scale Language Model Training on GPU
-    Clusters Using Megatron-LM*, SC 2021, section 2.2); with two stages a device, interleaved, half of that (the same).
+    DDG takes F + B where messages take no time: no stage ever waits. With messages, the package predicts it. GPipe and
+    1F1B flush after every batch, which costs the time of K - 1 of m micro-batches, (F + B)(m + K - 1)/m; two stages a
+    device, interleaved, halve that cost (Narayanan et al., *Efficient Large-Scale Language Model Training on GPU
+    Clusters Using Megatron-LM*, SC 2021, section 2.2).
     """
     both = times.forward_ms + times.backward_ms
     if name in ("ddg", "ddg-bare"):

@@ -71,7 +71,9 @@ def tables(report: Mapping[str, Any]) -> RenderableType:
     for work in report["works"]:
         shares = ", ".join(f"{share:.0%}" for share in work.get("shares", {}).get(str(work["processes"]), []))
         title = f"{work['name']}, {work['processes']} processes"
-        parts.append(_table(f"{title}, stages {shares} of the time" if shares else title, WORK_COLUMNS, work_rows(work)))
+        parts.append(
+            _table(f"{title}, stages {shares} of the time" if shares else title, WORK_COLUMNS, work_rows(work))
+        )
         parts += map(Text, [work["error"]] if work["error"] else failures(work["contenders"]))
     if report["devices"]:
         rows = [row for devices in report["devices"] for row in device_rows(devices)]
@@ -85,24 +87,24 @@ def tables(report: Mapping[str, Any]) -> RenderableType:
     return Group(*parts)
 
 
+_ADDED: dict[str, tuple[str, float, int]] = {
+    "own, us": ("own_s", 1e-6, 0),
+    "bare loop adds": ("bare_s", 1e-6, 0),
+    "Trainer adds": ("trainer_s", 1e-6, 0),
+    "own, CPU us": ("own_cpu_s", 1e-6, 0),
+    "bare loop adds, CPU": ("bare_cpu_s", 1e-6, 0),
+    "Trainer adds, CPU": ("trainer_cpu_s", 1e-6, 0),
+}
+
 # For each table of costs, the columns: where they come from, divided by what, with how many decimals.
 COST_COLUMNS: dict[str, dict[str, tuple[str, float, int]]] = {
-    "tensors": {
-        "parameter tensors": ("tensors", 1, 0),
-        "own compute, us": ("own_s", 1e-6, 0),
-        "the bare loop adds, us": ("bare_s", 1e-6, 0),
-        "the Trainer adds, us": ("trainer_s", 1e-6, 0),
-    },
-    "messages": {
-        "message, KiB": ("bytes", 1024, 0),
-        "own compute, us": ("own_s", 1e-6, 0),
-        "the bare loop adds, us": ("bare_s", 1e-6, 0),
-        "the Trainer adds, us": ("trainer_s", 1e-6, 0),
-    },
+    "tensors": {"parameter tensors": ("tensors", 1, 0), **_ADDED},
+    "messages": {"message, KiB": ("bytes", 1024, 0), **_ADDED},
     "memory": {
         "stage": ("stage", 1, 0),
         "batches in flight": ("in_flight", 1, 0),
         "theory, MiB": ("theory_bytes", 1 << 20, 1),
+        "planned, MiB": ("planned_bytes", 1 << 20, 1),
         "measured, MiB": ("measured_bytes", 1 << 20, 1),
         "measured / theory": ("ratio", 1, 3),
     },

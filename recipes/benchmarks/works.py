@@ -106,8 +106,6 @@ def positional_segments(network: Network, points: Sequence[str]) -> list[nn.Modu
 def measure_cuts(work: Work, counts: Sequence[int], repeats: int) -> dict[str, Any]:
     """Cuts a work as the package does: into the stages whose slowest, its messages included, is fastest.
 
-    A network of as many layers as stages is cut between all of them and not measured.
-
     Args:
         work: What is trained.
         counts: The numbers of stages.
@@ -121,17 +119,14 @@ def measure_cuts(work: Work, counts: Sequence[int], repeats: int) -> dict[str, A
     training, (inputs, _) = make(work)
     network = find_network(training)
     chain = network.chain
-    profile = None
-    if max(counts) < len(chain):
-        profile = measure_profile(chain, (inputs,), {}, repeats=repeats)
+    profile = measure_profile(chain, (inputs,), {}, repeats=repeats)
+    forbidden = forbidden_cuts(chain)
     found: dict[str, Any] = {"cuts": {}, "shares": {}, "crossing": {}}
     for count in counts:
-        starts = list(range(1, count))
-        if profile is not None:
-            starts = best_stages(profile, count, forbidden_cuts(chain), seconds_per_byte=SECONDS_PER_BYTE)
-            seconds = stage_seconds(profile, starts)
-            found["shares"][count] = [part / sum(seconds) for part in seconds]
-            found["crossing"][count] = [profile.crossing[start] for start in starts]
+        starts = best_stages(profile, count, forbidden, seconds_per_byte=SECONDS_PER_BYTE)
+        seconds = stage_seconds(profile, starts)
+        found["shares"][count] = [part / sum(seconds) for part in seconds]
+        found["crossing"][count] = [profile.crossing[start] for start in starts]
         found["cuts"][count] = [chain.names[start] for start in starts]
     found["parameters"] = sum(parameter.numel() for parameter in training.parameters())
     return {**found, "batch": list(inputs.shape)}
@@ -140,21 +135,20 @@ def measure_cuts(work: Work, counts: Sequence[int], repeats: int) -> dict[str, A
 # The works
 
 
-class LSTMStack(nn.Module):
-    """LSTM layers, each a layer of its own, and a linear head on the last step.
+class LSTMLayer(nn.Module):
+    """An LSTM without its final state: (samples, steps, width) to the same shape."""
 
-    Shape: (samples, steps, width) to (samples, 10).
-    """
-
-    def __init__(self, layers: int, width: int) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.LSTM(width, width, batch_first=True) for _ in range(layers))
-        self.head = nn.Linear(width, 10)
+        self.lstm = nn.LSTM(width, width, batch_first=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x, _ = layer(x)
-        return self.head(x[:, -1])
+        return self.lstm(x)[0]
+
+
+def lstm_stack(layers: int, width: int) -> nn.Module:
+    """LSTM layers and a linear head on every step: (samples, steps, width) to (samples, steps, 10)."""
+    return nn.Sequential(*(LSTMLayer(width) for _ in range(layers)), nn.Linear(width, 10))
 
 
 def wide_mlp(layers: int, width: int) -> nn.Module:
@@ -170,13 +164,18 @@ def random_values(*shape: int) -> Batch:
     return torch.rand(shape), torch.randint(10, shape[:1])
 
 
+def random_steps(samples: int, steps: int, width: int) -> Batch:
+    """Random sequences (samples, steps, width), and one of ten classes for each step."""
+    return torch.rand(samples, steps, width), torch.randint(10, (samples, steps))
+
+
 def random_text(samples: int, context: int) -> Batch:
     """Random bytes, and the random bytes that follow them; both (samples, context)."""
     return torch.randint(256, (samples, context)), torch.randint(256, (samples, context))
 
 
 def token_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """The mean cross-entropy of all tokens."""
+    """The mean cross-entropy of all tokens, or steps."""
     return cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
@@ -190,6 +189,6 @@ WORKS = {
         partial(random_text, 16, 128),
         token_loss,
     ),
-    "lstm": Work("8 LSTM layers", partial(LSTMStack, 8, 128), partial(random_values, 8, 256, 128), cross_entropy),
+    "lstm": Work("8 LSTM layers", partial(lstm_stack, 8, 128), partial(random_steps, 8, 256, 128), token_loss),
     "mlp": Work("Wide MLP", partial(wide_mlp, 8, 2048), partial(random_values, 128, 2048), cross_entropy),
 }
