@@ -27,7 +27,7 @@ import torch.distributed as dist
 TIMEOUT = timedelta(seconds=60)
 
 # Forked from a server that has imported everything once, a process starts in milliseconds.
-_context = mp.get_context("forkserver" if sys.platform == "linux" else "spawn")
+_context: Any = mp.get_context("forkserver" if sys.platform == "linux" else "spawn")
 if sys.platform == "linux":
     _context.set_forkserver_preload(["lightning.pytorch", "lightning_ddg", "torch.distributed.pipelining"])
 
@@ -109,7 +109,7 @@ class Workers:
         deadline = time.monotonic() + limit_s
         answers: dict[int, Any] = {}
         while len(answers) < self.size:
-            missing = {self._connections[rank]: rank for rank in range(self.size) if rank not in answers}
+            missing: dict[Any, int] = {self._connections[r]: r for r in range(self.size) if r not in answers}
             ready = wait(list(missing), max(0.0, deadline - time.monotonic()))
             if not ready:
                 raise WorkerError(
@@ -117,10 +117,11 @@ class Workers:
                     f" machine too busy to measure on); all were stopped. Its last lines:\n"
                     f"{self._tail(min(missing.values()))}"
                 )
+            connection: Any
             for connection in ready:
-                rank = missing[connection]  # type: ignore[index]
+                rank = missing[connection]
                 try:
-                    failed, answers[rank] = connection.recv()  # type: ignore[union-attr]
+                    failed, answers[rank] = connection.recv()
                 except EOFError:
                     self._processes[rank].join(5)
                     failed = f"ended with exit code {self._processes[rank].exitcode}"
