@@ -225,20 +225,19 @@ def _train(module: nn.Module, training: Any, inputs: Any, targets: Any, laps: La
 # ---- torch's pipelines
 
 
-def flushing(schedule_class: Any, chunks: int = 1, v_shaped: bool = False) -> Run:
-    """One of torch's schedules.
+_SPLIT = (ScheduleInterleavedZeroBubble, ScheduleZBVZeroBubble)
 
-    Args:
-        schedule_class: The schedule.
-        chunks: Stages of a process.
-        v_shaped: Whether a process's second stage counts from the other end.
-    """
+
+def flushing(schedule_class: Any, chunks: int = 1) -> Run:
+    """One of torch's schedules, with this many stages of a process."""
 
     def train(job: Job, laps: Laps) -> nn.Module:
         training, (inputs, targets) = _on_device(job)
         rank, size = dist.get_rank(), dist.get_world_size()
         total = chunks * size
-        parts = positional_segments(find_network(training), job.cuts[total])
+        piece = job.work.batch()[0][: len(inputs) // job.microbatches]
+        parts = positional_segments(find_network(training), job.cuts[total], piece, schedule_class in _SPLIT)
+        v_shaped = schedule_class is ScheduleZBVZeroBubble
         mine = [rank, total - 1 - rank] if v_shaped else [rank + size * chunk for chunk in range(chunks)]
         own = nn.ModuleList(parts[number].to(job.device) for number in mine)
         stages = [PipelineStage(parts[number], number, total, job.device) for number in mine]
@@ -375,11 +374,9 @@ KINDS = {
     "naive": Kind("naive model parallel", flushing(ScheduleGPipe)),
     "gpipe": Kind("torch GPipe", flushing(ScheduleGPipe), family="gpipe"),
     "1f1b": Kind("torch 1F1B", flushing(Schedule1F1B), family="1f1b"),
-    "interleaved": Kind("torch interleaved 1F1B", flushing(ScheduleInterleaved1F1B, 2), chunks=2, family="interleaved"),
-    "zb": Kind("torch zero bubble", flushing(ScheduleInterleavedZeroBubble, 2), chunks=2, family="zero bubble"),
-    "zbv": Kind(
-        "torch zero bubble V", flushing(ScheduleZBVZeroBubble, 2, v_shaped=True), chunks=2, family="zero bubble"
-    ),
+    "interleaved": Kind("torch interleaved 1F1B", flushing(ScheduleInterleaved1F1B, 2), 2, family="interleaved"),
+    "zb": Kind("torch zero bubble", flushing(ScheduleInterleavedZeroBubble, 2), 2, family="zero bubble"),
+    "zbv": Kind("torch zero bubble V", flushing(ScheduleZBVZeroBubble, 2), 2, family="zero bubble"),
     "trainer": Kind("backprop through the Trainer", trainer_alone, alone=True),
     "ddg-one-process": Kind("DDG in one process", ddg_in_one_process, alone=True),
     "ddg": Kind("DDG through the Trainer", ddg, delayed=True),

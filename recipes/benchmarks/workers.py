@@ -199,9 +199,19 @@ def _serve(connection: Connection, rank: int, size: int, backend: str, port: int
             return
         try:
             connection.send(("", function(*args)))
-        except BaseException:  # noqa: BLE001 - whatever it is, the one who asked must know
+        except BaseException as error:  # noqa: BLE001 - whatever it is, the one who asked must know
             traceback.print_exc()
-            connection.send(("failed", "".join(traceback.format_exc().splitlines(keepends=True)[-20:])))
+            connection.send(("failed", _explain(error)))
+
+
+def _explain(error: BaseException) -> str:
+    """The end of an exception's traceback, and in the last line what caused it."""
+    lines = "".join(traceback.format_exception(error)).strip().splitlines()[-20:]
+    cause = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    message = " ".join(str(cause).split())
+    return "\n".join([*lines, f"{type(cause).__name__}: {message}"])
 
 
 def _end_with_parent() -> None:

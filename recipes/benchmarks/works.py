@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from lightning_ddg.link import SECONDS_PER_BYTE
+from lightning_ddg.messages import flatten, tensors_of, unflatten
 from lightning_ddg.partition import (
-    Chain,
     Network,
     best_stages,
     cut_at,
@@ -79,15 +79,32 @@ def make(work: Work) -> tuple[Training, Batch]:
 
 
 class Positional(nn.Module):
-    """A segment called as torch's pipelines call it: each tensor that crosses a cut is an argument of its own."""
+    """A segment called as torch's pipelines call it: each tensor that crosses a cut is an argument of its own.
 
-    def __init__(self, segment: nn.Module, takes_a_tuple: bool) -> None:
+    Args:
+        segment: Takes the nest of values that the segment before it returns; the first, the network's input.
+        structure: That nest without its tensors, from :func:`~lightning_ddg.messages.flatten`; ``None`` for the first.
+        copies: Whether to return copies: torch's zero-bubble schedules detach in place what a stage returns, which may
+            be what its last layer needs again in the second half of its backward.
+    """
+
+    def __init__(self, segment: nn.Module, structure: bytes | None, copies: bool) -> None:
         super().__init__()
         self.segment = segment
-        self.takes_a_tuple = takes_a_tuple
+        self.structure = structure
+        self.copies = copies
 
-    def forward(self, *values: Tensor) -> Any:
-        return self.segment(values) if self.takes_a_tuple else self.segment(*values)
+    def forward(self, *tensors: Tensor) -> Any:
+        # Torch's pipelines send over gloo what they are given, which takes contiguous tensors only.
+        for tensor in tensors:
+            if tensor.requires_grad:
+                tensor.register_hook(Tensor.contiguous)
+        value = self.segment(tensors[0] if self.structure is None else unflatten(self.structure, tensors))
+        sent = tuple(
+            tensor.clone(memory_format=torch.contiguous_format) if self.copies else tensor.contiguous()
+            for tensor in tensors_of(value)
+        )
+        return tuple(sent) if len(sent) > 1 else sent[0]
 
 
 def segments(network: Network, points: Sequence[str]) -> list[nn.Module]:
@@ -97,10 +114,23 @@ def segments(network: Network, points: Sequence[str]) -> list[nn.Module]:
     return [chain.segment(start, stop) for start, stop in zip(bounds, bounds[1:], strict=False)]
 
 
-def positional_segments(network: Network, points: Sequence[str]) -> list[nn.Module]:
-    """The same for torch's pipelines."""
-    tuples = not isinstance(network.chain, Chain)
-    return [Positional(segment, tuples and stage > 0) for stage, segment in enumerate(segments(network, points))]
+def positional_segments(network: Network, points: Sequence[str], piece: Tensor, copies: bool) -> list[nn.Module]:
+    """The same for torch's pipelines.
+
+    Args:
+        network: What is cut.
+        points: Names of the layers that begin stages 2, 3, ...
+        piece: A micro-batch, which is passed through to learn what crosses the cuts: sizes may be among it.
+        copies: Whether stages return copies, see :class:`Positional`.
+    """
+    parts: list[nn.Module] = []
+    structure, value = None, piece
+    for segment in segments(network, points):
+        parts.append(Positional(segment, structure, copies))
+        with torch.no_grad():
+            value = segment(value)
+        structure, _ = flatten(value)
+    return parts
 
 
 def measure_cuts(work: Work, counts: Sequence[int], repeats: int) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from recipes.benchmarks.contenders import KINDS, Job, Outcome, run
 from recipes.benchmarks.parts import Plan, run_work
 from recipes.benchmarks.pictures import draw
 from recipes.benchmarks.workers import Crew, WorkerError, Workers
-from recipes.benchmarks.works import WORKS, Work, make, measure_cuts, random_values, sgd
+from recipes.benchmarks.works import WORKS, Cuts, Work, make, measure_cuts, random_values, sgd
 from tests import reference
 
 ROOT = Path(__file__).parents[2]
@@ -39,7 +39,24 @@ def small_network() -> nn.Module:
     return nn.Sequential(*layers, nn.Linear(8, 10))
 
 
+class Skipping(nn.Module):
+    """Two tensors and a size cross a cut before any layer with an odd number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(8))
+        self.head = nn.Linear(8, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        samples, _ = x.shape
+        for i in range(0, 8, 2):
+            x = torch.relu(self.layers[i + 1](torch.relu(self.layers[i](x))) + x)
+        return self.head(x.view(samples, 8))
+
+
 SMALL = Work("small", small_network, partial(random_values, 8, 8), cross_entropy)
+SKIPPING = Work("skipping", Skipping, partial(random_values, 8, 8), cross_entropy)
+ODD_LAYERS = {2: ["network.layers.3"], 4: [f"network.layers.{layer}" for layer in (1, 3, 5)]}
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +65,10 @@ def crew() -> Iterator[Crew]:
         yield two
 
 
-def trained(crew: Crew, name: str, microbatches: int = 1) -> dict[str, np.ndarray[Any, Any]]:
-    job = Job(SMALL, POINTS, TIMED, microbatches, keep_weights=True)
+def trained(
+    crew: Crew, name: str, microbatches: int = 1, work: Work = SMALL, cuts: Cuts = POINTS
+) -> dict[str, np.ndarray[Any, Any]]:
+    job = Job(work, cuts, TIMED, microbatches, keep_weights=True)
     outcomes: list[Outcome | None] = crew.ask(60, run, name, job)
     weights: dict[str, np.ndarray[Any, Any]] = {}
     for outcome in outcomes:
@@ -67,8 +86,9 @@ def same(weights: dict[str, np.ndarray[Any, Any]], module: nn.Module, tolerance:
 
 
 @pytest.mark.parametrize("name", [name for name, kind in KINDS.items() if not name.startswith("ddg")])
-def test_a_synchronous_contender_trains_as_backprop_does(crew: Crew, name: str) -> None:
-    training, (inputs, targets) = make(SMALL)
+@pytest.mark.parametrize(("work", "cuts"), [(SMALL, POINTS), (SKIPPING, ODD_LAYERS)], ids=["chain", "skips"])
+def test_a_synchronous_contender_trains_as_backprop_does(crew: Crew, name: str, work: Work, cuts: Cuts) -> None:
+    training, (inputs, targets) = make(work)
     before = [parameter.detach().clone() for parameter in training.parameters()]
     optimizer = sgd(training)
     for _ in range(2 + TIMED):
@@ -78,7 +98,7 @@ def test_a_synchronous_contender_trains_as_backprop_does(crew: Crew, name: str) 
     moved = max((now - then).abs().max().item() for now, then in zip(training.parameters(), before, strict=True))
     assert moved > 1e-3, "or the comparison would be of untrained weights"
     # Sums of micro-batches, or of two processes, are rounded otherwise than the whole.
-    same(trained(crew, name, 4 if KINDS[name].family else 1), training, tolerance=1e-6)
+    same(trained(crew, name, 4 if KINDS[name].family else 1, work, cuts), training, tolerance=1e-6)
 
 
 def test_ddg_trains_as_the_reference_does_with_and_without_the_trainer(crew: Crew) -> None:
