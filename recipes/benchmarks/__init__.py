@@ -1,1 +1,1 @@
-"""Benchmarks live here, one file per claim, run by `python -m recipes.benchmarks.NAME`; this file stays empty."""
+"""Benchmarks live here, run by `python -m recipes.benchmarks`; README.md says what is where. This file stays empty."""

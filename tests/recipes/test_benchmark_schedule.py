@@ -1,119 +1,196 @@
-"""Tests of the schedule benchmark live here: that it runs, counts and reports right; never how fast this machine is."""
+"""Tests of the benchmark on emulated devices live here: that it runs, counts and reports right."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import os
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from recipes.benchmarks import schedule
-from recipes.benchmarks.schedule import Contender, Settings
+from recipes.benchmarks import devices
+from recipes.benchmarks.__main__ import main, parse
+from recipes.benchmarks.contenders import Laps
+from recipes.benchmarks.devices import SAMPLES, Times, references_ms, sleeping_batch, theory_ms
+from recipes.benchmarks.report import device_rows
+from recipes.benchmarks.rounds import entries
 
-PAPER = Settings(stages=4, batches=60, rounds=3, forward_ms=20, backward_ms=40, microbatches=(1, 2, 4, 8))
-WAIT_FOR_EVER = "import threading; threading.Event().wait()"
+PAPER = Times(forward_ms=20, backward_ms=40, message_ms=0)
 
 
 @pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="the pipeline schedules of torch 2.6 cannot run it")
-def test_the_whole_benchmark_reports_every_contender(tmp_path: Path) -> None:
-    report = tmp_path / "schedule.json"
-    options = ["--stages", "2", "--forward-ms", "5", "--backward-ms", "10", "--microbatches", "1", "2"]
-    output = ["--json", str(report), "--markdown"]
-    ended = subprocess.run(
-        [sys.executable, "-m", "recipes.benchmarks.schedule", "--quick", *options, *output],
-        cwd=schedule.ROOT,
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert ended.returncode == 0, ended.stderr
+def test_the_whole_benchmark_reports_every_contender(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = tmp_path / "devices.json"
+    only = ["--only", "devices", "ddg", "gpipe", "1f1b"]
+    times = ["--forward-ms", "5", "--backward-ms", "10"]
+    main(["--quick", "--stages", "2", *only, *times, "--json", str(report), "--pictures", str(tmp_path)])
 
     written = json.loads(report.read_text())
-    assert {"cores", "cpu", "python", "torch", "lightning", "date"} <= written["machine"].keys()
-    (result,) = written["results"]
-    measured = [(contender["schedule"], contender["microbatches"]) for contender in result["contenders"]]
-    assert measured == [("ddg", 1), ("gpipe", 1), ("gpipe", 2), ("1f1b", 2)]
-    for contender in result["contenders"]:
-        assert len(contender["rounds"]["period_ms"]) == result["settings"]["rounds"] == 1
-        assert 0 < contender["period_ms"]["min"] == contender["period_ms"]["median"] == contender["period_ms"]["max"]
-    assert "| 2 | torch GPipe, m = " in ended.stdout
+    assert {"cores", "cpu", "load", "scatter", "python", "torch", "lightning", "date"} <= written["machine"].keys()
+    assert written["works"] == []
+    assert written["cost"] is None
+    (result,) = written["devices"]
+    taken = [(record["name"], record["microbatches"]) for record in result["contenders"]]
+    assert taken == [*(("gpipe", m) for m in (2, 4, 8)), *(("1f1b", m) for m in (2, 4, 8)), ("ddg", 1)]
+    for family in ("gpipe", "1f1b"):
+        tried = [record for record in result["contenders"] if record["family"] == family]
+        assert all(record["trial"]["period_s"] > 0 for record in tried)
+        assert [len(record["rounds"]) for record in tried if record["chosen"]] == [1]
+    (figures,) = result["contenders"][-1]["rounds"]
+    assert figures["period_s"] >= 0.9 * 0.015, "a stage sleeps 15 ms for a batch"
+    assert len(figures["cpu_s"]) == 2
+    assert min(figures["cpu_s"]) > 0
+    assert "torch GPipe" in capsys.readouterr().out
+    assert (tmp_path / "devices.png").stat().st_size > 1000
 
 
-def test_steady_state_leaves_out_the_first_2k_batches_and_the_last() -> None:
-    fill, steady, last = [0.0, 5.0, 5.1, 5.2], [10.0, 10.1, 10.2, 10.6], [99.0]
-    mean, median = schedule.steady_state_ms([*fill, *steady, *last], stages=2)
-    assert mean == pytest.approx(200)
-    assert median == pytest.approx(100)
+def test_steady_state_leaves_out_the_first_batches_and_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    ends = iter([0.0, 5.0, 5.1, 5.2, 5.5, 5.6, 5.8, 99.0])
+    laps = Laps(warm=4, timed=3, after=1, device=torch.device("cpu"))
+    monkeypatch.setattr(time, "perf_counter", lambda: next(ends))
+    assert list(laps) == list(range(8))
+    outcome = laps.outcome({})
+    assert outcome.period_s == pytest.approx(0.2)
+    assert outcome.median_s == pytest.approx(0.2)
 
 
 def test_a_flushing_schedule_in_theory() -> None:
-    one_microbatch = Contender("gpipe", 1).expected_ms(PAPER)
-    assert one_microbatch == schedule.references_ms(PAPER)["backprop"] == 240
-    assert Contender("1f1b", 8).expected_ms(PAPER) == 60 + 3 * 60 / 8
-    assert Contender("ddg").expected_ms(PAPER) == schedule.references_ms(PAPER)["ideal"] == 60
-    assert schedule.references_ms(PAPER)["paper"] == 120
+    references = references_ms(4, PAPER)
+    assert theory_ms("gpipe", 1, 4, PAPER) == references["backprop"] == 240
+    assert theory_ms("1f1b", 8, 4, PAPER) == 60 + 3 * 60 / 8
+    assert theory_ms("interleaved", 8, 4, PAPER) == 60 + 3 * 60 / 8 / 2
+    assert theory_ms("ddg", 1, 4, PAPER) == references["ideal"] == 60
+    assert references["paper"] == 120
+    assert theory_ms("zb", 8, 4, PAPER) is None
+
+
+def test_messages_cost_backprop_all_of_their_time_and_ddg_what_the_package_predicts() -> None:
+    late = PAPER._replace(message_ms=10)
+    assert references_ms(2, late)["backprop"] == 120 + 20
+    assert theory_ms("ddg", 1, 2, late) == pytest.approx(70)
+    assert theory_ms("gpipe", 8, 2, late) is None
 
 
 def test_1f1b_is_measured_only_where_torch_allows_it() -> None:
-    assert [c.microbatches for c in schedule.contenders(PAPER) if c.schedule == "1f1b"] == [4, 8]
+    assert [record["microbatches"] for record in entries(["1f1b"], (1, 2, 4, 8), processes=4)] == [4, 8]
 
 
-def test_the_table_shows_the_best_count_of_microbatches_and_the_ratios() -> None:
-    settings = Settings(stages=2, batches=10, rounds=3, forward_ms=20, backward_ms=40, microbatches=(1, 2))
-    # Seconds per batch: ddg, gpipe with 1 and 2 micro-batches, 1f1b with 2; the second round is a disturbed one.
-    rounds = [[0.064, 0.12, 0.1, 0.08], [0.1, 0.3, 0.2, 0.3], [0.063, 0.12, 0.08, 0.09]]
-    times = [[[period * batch for batch in range(10)] for period in periods] for periods in rounds]
-    rows = schedule.table_rows(schedule.summarize(settings, times))
+def test_the_table_shows_the_ratios() -> None:
+    def record(name: str, family: str, *periods: float) -> dict[str, object]:
+        rounds = [{"period_s": period, "cpu_s": [0.002, 0.001]} for period in periods]
+        return {
+            "name": name,
+            "label": name.upper(),
+            "family": family,
+            "microbatches": 2,
+            "theory_ms": 60.0 if name == "ddg" else None,
+            "rounds": rounds,
+        }
+
+    contenders = [
+        record("ddg", "", 0.064, 0.1, 0.063),
+        record("gpipe", "gpipe"),
+        record("zb", "zero bubble", 0.1, 0.2, 0.08),
+    ]
+    rows = device_rows({"stages": 2, "references_ms": references_ms(2, PAPER), "contenders": contenders})
     assert rows == [
-        ("2", "ideal: F+B", "60.0", "", "", "+0.0%", "2.00", "1.07"),
-        ("2", "backprop: (F+B)K", "120.0", "", "", "+100.0%", "1.00", "0.53"),
-        ("2", "paper: FK+B", "80.0", "", "", "+33.3%", "1.50", "0.80"),
-        ("2", "ddg", "60.0", "64.0", "63.0-100.0", "+6.7%", "1.88", "1.00"),
-        ("2", "torch GPipe, m = 2", "90.0", "100.0", "80.0-200.0", "+66.7%", "1.20", "0.64"),
-        ("2", "torch 1F1B, m = 2", "90.0", "90.0", "80.0-300.0", "+50.0%", "1.33", "0.71"),
+        ("2", "ideal: F+B", "", "60.0", "", "", "100.0%", "2.00", ""),
+        ("2", "backprop: (F+B)K", "", "120.0", "", "", "50.0%", "1.00", ""),
+        ("2", "paper: FK+B", "", "80.0", "", "", "75.0%", "1.50", ""),
+        ("2", "DDG", "", "60.0", "64.0", "63.0-100.0", "93.8%", "1.88", "3.0"),
+        ("2", "ZB", "2", "", "100.0", "80.0-200.0", "60.0%", "1.20", "3.0"),
     ]
 
 
+class Clock:
+    """Time that passes only while somebody sleeps, a little longer than asked for."""
+
+    def __init__(self, late: float = 0.0) -> None:
+        self.now, self.late, self.slept = 1000.0, late, []
+
+    def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        self.now += seconds + self.late
+
+
+def stopped(monkeypatch: pytest.MonkeyPatch, late: float = 0.0) -> Clock:
+    clock = Clock(late)
+    monkeypatch.setattr(time, "sleep", clock.sleep)
+    monkeypatch.setattr(time, "perf_counter", lambda: clock.now)
+    monkeypatch.setattr(devices, "_timer", devices._Timer())
+    return clock
+
+
 def test_a_microbatch_sleeps_its_share_of_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    slept: list[float] = []
-    monkeypatch.setattr(time, "sleep", slept.append)
-    layer = schedule.SleepingLayer(PAPER)
-    for samples in (PAPER.batch_size, PAPER.batch_size // 8):
-        layer(torch.randn(samples, schedule.WIDTH)).sum().backward()
-    assert slept == pytest.approx([0.02, 0.04, 0.02 / 8, 0.04 / 8])
+    clock = stopped(monkeypatch)
+    layer = devices.SleepingLayer(PAPER, share=0.5)
+    inputs, _ = sleeping_batch()
+    for samples in (SAMPLES, SAMPLES // 8):
+        layer(inputs[:samples])[:, 2:].sum().backward()
+    whole = [0.01, 0.01, 0.01]
+    assert clock.slept == pytest.approx([*whole, *(seconds / 8 for seconds in whole)])
+
+
+def test_sleeping_too_long_is_made_up_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = stopped(monkeypatch, late=0.0001)
+    timer = devices._Timer()
+    for _ in range(100):
+        timer.sleep(0.01)
+    assert clock.now - 1000 == pytest.approx(100 * 0.01, abs=0.0002)
+
+
+def test_a_message_is_awaited_unless_it_comes_from_the_same_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = stopped(monkeypatch)
+    layer = devices.SleepingLayer(PAPER._replace(message_ms=8), share=1.0)
+    inputs, _ = sleeping_batch()
+    for sender, waited in ((os.getpid(), []), (os.getpid() + 1, [0.005])):
+        clock.slept.clear()
+        inputs[:, 0], inputs[:, 1] = clock.now - 0.003, sender
+        sent = layer(inputs)
+        assert clock.slept == pytest.approx([*waited, 0.02])
+        assert sent[0, :2].tolist() == [clock.now, os.getpid()]
+    clock.slept.clear()
+    gradient = torch.zeros_like(sent)
+    gradient[:, 0], gradient[:, 1] = clock.now, os.getpid() + 1
+    sent.backward(gradient)
+    assert clock.slept == pytest.approx([0.008, 0.02, 0.02]), "the gradient's message, then both halves of the backward"
+
+
+def test_memory_without_a_stamp_is_not_awaited(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = stopped(monkeypatch)
+    inputs, _ = sleeping_batch()
+    for garbage in (1e300, float("nan"), float("inf"), -1e300):
+        inputs[:, :2] = garbage
+        clock.slept.clear()
+        devices.SleepingLayer(PAPER._replace(message_ms=8), share=1.0)(inputs)
+        assert clock.slept == pytest.approx([0.02])
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--stages", "2", "1"], "--stages 1: there is no schedule on one stage; give 2 or more"),
+        (["--stages", "64"], "--stages 64: torch's Schedule1F1B needs as many micro-batches as stages"),
         (["--rounds", "0"], "--rounds 0: nothing would be measured; give 1 or more"),
+        (["--processes", "1"], "--processes 1: there is no pipeline in one process; give 2 or more"),
         (["--forward-ms", "0"], "--forward-ms 0 --backward-ms 40: both must be above 0"),
         (["--backward-ms", "-1"], "--forward-ms 20 --backward-ms -1: both must be above 0"),
-        (["--microbatches", "0", "8"], "--microbatches 0: a batch has 1 micro-batch or more"),
-        (["--microbatches", "1", "4"], "--microbatches 4: torch's Schedule1F1B needs at least as many micro-batches"),
-        (["--batches", "10"], "--batches 10: the first 2K = 8 and the last are not timed"),
+        (["--message-ms", "-2"], "--message-ms -2: a message cannot arrive before it is sent; give 0 or more"),
+        (["--only", "everything"], "invalid choice: 'everything'"),
     ],
 )
 def test_a_value_that_cannot_be_measured_is_refused(
     options: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
-        schedule.parse(["--stages", "4", "8", *options])
+        parse(options)
     assert message in " ".join(capsys.readouterr().err.split())
 
 
-def test_a_failing_worker_ends_the_others_and_its_output_is_shown() -> None:
-    program = f"import os\nif os.environ['RANK'] == '1': raise ArithmeticError('boom')\n{WAIT_FOR_EVER}"
-    with pytest.raises(RuntimeError, match=r"(?s)Worker 1 of 3 ended with exit code 1; .*ArithmeticError: boom"):
-        schedule.run_workers([sys.executable, "-c", program], world_size=3, limit_s=250)
-
-
-def test_hanging_workers_are_stopped_at_the_limit() -> None:
-    with pytest.raises(RuntimeError, match=r"Worker [01] of 2 did not end within 1 s"):
-        schedule.run_workers([sys.executable, "-c", WAIT_FOR_EVER], world_size=2, limit_s=1)
+def test_cuda_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        parse(["--accelerator", "cuda"])
+    assert "--accelerator cuda: torch finds no GPU here" in capsys.readouterr().err
