@@ -348,11 +348,13 @@ def ddg_bare(job: Job, laps: Laps) -> nn.Module:
             with suppress(StepDone):
                 loss = job.work.loss(line.train((inputs,), {}), targets)
             line.backward(loss.backward if loss is not None else _no_loss)
+            line.before_step()
             optimizer.step()
             line.stepped()
         while line.waiting:
             optimizer.zero_grad()
             line.drain()
+            line.before_step()
             optimizer.step()
             line.stepped()
     except BaseException as error:
