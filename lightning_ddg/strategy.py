@@ -188,7 +188,7 @@ class DDGStrategy(ParallelStrategy):
         self._stepped = False
         self._outside_shared = True
         self._foreign_grads_checked = False
-        self._clip_again: Callable[[], object] = lambda: None
+        self._clip_again: Callable[[], object] | None = None
 
     @classmethod
     def register_strategies(cls, strategy_registry: Any) -> None:
@@ -806,7 +806,8 @@ class DDGStrategy(ParallelStrategy):
                     (optimizer,) = self.optimizers
                     optimizer.zero_grad()
                     execution.drain()
-                    self._clip_again()
+                    if self._clip_again is not None:
+                        self._clip_again()
                     optimizer.step()
 
     def _drain_automatically(self, module: LightningModule, execution: Pipeline | DelayLine, batch_idx: int) -> None:

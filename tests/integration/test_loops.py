@@ -295,8 +295,11 @@ def test_a_signal_ends_all_ranks_after_the_same_batch_and_with_a_checkpoint(
     error = "SIGTERMException" if number == signal.SIGTERM else "SystemExit: 1"
     assert all(result.error.startswith(error) for result in results), [result.error for result in results]
     assert len({result.batches for result in results}) == 1
-    if where == "training" and 0 in ranks:
+    if where == "training" and ranks == (0,):
         assert results[0].batches == 2 + 3, "as many batches later as there are stages"
+    if where == "training" and ranks == (0, 1, 2):
+        # The stages before rank 0's are ahead, and rank 0 may hear of theirs before its own comes.
+        assert results[0].batches <= 2 + 3
     if where == "epoch end":
         assert results[0].batches == 5
     saved = torch.load(tmp_path / "on_exception.ckpt", weights_only=True)
