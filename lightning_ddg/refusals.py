@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from lightning_ddg.partition import Network
+from lightning_ddg.partition.replay import ReplayedChain
 
 _CHOICES = {
     "balance": ("time", "parameters", "flops"),
@@ -52,6 +53,22 @@ def check_stages(num_stages: Any, split_points: Any) -> None:
         raise ValueError(
             f"split_points={split_points!r} begin {len(split_points)} stages after the first, but"
             f" num_stages={num_stages} needs {num_stages - 1}. Name the submodules that begin stages 2 to {num_stages}."
+        )
+
+
+def check_compile(compile: Any, num_stages: Any) -> None:
+    """Refuses options that ``torch.compile`` cannot take, and stages that are none.
+
+    Raises:
+        TypeError: If it is neither a bool nor a dictionary.
+        ValueError: If there is one stage only.
+    """
+    if not isinstance(compile, bool | dict):
+        raise TypeError(f"compile={compile!r} is neither a bool nor a dictionary of torch.compile's options. Use True.")
+    if compile is not False and num_stages == 1:
+        raise ValueError(
+            "compile needs stages to compile, but num_stages=1 cuts nothing. Compile the network in your module:"
+            " `self.net.compile()`."
         )
 
 
@@ -238,6 +255,20 @@ def check_ties_outside(root: nn.Module, segments: Sequence[nn.Module]) -> None:
                     f" stage {len(segments)}. Untie it, or make its module part of the network (`configure_stages`) and"
                     " keep both in one stage (`split_points`)."
                 )
+
+
+def check_compilable(network: Network) -> None:
+    """Refuses to compile a network that runs its own code in every stage.
+
+    Raises:
+        ValueError: Naming it.
+    """
+    if isinstance(network.chain, ReplayedChain):
+        raise ValueError(
+            f"The network ({describe(network.target_name)}) cannot be traced and runs its own code in every stage,"
+            " which torch.compile cannot follow. Leave `compile` out and compile its layers in your module"
+            " (`layer.compile()`), or return its layers from `configure_stages()`."
+        )
 
 
 def describe(target_name: str) -> str:

@@ -39,6 +39,7 @@ from lightning_ddg.checkpoint import (
     parameter_groups,
     stage_optimizer_state,
 )
+from lightning_ddg.compiling import compile_stage
 from lightning_ddg.cutting import Cut, Measured, copies_kept, decide_cut, first_call, measured_costs
 from lightning_ddg.data import RemoteLoader, SourceLoader
 from lightning_ddg.decisions import Decisions
@@ -56,6 +57,8 @@ from lightning_ddg.planning import NUM_STAGES, Plan, plan_module
 from lightning_ddg.refusals import (
     check_call,
     check_choice,
+    check_compilable,
+    check_compile,
     check_foreign_grads,
     check_interactive,
     check_layer_sync,
@@ -100,6 +103,7 @@ class DDGStrategy(ParallelStrategy):
         balance: What the automatic cut evens out: measured ``"time"``, ``"parameters"`` or ``"flops"``.
         max_memory: What the automatic cut by time allows a stage to need on its device: bytes, or a text such as
             ``"12GB"`` or ``"800MiB"``. For several processes, without ``split_points``.
+        compile: Whether each stage is compiled by ``torch.compile``; a dictionary gives its options.
         drain: When the gradients still in flight are applied without a new forward: at the end of each ``"epoch"``, of
             the ``"fit"``, or ``"never"``, which is the paper's bare algorithm.
         process_group_backend: Backend of ``torch.distributed``; by default NCCL on CUDA devices, gloo otherwise. With
@@ -126,6 +130,7 @@ class DDGStrategy(ParallelStrategy):
         split_points: list[str] | None = None,
         balance: Literal["time", "parameters", "flops"] = "time",
         max_memory: int | str | None = None,
+        compile: bool | dict[str, Any] = False,
         drain: Literal["epoch", "fit", "never"] = "epoch",
         process_group_backend: str | None = None,
         timeout: timedelta = timedelta(minutes=30),
@@ -148,12 +153,14 @@ class DDGStrategy(ParallelStrategy):
         check_choice("start_method", start_method)
         check_stages(num_stages, split_points)
         check_timeout(timeout)
+        check_compile(compile, num_stages)
         self.num_nodes = 1
         self._num_stages = num_stages
         self._split_points = split_points
         self._balance = balance
         self._max_memory = None if max_memory is None else parse_bytes(max_memory)
         check_memory_limit(self._max_memory, split_points, balance)
+        self._compile = {} if compile is True else compile
         self._drain = drain
         self._process_group_backend = process_group_backend
         self._timeout = timeout
@@ -517,6 +524,11 @@ class DDGStrategy(ParallelStrategy):
         assert self.lightning_module is not None
         module = self.lightning_module
         self._segments = cut.segments()
+        if self._compile is not False:
+            check_compilable(network)
+            for stage, segment in enumerate(self._segments, start=1):
+                if self.stage in (None, stage):
+                    compile_stage(segment, stage, self._compile)
         self._execution = self._all_stages(module) if self._one_process else self._own_stage(module, cut)
         self._seam = Seam(network.target, self._foreign)
         self._undo.callback(self._seam.remove)

@@ -80,3 +80,9 @@ def test_both_executions_train_the_same_weights(num_stages: int) -> None:
         for (state, loss), (wanted, wanted_loss) in zip(ranks, alone, strict=True):
             assert largest_difference(state, wanted) <= 1e-12
             assert loss == pytest.approx(wanted_loss, rel=1e-12)
+
+
+def test_it_cannot_be_compiled() -> None:
+    trainer = quiet_trainer(devices=1, strategy=DDGStrategy(2, compile=True))
+    with pytest.raises(ValueError, match=r"`self.model`\) cannot be traced.*Leave `compile` out.*layer.compile\(\)"):
+        trainer.fit(FineTuned("gpt2"), batches("gpt2"))

@@ -41,6 +41,8 @@ ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ),
     ({"timeout": timedelta(0)}, ValueError, "timeout=datetime.timedelta.0. is not a limit. Use a positive"),
     ({"timeout": 30}, ValueError, "timeout=30 is not a limit"),
+    ({"compile": "inductor"}, TypeError, "compile='inductor' is neither a bool nor a dictionary.*Use True"),
+    ({"compile": True, "num_stages": 1}, ValueError, r"num_stages=1 cuts nothing.*self.net.compile\(\)"),
     (
         {"precision_plugin": MixedPrecision("16-mixed", "cpu")},
         ValueError,
