@@ -6,6 +6,7 @@ work with the same optimizer, and notes the end of each batch, its optimizer's s
 
 from __future__ import annotations
 
+import gc
 import inspect
 import os
 import statistics
@@ -191,7 +192,11 @@ def _on_device(job: Job) -> tuple[Any, Batch]:
 def own_stage(job: Job, number: int) -> tuple[nn.Module, Batch]:
     """The module of one stage, 1 for the first, and the batch; the other stages are not kept if they need not be."""
     training, batch = _on_device(job)
-    return segments(find_network(training), job.cuts[dist.get_world_size()])[number - 1].to(job.device), batch
+    module = segments(find_network(training), job.cuts[dist.get_world_size()])[number - 1].to(job.device)
+    del training
+    # LightningModules are parts of cycles.
+    gc.collect()
+    return module, batch
 
 
 # ---- one process, and copies of it

@@ -250,7 +250,7 @@ def run_cost(quick: bool, say: Callable[[str], None]) -> dict[str, Any]:
     Returns:
         The tables ``"tensors"``, ``"messages"``, ``"memory"`` and ``"flat"``, and ``"errors"``.
     """
-    rounds = 1 if quick else 5
+    rounds = 1 if quick else 3
     found: dict[str, Any] = {"tensors": [], "messages": [], "memory": [], "flat": [], "errors": []}
     narrow = partial(random_values, _SAMPLES, 8)
     with Crew(2) as crew:

@@ -64,6 +64,7 @@ def _work(work: Mapping[str, Any], folder: Path) -> Path:
     colours = [_colour(record) for record in records]
     bars = axes.barh([_label(record) for record in records], milliseconds, xerr=[below, above], color=colours)
     axes.bar_label(bars, fmt="%.0f", padding=4)
+    axes.margins(x=0.12)
     axes.set_xlabel("milliseconds a batch")
     axes.set_title(f"{work['name']}, {work['processes']} processes")
     return _save(figure, folder / f"work-{_slug(work['name'])}.png")
@@ -88,7 +89,7 @@ def _devices(devices: Sequence[Mapping[str, Any]], folder: Path) -> Path:
     axes.set_xticks(range(len(devices)), [f"K = {one['stages']}" for one in devices])
     axes.axhline(100, color="black", linewidth=0.8)
     axes.set_ylabel("efficiency: ideal / measured period, %")
-    axes.legend(fontsize=8, ncols=2)
+    figure.legend(fontsize=8, ncols=3, loc="outside lower center")
     times = devices[0]["times"]
     axes.set_title("Emulated devices: forward {forward_ms:g} ms, backward {backward_ms:g} ms".format(**times))
     return _save(figure, folder / "devices.png")
@@ -103,6 +104,7 @@ def _added(rows: Sequence[Mapping[str, float]], key: str, label: str, path: Path
     axes.plot(sizes, [1e6 * row["own_s"] for row in rows], color="0.6", linestyle="--", label="the stage's own compute")
     axes.set_xscale("log", base=2)
     axes.set_yscale("symlog", linthresh=100)
+    axes.set_ylim(bottom=0)
     axes.set_xlabel(label)
     axes.set_ylabel("microseconds an iteration")
     axes.legend()

@@ -215,8 +215,8 @@ WORKS = {
     "resnet110": Work("ResNet-110", partial(CifarResNet, 110), partial(random_values, 128, 3, 32, 32), cross_entropy),
     "gpt": Work(
         "GPT, 10 M parameters",
-        partial(GPT, n_layers=8, width=320, heads=5, context=128, dropout=0.0),
-        partial(random_text, 16, 128),
+        partial(GPT, n_layers=8, width=320, heads=5, context=64, dropout=0.0),
+        partial(random_text, 16, 64),
         token_loss,
     ),
     "lstm": Work("8 LSTM layers", partial(lstm_stack, 8, 128), partial(random_steps, 8, 256, 128), token_loss),
