@@ -251,7 +251,7 @@ def test_a_stage_keeps_per_batch_what_the_profile_says(start: int) -> None:
     stages = [Stage(chain.segment(0, start), 1), Stage(chain.segment(start, 6), 1)]
     kept = []
     for number, stage in enumerate(stages):
-        weights = {weight.untyped_storage().data_ptr() for weight in stage._stashed().values()}
+        weights = {weight.untyped_storage().data_ptr() for weight in stage.module.parameters()}
         alive: dict[int, Tensor] = {}
 
         def save(tensor: Tensor, weights: set[int] = weights, alive: dict[int, Tensor] = alive) -> Tensor:
