@@ -161,7 +161,8 @@ def trainer_of(start_method: str, stages: int, **flags: Any) -> Any:
     return quiet_trainer(devices=stages, strategy=strategy, **flags)
 
 
-@pytest.mark.parametrize("start_method", ["spawn", pytest.param("forkserver", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("start_method", ["spawn", "forkserver"])
 def test_the_main_process_gets_the_weights_and_trains_on(
     start_method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
