@@ -88,7 +88,8 @@ class Decisions:
             if self._trainer.should_stop and not self._stopping:
                 wanted.append(_STOP)
             names = sorted(set(wanted) - self._asked)
-            if names:
+            # Where no gradients carry notices, what is asked for waits for the end of the epoch, where all ranks meet.
+            if names and not _lightning.skips_backward(self._trainer):
                 notice = (self._run, batch + self._num_stages, names)
                 self._execution.notices.append(notice)
                 self._execution.announce(notice)

@@ -8,6 +8,7 @@ training, and when Ctrl-C comes a second time, a signal acts at once, as Lightni
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterable
@@ -36,6 +37,7 @@ class Signals:
         self._obeyed: set[str] = set()
         self._trainer = trainer
         self._listening = False
+        self._process = os.getpid()
         self._undo = ExitStack()
         self._undo.callback(_lightning.on_sigterm(trainer, self._terminate))
 
@@ -99,4 +101,5 @@ class Signals:
 
     @property
     def _waits(self) -> bool:
-        return self._listening and self._trainer.training
+        # Data loaders' workers inherit the handlers.
+        return self._listening and self._trainer.training and os.getpid() == self._process

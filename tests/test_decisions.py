@@ -26,7 +26,8 @@ class Line:
 
 
 def decisions(num_stages: int = 3, leads: bool = True, **trainer: Any) -> tuple[Decisions, Any, Line]:
-    fake: Any = SimpleNamespace(**{"should_stop": False, "checkpoint_callbacks": [], **trainer})
+    loop = SimpleNamespace(_skip_backward=False)
+    fake: Any = SimpleNamespace(**{"should_stop": False, "checkpoint_callbacks": [], "fit_loop": loop, **trainer})
     line: Any = Line()
     made = Decisions(fake, line, num_stages, leads)
     made.begin()
@@ -58,6 +59,16 @@ def test_another_rank_stops_when_told_and_not_when_it_wants_to() -> None:
         made.end_batch(batch)
     assert trainer.should_stop
     assert line.announced == []
+
+
+def test_without_gradients_to_carry_notices_a_stop_waits_for_the_end_of_the_epoch() -> None:
+    """As in stochastic weight averaging's last epoch."""
+    made, trainer, line = decisions(fit_loop=SimpleNamespace(_skip_backward=True))
+    trainer.should_stop = True
+    made.due(0)
+    made.end_batch(0)
+    assert line.announced == line.notices == []
+    assert made.wanted == {"stop"}
 
 
 def test_a_notice_of_an_earlier_run_is_void() -> None:
