@@ -64,12 +64,14 @@ class _Weights(NamedTuple):
         tensors: What stands there while the forward runs.
         parameters: The parameters, each once.
         memory: What they held, for other weights to be written to when these are no longer needed.
+        versions: How often each had been changed by then.
     """
 
     slots: list[Slot]
     tensors: list[Tensor]
     parameters: list[nn.Parameter]
     memory: list[Tensor]
+    versions: list[int]
 
 
 class _InFlight(NamedTuple):
@@ -98,7 +100,6 @@ class Stage:
         self._in_flight: deque[_InFlight] = deque()
         self._slots = _slots_of(module) if delay else []
         self._weights: _Weights | None = None
-        self._versions: list[int] = []
         self._spare: list[_Weights] = []
 
     def __len__(self) -> int:
@@ -160,7 +161,7 @@ class Stage:
         weights, self._weights = self._weights, None
         if weights is None or not weights.parameters:
             return
-        self._check_unchanged(weights)
+        _check_unchanged(weights)
         fresh = self._memory_for(weights)
         torch._foreach_copy_(fresh, weights.memory)
         for parameter, data in zip(weights.parameters, fresh, strict=True):
@@ -187,25 +188,21 @@ class Stage:
 
     def _current(self) -> _Weights:
         if self._weights is not None:
-            self._check_unchanged(self._weights)
+            _check_unchanged(self._weights)
             return self._weights
         held = [(slot, slot[0][slot[1]]) for slot in self._slots]
         trained = [(slot, parameter) for slot, parameter in held if parameter is not None and parameter.requires_grad]
         unique = {id(parameter): parameter for _, parameter in trained}
         given = cast(tuple[Tensor, ...], _Alias.apply(*unique.values()) if unique else ())
         aliases = dict(zip(unique, given, strict=True))
-        self._versions = [parameter._version for parameter in unique.values()]
         self._weights = _Weights(
             [slot for slot, _ in trained],
             [aliases[id(parameter)] for _, parameter in trained],
             list(unique.values()),
             [parameter.data for parameter in unique.values()],
+            [parameter._version for parameter in unique.values()],
         )
         return self._weights
-
-    def _check_unchanged(self, weights: _Weights) -> None:
-        if self._versions != [parameter._version for parameter in weights.parameters]:
-            raise RuntimeError(_CHANGED)
 
     def _memory_for(self, weights: _Weights) -> list[Tensor]:
         while self._spare:
@@ -219,6 +216,11 @@ class Stage:
         used = (self._weights, *(batch.weights for batch in self._in_flight))
         if weights is not None and all(other is not weights for other in used):
             self._spare.append(weights)
+
+
+def _check_unchanged(weights: _Weights) -> None:
+    if weights.versions != [parameter._version for parameter in weights.parameters]:
+        raise RuntimeError(_CHANGED)
 
 
 def _slots_of(module: nn.Module) -> list[Slot]:

@@ -606,7 +606,7 @@ class DDGStrategy(ParallelStrategy):
         self._undo.callback(_lightning.filter_on_optimizer_by_identity())
         for optimizer in self.optimizers:
             # A user may step with the optimizer itself, of which Lightning knows nothing.
-            self._undo.callback(optimizer.register_step_pre_hook(lambda *_: self.before_step()).remove)
+            self._undo.callback(optimizer.register_step_pre_hook(self._before_bare_step).remove)
             self._undo.callback(optimizer.register_step_post_hook(lambda *_: self._after_step()).remove)
         self._undo.callback(_lightning.on_exception_in_fit(trainer, self.on_exception))
         if not module.automatic_optimization:
@@ -787,6 +787,12 @@ class DDGStrategy(ParallelStrategy):
         """Lets the optimizer change the weights, while what is in flight keeps those of its forward."""
         if self._execution is not None:
             self._execution.before_step()
+
+    def _before_bare_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # Lightning steps with a closure, whose forward is still to come; `EpochEnd` hears of the step after it.
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None:
+            self.before_step()
 
     def _after_step(self) -> None:
         self._stepped = True
