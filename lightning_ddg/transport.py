@@ -37,7 +37,7 @@ from lightning_ddg.messages import (
 
 # Kind, number of the description, length of the description if it follows, whether the content is in the header.
 _HEADER = struct.Struct("<4q")
-_HEADER_BYTES = 1024
+_HEADER_BYTES = 4096
 _INLINE_BYTES = _HEADER_BYTES - _HEADER.size
 _MAX_CACHED_BYTES = 1 << 14
 _MAX_CACHED = 256
