@@ -196,7 +196,8 @@ class _Track:
         self.reset()
 
     def reset(self) -> None:
-        self.tally = Tally()
+        # Not a tally yet: this is added to in every batch.
+        self._due = self._delay = self._age = 0
         self.staleness: Tensor | float | None = None
         self.cosine: Tensor | float | None = None
 
@@ -209,7 +210,13 @@ class _Track:
         if due:
             oldest, updates = self._in_flight.popleft()
             self._pending = True
-            self.tally += Tally(due=1, delay=batch - oldest, updates=self._updates - updates)
+            self._due += 1
+            self._delay += batch - oldest
+            self._age += self._updates - updates
+
+    @property
+    def tally(self) -> Tally:
+        return Tally(due=self._due, delay=self._delay, updates=self._age)
 
     def stepped(self) -> None:
         self._updates += self._pending

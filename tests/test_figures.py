@@ -9,6 +9,7 @@ import csv
 import math
 import time
 import warnings
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from lightning_ddg import DDGMixin, DDGMonitor, DDGStrategy
-from lightning_ddg.figures import Tally, cosine, relative_change, replaced
+from lightning_ddg.delayline import DelayLine
+from lightning_ddg.figures import Gauge, Tally, cosine, relative_change, replaced
 from tests.harness import run_ranks, run_ranks_raw
 from tests.networks import Classifier, ManualClassifier, loader, quiet_trainer, seeded_network
 
@@ -78,6 +80,55 @@ def test_what_is_replaced_is_put_back_as_it_was() -> None:
     outer()
     assert owner.go() == "own"
     assert "go" not in vars(owner)
+
+
+class FakeEvent:
+    """A CUDA event on a device whose work of the n-th mark is done at n seconds."""
+
+    recorded = 0
+    done = 0
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self, stream: str) -> None:
+        FakeEvent.recorded += 1
+        self.at = FakeEvent.recorded
+        assert stream == "the stream of cuda:1"
+
+    def elapsed_time(self, other: FakeEvent) -> float:
+        assert max(self.at, other.at) <= FakeEvent.done, "an error on a device: the work is not done"
+        return 1e3 * (other.at - self.at)
+
+    def query(self) -> bool:
+        return self.at <= FakeEvent.done
+
+    def synchronize(self) -> None:
+        FakeEvent.done = max(FakeEvent.done, self.at)
+
+
+def test_on_a_device_readings_come_when_its_work_is_done_and_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"the stream of {device}")
+    monkeypatch.setattr(FakeEvent, "recorded", 0)
+    monkeypatch.setattr(FakeEvent, "done", 0)
+    line = DelayLine([nn.Linear(1, 1), nn.Linear(1, 1)], [], lambda stage: nullcontext())
+    gauge = Gauge(line, None, [], torch.device("cuda:1"), 2, False)
+    readings = []
+    for batch in range(5):
+        gauge.begin(batch, True)
+        line.backward(lambda: None)
+        readings.append(gauge.end(step=10 * batch))
+    assert readings == [[], [], [], [], []], "the device has not done anything yet"
+    # Marks: 1 at the beginning, 2 and 3 at the end of batches, 4 at the end of the first reading.
+    FakeEvent.done = 4
+    gauge.begin(5, True)
+    (first, last) = gauge.end(50)
+    assert [(reading.stage, reading.batch, reading.step) for reading in (first, last)] == [(1, 1, 10), (2, 1, 10)]
+    assert (first.tally.batches, first.tally.seconds, first.tally.due, last.tally.due) == (2, 2.0, 1, 2)
+    assert [(reading.batch, reading.step) for reading in gauge.finish()] == [
+        (3, 30), (3, 30), (5, 50), (5, 50), (5, None), (5, None),
+    ]  # fmt: skip
 
 
 # ---- real fits
