@@ -20,6 +20,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 
+from lightning_ddg.lockstep import Lockstep
 from lightning_ddg.pipeline import Pipeline
 from lightning_ddg.planning import work_of
 from lightning_ddg.predict import Event, Work, predict, simulate
@@ -273,13 +274,15 @@ class _Recorder:
         self._delay = delay
         self._device = device
 
-    def attach(self, execution: Pipeline | DelayLine, transport: Transport | None) -> Callable[[], None]:
+    def attach(self, execution: Pipeline | DelayLine | Lockstep, transport: Transport | None) -> Callable[[], None]:
         """Stands between an execution and its callers; returns the function that steps aside again."""
         run_backward = execution.backward
 
         def backward(run: Callable[[], object]) -> None:
             run_backward(self._timed(run, "B"))
 
+        if isinstance(execution, Lockstep):
+            backward = self._timed(run_backward, "B")
         undo = [_replace(execution, "backward", backward)]
         if isinstance(execution, Pipeline):
             stage = execution.stage
