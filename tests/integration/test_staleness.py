@@ -167,10 +167,8 @@ def fit_recomputed(num_stages: int, recompute: bool) -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize("num_stages", [2, 4])
-def test_recomputing_changes_nothing(num_stages: int) -> None:
-    kept = run_ranks(fit_recomputed, num_stages, num_stages, False)
-    recomputed = run_ranks(fit_recomputed, num_stages, num_stages, True)
+def test_recomputing_changes_nothing() -> None:
+    kept, recomputed = run_ranks(fit_recomputed, 3, 3, False), run_ranks(fit_recomputed, 3, 3, True)
     for before, after in zip(kept, recomputed, strict=True):
         for case, a, b in zip(RECOMPUTED, before, after, strict=True):
             assert largest_difference(a, b) == 0.0, case
@@ -249,7 +247,7 @@ def test_options_from_a_yaml_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (made,) = SEEN
     assert made._staleness == Staleness(stash=False, shrink=0.5, slow_start=7)
     assert made._recompute
-    with pytest.raises(SystemExit):
+    with pytest.raises(ValueError, match="shrink=2.0 is not a factor that shrinks"):
         main(["fit", "--config", "config.yaml", "--trainer.strategy.init_args.staleness.shrink=2"])
 
 
