@@ -23,7 +23,7 @@ class Staleness:
             it is, but with today's weights, as the DDG authors' released code does; with the strategy's
             ``recompute=True`` the forward is run again with today's weights (Features Replay, arXiv 1807.04511).
         shrink: Factor ``0 < beta <= 1`` of a gradient at each boundary it crosses, so that stage ``k`` gets its own
-            times ``beta ** (K - k)`` (gradient shrinking, arXiv 1906.09108, section 4).
+            times ``beta ** (K - k)`` (gradient shrinking, arXiv 1906.09108).
         slow_start: Number ``T`` of optimizer steps in which late stages learn more slowly: in step ``t`` the update of
             stage ``k`` is multiplied by ``d(k) ** -(1 - t / T)`` (PipeMare's T1, arXiv 1910.05124).
         predict: Whether a forward runs on the weights that are expected at its backward (linear weight prediction in

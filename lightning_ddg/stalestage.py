@@ -94,6 +94,10 @@ class StaleStage(Stage):
             super().stepped(drained)
         self._updates.after(drained)
 
+    def oldest_weights(self) -> list[tuple[nn.Parameter, Tensor]]:
+        # Those of the rules are not what the parameters were then.
+        return super().oldest_weights() if self._rule.stash and not self._rule.predict else []
+
     def skip(self) -> None:
         super().skip()
         if self._recompute:

@@ -257,6 +257,11 @@ class DDGStrategy(ParallelStrategy):
         return None if stage is None else delay(stage, self.num_stages)
 
     @property
+    def staleness(self) -> Staleness:
+        """What stages do with stale gradients."""
+        return self._staleness
+
+    @property
     def stage_parameter_names(self) -> list[list[str]]:
         """The LightningModule's parameter names of each of the ``K`` stages, the same on every rank.
 

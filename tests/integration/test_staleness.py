@@ -13,7 +13,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
-from lightning_ddg import DDGStrategy, Staleness
+from lightning_ddg import DDGMonitor, DDGStrategy, Staleness
 from lightning_ddg.cli import main
 from tests import staleness_reference as reference
 from tests.harness import run_ranks
@@ -245,7 +245,7 @@ def test_options_from_a_yaml_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(DDGStrategy, "on_train_start", lambda self: SEEN.append(self))
     main(["fit", "--config", "config.yaml", "--trainer.strategy.init_args.staleness.slow_start=7"])
     (made,) = SEEN
-    assert made._staleness == Staleness(stash=False, shrink=0.5, slow_start=7)
+    assert made.staleness == Staleness(stash=False, shrink=0.5, slow_start=7)
     assert made._recompute
     with pytest.raises(ValueError, match="shrink=2.0 is not a factor that shrinks"):
         main(["fit", "--config", "config.yaml", "--trainer.strategy.init_args.staleness.shrink=2"])
@@ -253,4 +253,17 @@ def test_options_from_a_yaml_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_a_strategy_with_options_pickles() -> None:
     again = pickle.loads(pickle.dumps(strategy(3, recompute=True, shrink=0.5)))
-    assert again._staleness == Staleness(shrink=0.5)
+    assert again.staleness == Staleness(shrink=0.5)
+
+
+def test_a_monitor_of_todays_weights(tmp_path: Path) -> None:
+    monitor = DDGMonitor(every_n_steps=1)
+    chosen, module = strategy(3, stash=False), Classifier("tanh_mlp")
+    trainer = quiet_trainer(devices=1, strategy=chosen, callbacks=[monitor], max_epochs=1, default_root_dir=tmp_path)
+    trainer.fit(module, loader("tanh_mlp", COUNT))
+    (totals,) = [monitor._totals]
+    assert {stage: tally.delay / tally.due for stage, tally in totals.items()} == {1: 2.0, 2: 1.0, 3: 0.0}
+    assert [tally.norms for tally in totals.values()].count(0.0) == 2, "weights that are not kept cannot be compared"
+    refused = quiet_trainer(devices=1, strategy=strategy(3, stash=False), callbacks=[DDGMonitor(cosine=True)])
+    with pytest.raises(ValueError, match=r"cosine=True.*none with Staleness\(stash=False\). Leave out one"):
+        refused.fit(module, loader("tanh_mlp"))
