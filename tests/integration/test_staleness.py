@@ -183,6 +183,7 @@ def fit_compiled(recompute: bool) -> dict[str, torch.Tensor]:
     return state_of(module)
 
 
+@pytest.mark.slow
 def test_compiled_stages_can_be_recomputed() -> None:
     kept, recomputed = run_ranks(fit_compiled, 2, False), run_ranks(fit_compiled, 2, True)
     for a, b in zip(kept, recomputed, strict=True):
