@@ -10,6 +10,17 @@ from typing import Any
 from recipes.benchmarks.rounds import Record, measured, period_s
 
 OURS, THEIRS = "#c44e52", "#8c9db5"
+#: On emulated devices, where colours tell contenders apart: one device alone, torch's schedules, this package.
+FAMILIES = {
+    "backprop": "0.35",
+    "trainer": "0.6",
+    "gpipe": "#cfe0ee",
+    "1f1b": "#9dc1de",
+    "interleaved": "#5c96c6",
+    "zero bubble": "#2a5f92",
+    "ddg": OURS,
+    "ddg-bare": "#e3a5a7",
+}
 
 
 def draw(report: Mapping[str, Any], folder: Path) -> list[Path]:
@@ -77,15 +88,13 @@ def _devices(devices: Sequence[Mapping[str, Any]], folder: Path) -> Path:
     figure, axes = _figure(4.2)
     width = 0.85 / len(names)
     for number, name in enumerate(names):
-        places, heights, label = [], [], name
+        places, heights, label = [], [], f"torch, {name}"
         for place, (one, group) in enumerate(zip(devices, groups, strict=True)):
             if name in group:
                 places.append(place + (number - (len(names) - 1) / 2) * width)
                 heights.append(100 * one["references_ms"]["ideal"] / (1000 * period_s(group[name])))
-                label = name if group[name]["family"] else group[name]["label"]
-        ours = name.startswith("ddg")
-        shade = OURS if ours else str(0.35 + 0.5 * number / len(names))
-        axes.bar(places, heights, width, label=label, color=shade, alpha=0.6 if name == "ddg-bare" else 1.0)
+                label = f"torch, {name}" if group[name]["family"] else group[name]["label"]
+        axes.bar(places, heights, width, label=label, color=FAMILIES.get(name, THEIRS))
     axes.set_xticks(range(len(devices)), [f"K = {one['stages']}" for one in devices])
     axes.axhline(100, color="black", linewidth=0.8)
     axes.set_ylabel("efficiency: ideal / measured period, %")
