@@ -316,6 +316,11 @@ def batch_number(trainer: Trainer) -> int:
     return trainer.fit_loop.epoch_loop.total_batch_idx
 
 
+def logger_step(trainer: Trainer) -> int:
+    """The step with which Lightning logs the current training batch."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
 def skips_backward(trainer: Trainer) -> bool:
     """Whether this batch has no backward: stochastic weight averaging ends with an epoch of forwards."""
     return trainer.fit_loop._skip_backward

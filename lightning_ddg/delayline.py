@@ -76,6 +76,11 @@ class DelayLine:
         return waiting
 
     @property
+    def lines(self) -> Sequence[_Line]:
+        """The stages' parameters, delays and gradients on their way, stage 1 first; to be looked at only."""
+        return self._lines
+
+    @property
     def waiting(self) -> bool:
         """Whether any batch's gradient has not been applied yet."""
         return any(line.queue for line in self._lines)

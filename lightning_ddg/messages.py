@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import pickle
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -131,10 +132,16 @@ def pack(value: Any, *, payload: bool = True, snapshot: bool = False) -> Packed:
     else:
         structure, tensors = flatten(value)
     dense = [tensor if is_dense(tensor) else tensor.contiguous() for tensor in tensors]
-    meta = pickle.dumps((structure, [spec_of(tensor) for tensor in dense], payload), pickle.HIGHEST_PROTOCOL)
+    meta = _meta(structure, tuple(spec_of(tensor) for tensor in dense), payload)
     if snapshot and payload:
         dense = [tensor.detach().clone() if tensor.device.type == "cpu" else tensor for tensor in dense]
     return Packed(meta, dense if payload else [])
+
+
+# Training sends the same few descriptions over and over.
+@lru_cache(maxsize=256)
+def _meta(structure: bytes | None, specs: tuple[TensorSpec, ...], payload: bool) -> bytes:
+    return pickle.dumps((structure, list(specs), payload), pickle.HIGHEST_PROTOCOL)
 
 
 class Description(NamedTuple):

@@ -176,6 +176,14 @@ class Stage:
         if self._weights is not None and self._weights.parameters:
             raise RuntimeError(_CHANGED)
 
+    def oldest_weights(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """The trained parameters, each with its value in the forward of the oldest batch in flight.
+
+        Empty where nothing is stashed: in the last stage, or with no batch in flight.
+        """
+        weights = self._in_flight[0].weights if self._in_flight else None
+        return [] if weights is None else list(zip(weights.parameters, weights.memory, strict=True))
+
     def skip(self) -> None:
         """Forgets the newest batch in flight."""
         self._in_flight.pop()

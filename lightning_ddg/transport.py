@@ -37,7 +37,7 @@ from lightning_ddg.messages import (
 
 # Kind, number of the description, length of the description if it follows, whether the content is in the header.
 _HEADER = struct.Struct("<4q")
-_HEADER_BYTES = 1024
+_HEADER_BYTES = 4096
 _INLINE_BYTES = _HEADER_BYTES - _HEADER.size
 _MAX_CACHED_BYTES = 1 << 14
 _MAX_CACHED = 256
@@ -62,6 +62,7 @@ class Kind(IntEnum):
     BYE = 9
     METRICS = 10
     NOTICE = 11
+    FIGURES = 12
 
 
 class PeerError(RuntimeError):
@@ -142,7 +143,8 @@ class Transport:
         key = (peer, meta)
         spec = self._known.get(key, 0)
         new = spec == 0
-        if new and len(meta) <= _MAX_CACHED_BYTES and len(self._known) < _MAX_CACHED:
+        # No two figures are the same: their descriptions would only take the places of others.
+        if new and kind is not Kind.FIGURES and len(meta) <= _MAX_CACHED_BYTES and len(self._known) < _MAX_CACHED:
             spec = self._known[key] = len(self._known) + 1
         header = bytearray(_HEADER_BYTES)
         payload = [as_bytes(tensor) for tensor in packed.payload if tensor.numel()]

@@ -5,6 +5,7 @@ A failure here means that Lightning has changed: mend the one function, and its 
 
 from __future__ import annotations
 
+import csv
 import inspect
 import warnings
 from collections.abc import Iterator
@@ -309,6 +310,30 @@ def test_last_batches_and_their_numbers(data: Any, flags: dict[str, Any], last: 
     fitted(Classifier(step_lr=False), data, **{"max_epochs": 2, "callbacks": [notes], **flags})
     assert notes.last == last
     assert notes.number == list(range(len(last)))
+
+
+class Steps(pl.Callback):
+    """Notes the loggers' step of each batch."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        self.steps.append(_lightning.logger_step(trainer))
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_the_step_is_that_with_which_lightning_logs(every: int, tmp_path: Any) -> None:
+    logger, steps = CSVLogger(tmp_path), Steps()
+    trainer = quiet_trainer(
+        logger=logger, callbacks=[steps], max_epochs=2, log_every_n_steps=1, accumulate_grad_batches=every
+    )
+    trainer.fit(Classifier(), loader("mlp"))
+    with open(f"{logger.log_dir}/metrics.csv", newline="") as file:
+        logged = [int(row["step"]) for row in csv.DictReader(file) if row["train_loss_step"]]
+    assert sorted(set(steps.steps)) == sorted(set(logged))
+    # 5 batches an epoch; the last one of them always steps.
+    assert steps.steps == (list(range(10)) if every == 1 else [0, 0, 1, 1, 2, 3, 3, 4, 4, 5])
 
 
 def test_a_resumed_fit_goes_on_counting(tmp_path: Any) -> None:

@@ -37,7 +37,7 @@ from recipes.benchmarks.works import WORKS
 
 PARTS = ("work", "devices", "cost")
 QUICK = Plan(rounds=1, timed=3, timed_devices=8, repeats=1)
-FULL = Plan(rounds=3, timed=5, timed_devices=20, repeats=3)
+FULL = Plan(rounds=3, timed=5, timed_devices=20, repeats=5)
 QUICK_WORKS, QUICK_STAGES, QUICK_MICROBATCHES = ["lstm", "mlp"], [2, 4], (4,)
 
 

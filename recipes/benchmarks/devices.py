@@ -24,8 +24,8 @@ SAMPLES = 32
 _WIDTH = 8
 # The first columns of a message say when it was sent and by which process, so that every library can be delayed alike.
 _SENT, _SENDER, _STAMPS = 0, 1, 2
-# How much of a sleep that came out too long the next one makes up for: what timers are late by, and no more.
-_MOST_OWED_S = 0.0005
+# The most that is made up for: of a timer's lateness, and of the Python that emulates a piece of work.
+_MOST_LATE_S, _MOST_PYTHON_S = 0.0005, 0.0015
 
 
 class Times(NamedTuple):
@@ -42,25 +42,32 @@ class Times(NamedTuple):
     message_ms: float
 
 
-class _Timer:
-    """Sleeps for the time asked for on average, although every single sleep ends a little late."""
+class _Clock:
+    """Ends each piece of a device's work when it is due, the Python of the emulation included."""
 
     def __init__(self) -> None:
-        self._owed = 0.0
+        self._free = self._late = 0.0
 
-    def sleep(self, seconds: float) -> None:
+    def begin(self) -> None:
+        """Says that the device has been given work; how late its last piece ended is made up for."""
+        self._free, self._late = time.perf_counter() - self._late, 0.0
+
+    def work(self, seconds: float) -> None:
+        """Sleeps until the device has worked that long, since it began or since its last piece of work was due."""
         if not seconds:
             return
-        start = time.perf_counter()
-        time.sleep(max(0.0, seconds - self._owed))
-        late = time.perf_counter() - start - (seconds - self._owed)
-        self._owed = min(max(late, 0.0), _MOST_OWED_S)
+        now = time.perf_counter()
+        due = seconds + (self._free if now - self._free < _MOST_PYTHON_S else now)
+        time.sleep(max(0.0, due - now))
+        self._free, self._late = due, min(time.perf_counter() - due, _MOST_LATE_S)
 
 
-_timer = _Timer()
+_clock = _Clock()
 
 
 def _await(message: Tensor, delay_s: float) -> None:
+    if not delay_s:
+        return
     sent, sender = message[0, _SENT].item(), message[0, _SENDER].item()
     left = sent + delay_s - time.perf_counter()
     # To learn shapes, torch's pipelines pass memory that nobody has written through the layers: no stamp then.
@@ -68,7 +75,9 @@ def _await(message: Tensor, delay_s: float) -> None:
         time.sleep(left)
 
 
-def _stamped(message: Tensor) -> Tensor:
+def _stamped(message: Tensor, delay_s: float) -> Tensor:
+    if not delay_s:
+        return message.view_as(message)
     message = message.clone()
     message[:, _SENT], message[:, _SENDER] = time.perf_counter(), os.getpid()
     return message
@@ -79,12 +88,14 @@ class _Arrive(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, delay_s: float) -> Tensor:
+        ctx.delay_s = delay_s
         _await(value, delay_s)
+        _clock.begin()
         return value.view_as(value)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return _stamped(gradient), None
+        return _stamped(gradient, ctx.delay_s), None
 
 
 class _Leave(torch.autograd.Function):
@@ -93,27 +104,31 @@ class _Leave(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, delay_s: float) -> Tensor:
         ctx.delay_s = delay_s
-        return _stamped(value)
+        return _stamped(value, delay_s)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         _await(gradient, ctx.delay_s)
+        _clock.begin()
         return gradient, None
 
 
 class _Busy(torch.autograd.Function):
-    """The identity, which takes its time forward and backward, in seconds."""
+    """The identity, which takes its time forward and backward, in seconds.
+
+    Its backward runs even where the value wants no gradient, as that of the first layer's input: for the anchor's sake.
+    """
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, forward_s: float, backward_s: float) -> Tensor:
+    def forward(ctx: Any, value: Tensor, anchor: Tensor, forward_s: float, backward_s: float) -> Tensor:
         ctx.backward_s = backward_s
-        _timer.sleep(forward_s)
+        _clock.work(forward_s)
         return value.view_as(value)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        _timer.sleep(ctx.backward_s)
-        return gradient, None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        _clock.work(ctx.backward_s)
+        return gradient, None, None, None
 
 
 class SleepingLayer(nn.Module):
@@ -131,20 +146,18 @@ class SleepingLayer(nn.Module):
     def __init__(self, times: Times, share: float) -> None:
         super().__init__()
         self.linear = nn.Linear(_WIDTH, _WIDTH, dtype=torch.float64)
-        # Adds nothing, but makes the first layer's input want a gradient: its backward would be half as long otherwise.
-        self.shift = nn.Parameter(torch.zeros((), dtype=torch.float64))
         self.forward_s = share * times.forward_ms / 1000 / SAMPLES
         self.half_backward_s = share * times.backward_ms / 2 / 1000 / SAMPLES
         self.delay_s = times.message_ms / 1000
 
     def forward(self, x: Tensor) -> Tensor:
         half_backward_s = len(x) * self.half_backward_s
+        weight, bias = self.linear.weight, self.linear.bias
         # Autograd runs the youngest first: the weights' part, then the input's, and the stamp of what is sent last.
-        arrived = _Busy.apply(_Arrive.apply(x + 0 * self.shift, self.delay_s), 0.0, half_backward_s)
-        weight = _Busy.apply(self.linear.weight, 0.0, half_backward_s)
-        body = nn.functional.linear(arrived[:, _STAMPS:], weight, self.linear.bias)
-        body = _Busy.apply(body, len(x) * self.forward_s, 0.0)
-        sent: Tensor = _Leave.apply(torch.cat([arrived[:, :_STAMPS], body], 1), self.delay_s)
+        arrived = _Busy.apply(_Arrive.apply(x, self.delay_s), bias, 0.0, half_backward_s)
+        body = nn.functional.linear(arrived[:, _STAMPS:], _Busy.apply(weight, weight, 0.0, half_backward_s), bias)
+        done = _Busy.apply(torch.cat([arrived[:, :_STAMPS], body], 1), bias, len(x) * self.forward_s, 0.0)
+        sent: Tensor = _Leave.apply(done, self.delay_s)
         return sent
 
 
@@ -181,12 +194,14 @@ def emulated(stages: int, times: Times, chunks: int) -> Work:
 def theory_ms(name: str, microbatches: int, stages: int, times: Times) -> float | None:
     """What a schedule takes for a batch, in milliseconds, if only devices and messages take time; ``None`` if unknown.
 
-    DDG takes F + B where messages take no time: no stage ever waits. With messages, the package predicts it. GPipe and
-    1F1B flush after every batch, which costs the time of K - 1 of m micro-batches, (F + B)(m + K - 1)/m; two stages a
-    device, interleaved, halve that cost (Narayanan et al., *Efficient Large-Scale Language Model Training on GPU
-    Clusters Using Megatron-LM*, SC 2021, section 2.2).
+    One device alone takes F + B. DDG takes F + B where messages take no time: no stage ever waits. With messages, the
+    package predicts it. GPipe and 1F1B flush after every batch, which costs the time of K - 1 of m micro-batches,
+    (F + B)(m + K - 1)/m; two stages a device, interleaved, halve that cost (Narayanan et al., *Efficient Large-Scale
+    Language Model Training on GPU Clusters Using Megatron-LM*, SC 2021, section 2.2).
     """
     both = times.forward_ms + times.backward_ms
+    if name in ("backprop", "trainer"):
+        return both
     if name in ("ddg", "ddg-bare"):
         links = [times.message_ms] * (stages - 1)
         return predict([times.forward_ms] * stages, [times.backward_ms] * stages, links, links).period

@@ -19,10 +19,13 @@ from recipes.benchmarks.works import Work, measure_cuts
 
 MICROBATCHES = (2, 4, 8)
 
-#: Who competes where: the one-process execution is a question of GPUs, and sleeping says nothing about one process.
+# In one process there is only one device: how far that falls short of F + B is nobody's schedule.
+_ALONE = {"backprop": "one device alone", "trainer": "one device alone, Trainer"}
+
+#: Who competes where: the one-process execution is a question of GPUs.
 ON_CPU = [name for name in KINDS if name not in ("trainer", "ddg-one-process")]
 ON_CUDA = list(KINDS)
-ON_DEVICES = ["gpipe", "1f1b", "interleaved", "zb", "zbv", "ddg", "ddg-bare"]
+ON_DEVICES = ["backprop", "trainer", "gpipe", "1f1b", "interleaved", "zb", "zbv", "ddg", "ddg-bare"]
 
 
 @dataclass(frozen=True)
@@ -94,10 +97,13 @@ def run_devices(stages: int, times: Times, names: Sequence[str], plan: Plan, say
         points = [f"network.{layer}" for layer in range(1, chunks * stages)]
         jobs[chunks] = Job(emulated(stages, times, chunks), {chunks * stages: points}, plan.timed_devices)
 
+    alone = Job(emulated(1, times, 1), {}, plan.timed_devices)
+
     def job(record: Record) -> Job:
-        return jobs[KINDS[record["name"]].chunks]
+        return alone if record["name"] in _ALONE else jobs[KINDS[record["name"]].chunks]
 
     for record in records:
+        record["label"] = _ALONE.get(record["name"], record["label"])
         record["theory_ms"] = theory_ms(record["name"], record["microbatches"], stages, times)
     with Crew(stages) as crew:
         compete(crew, records, job, plan.rounds, lambda text: say(f"{stages} emulated devices: {text}"))

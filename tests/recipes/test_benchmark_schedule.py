@@ -14,6 +14,7 @@ from recipes.benchmarks import devices
 from recipes.benchmarks.__main__ import main, parse
 from recipes.benchmarks.contenders import Laps
 from recipes.benchmarks.devices import SAMPLES, Times, references_ms, sleeping_batch, theory_ms
+from recipes.benchmarks.parts import Plan, run_devices
 from recipes.benchmarks.report import device_rows
 from recipes.benchmarks.rounds import entries
 
@@ -104,6 +105,16 @@ def test_the_table_shows_the_ratios() -> None:
     ]
 
 
+def test_one_device_alone_shows_what_no_pipeline_can_beat() -> None:
+    result = run_devices(2, Times(2, 4, 0), ["backprop", "trainer"], Plan(1, 1, 3, 1), lambda text: None)
+    alone, trainer = result["contenders"]
+    assert [record["label"] for record in (alone, trainer)] == ["one device alone", "one device alone, Trainer"]
+    for record in (alone, trainer):
+        (figures,) = record["rounds"]
+        assert figures["period_s"] >= 0.9 * 0.006
+        assert record["theory_ms"] == 6
+
+
 class Clock:
     """Time that passes only while somebody sleeps, a little longer than asked for."""
 
@@ -119,7 +130,7 @@ def stopped(monkeypatch: pytest.MonkeyPatch, late: float = 0.0) -> Clock:
     clock = Clock(late)
     monkeypatch.setattr(time, "sleep", clock.sleep)
     monkeypatch.setattr(time, "perf_counter", lambda: clock.now)
-    monkeypatch.setattr(devices, "_timer", devices._Timer())
+    monkeypatch.setattr(devices, "_clock", devices._Clock())
     return clock
 
 
@@ -135,10 +146,29 @@ def test_a_microbatch_sleeps_its_share_of_the_batch(monkeypatch: pytest.MonkeyPa
 
 def test_sleeping_too_long_is_made_up_for(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = stopped(monkeypatch, late=0.0001)
-    timer = devices._Timer()
+    device = devices._Clock()
     for _ in range(100):
-        timer.sleep(0.01)
+        device.begin()
+        device.work(0.005)
+        device.work(0.005)
     assert clock.now - 1000 == pytest.approx(100 * 0.01, abs=0.0002)
+
+
+def test_a_device_is_busy_while_the_layer_computes_but_not_while_nobody_gives_it_work(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = stopped(monkeypatch)
+    device = devices._Clock()
+    device.begin()
+    clock.now += 0.001
+    device.work(0.01)
+    assert clock.slept == pytest.approx([0.009])
+    clock.now += 0.001
+    device.begin()
+    device.work(0.01)
+    clock.now += 1
+    device.work(0.01)
+    assert clock.slept[1:] == pytest.approx([0.01, 0.01])
 
 
 def test_a_message_is_awaited_unless_it_comes_from_the_same_process(monkeypatch: pytest.MonkeyPatch) -> None:
