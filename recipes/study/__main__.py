@@ -15,7 +15,6 @@ from pathlib import Path
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 
-from recipes.cifar_tensors import read_images
 from recipes.study.cuts import Cut, measure
 from recipes.study.figures import draw
 from recipes.study.fit import Job, fit, make_data
@@ -98,41 +97,44 @@ def measure_cuts(
     return cuts
 
 
+def count_batches(recipe: Recipe, settings: Settings, cache: Path) -> int:
+    """How many batches an epoch has."""
+    data = make_data(recipe, settings, cache, seed=0)
+    data.setup("fit")
+    return len(data.train_dataloader())
+
+
 def study(options: Namespace, say: Console) -> Results:
     """Does the runs that have not been done."""
     names = {field.name for field in fields(Settings)}
     settings = Settings(**{name: value for name, value in options.as_dict().items() if name in names})
     asked, recipes, results = _runs(options), read_recipes(options), Results(options.out)
     results.settle(settings, {" ".join(key): recipe for key, recipe in recipes.items()})
-    for dataset in {recipe.dataset for recipe in recipes.values()}:
-        read_images(Path(settings.data), dataset, options.cache)
     cuts = measure_cuts(results, settings, recipes, asked, options.cache)
-    jobs, batches = [], {}
-    for run in asked:
-        recipe = recipes[run.network, run.optimizer]
-        if run.network not in batches:
-            data = make_data(recipe, settings, options.cache, run.seed)
-            data.setup("fit")
-            batches[run.network] = len(data.train_dataloader())
-        if not results.finished(run):
-            cut = cuts[run.network].get(run.stages)
-            jobs.append(Job(run, recipe, settings, cut.split_points if cut else [], options.cache))
-    say.print(f"{len(asked)} runs, {len(asked) - len(jobs)} of them done before.", highlight=False)
+    batches = {network: count_batches(recipe, settings, options.cache) for (network, _), recipe in recipes.items()}
 
+    left = [run for run in asked if not results.finished(run)]
+    say.print(f"{len(asked)} runs, {len(asked) - len(left)} of them done before.", highlight=False)
+    # A DNI run has parts of its own.
+    cut_of = {run: cuts[run.network][run.stages] for run in left if METHODS[run.method].kind != "dni"}
+    jobs = []
+    for run in left:
+        points = cut_of[run].split_points if run in cut_of else []
+        jobs.append(Job(run, recipes[run.network, run.optimizer], settings, points, options.cache))
+
+    # In proportion to backpropagation's time, to say how long the rest may take.
+    work = {run: cuts[run.network][1].epoch_seconds(batches[run.network]) for run in left}
     start, done = time.monotonic(), 0.0
-    work = {job.run: cuts[job.run.network][1].epoch_seconds(batches[job.run.network]) for job in jobs}
     for number, (job, rows) in enumerate(share_out(fit, jobs, options.jobs, options.out / "log.txt"), start=1):
         run = job.run
-        cut = cuts[run.network].get(run.stages)
-        predictable = METHODS[run.method].kind != "dni" and cut is not None
-        results.keep(run, rows, cut.epoch_seconds(batches[run.network]) if predictable else None)
+        results.keep(run, rows, cut_of[run].epoch_seconds(batches[run.network]) if run in cut_of else None)
         results.collect()
         done += work[run]
         took = time.monotonic() - start
-        left = took * (sum(work.values()) - done) / done
+        minutes = took * (sum(work.values()) - done) / done / 60
         say.print(
             f"{took:6.0f} s  {number}/{len(jobs)}  {run.name}: test accuracy {rows[-1]['test_acc']:.2%};"
-            f" {left / 60:.0f} min left",
+            f" {minutes:.0f} min left",
             highlight=False,
         )
     return results
