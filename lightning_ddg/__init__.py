@@ -7,9 +7,10 @@ from lightning.pytorch.strategies import StrategyRegistry
 
 from lightning_ddg.mixin import DDGMixin
 from lightning_ddg.monitor import DDGMonitor
+from lightning_ddg.staleness import Staleness
 from lightning_ddg.strategy import DDGStrategy
 from lightning_ddg.version import __version__
 
-__all__ = ["DDGMixin", "DDGMonitor", "DDGStrategy", "__version__"]
+__all__ = ["DDGMixin", "DDGMonitor", "DDGStrategy", "Staleness", "__version__"]
 
 DDGStrategy.register_strategies(StrategyRegistry)

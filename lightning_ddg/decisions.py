@@ -16,6 +16,7 @@ from lightning_ddg.signals import Signals
 
 if TYPE_CHECKING:
     from lightning_ddg.delayline import DelayLine
+    from lightning_ddg.lockstep import Lockstep
     from lightning_ddg.pipeline import Pipeline
 
 _STOP = "stop"
@@ -35,7 +36,7 @@ class Decisions:
     def __init__(
         self,
         trainer: Trainer,
-        execution: Pipeline | DelayLine,
+        execution: Pipeline | DelayLine | Lockstep,
         num_stages: int,
         leads: bool,
         signals: Signals | None = None,

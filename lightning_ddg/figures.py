@@ -18,7 +18,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_ddg.delayline import DelayLine
+from lightning_ddg.lockstep import Lockstep
 from lightning_ddg.pipeline import Pipeline
+from lightning_ddg.stage import Stage
 from lightning_ddg.transport import Kind, Transport
 
 Undo = Callable[[], None]
@@ -258,7 +260,7 @@ class Gauge:
 
     def __init__(
         self,
-        execution: Pipeline | DelayLine,
+        execution: Pipeline | DelayLine | Lockstep,
         transport: Transport | None,
         optimizers: Sequence[Optimizer],
         device: torch.device,
@@ -269,8 +271,12 @@ class Gauge:
         self._every = every
         self._compare = compare
         self._clock = _Clock(device)
-        stages = [execution.number] if isinstance(execution, Pipeline) else range(1, len(execution.lines) + 1)
-        self._tracks = [_Track(stage) for stage in stages]
+        if isinstance(execution, Pipeline):
+            numbers = [execution.number]
+        else:
+            parts = execution.lines if isinstance(execution, DelayLine) else execution.stages
+            numbers = list(range(1, len(parts) + 1))
+        self._tracks = [_Track(number) for number in numbers]
         self._kept: dict[tuple[int, int], list[Tensor]] = {}
         self._batch = 0
         self._in_batch = False
@@ -385,12 +391,12 @@ class Gauge:
     def _watched(self, backward: Callable[..., None]) -> Callable[..., None]:
         def watched(run: Callable[[], object]) -> None:
             execution = self._execution
-            if isinstance(execution, Pipeline):
-                self._look_at_stage(execution)
-            else:
+            if isinstance(execution, DelayLine):
                 self._look_at_lines(execution)
                 if self._compare and self._is_read:
                     run = self._comparing(execution, run)
+            else:
+                self._look_at_stages([execution.stage] if isinstance(execution, Pipeline) else execution.stages)
             backward(run)
 
         return watched
@@ -399,16 +405,16 @@ class Gauge:
         for track in self._tracks:
             track.stepped()
 
-    def _look_at_stage(self, execution: Pipeline) -> None:
-        (track,), stage = self._tracks, execution.stage
-        due = len(stage) > stage.delay
-        track.backward(self._batch, len(stage), due)
-        if due and self._is_read:
-            pairs = stage.oldest_weights()
-            if pairs:
-                track.staleness = relative_change(*zip(*pairs, strict=True))
-            elif not stage.delay:
-                track.staleness = 0.0
+    def _look_at_stages(self, stages: Sequence[Stage]) -> None:
+        for track, stage in zip(self._tracks, stages, strict=True):
+            due = len(stage) > stage.delay
+            track.backward(self._batch, len(stage), due)
+            if due and self._is_read:
+                pairs = stage.oldest_weights()
+                if pairs:
+                    track.staleness = relative_change(*zip(*pairs, strict=True))
+                elif not stage.delay:
+                    track.staleness = 0.0
 
     def _look_at_lines(self, execution: DelayLine) -> None:
         for track, line in zip(self._tracks, execution.lines, strict=True):

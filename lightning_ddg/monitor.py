@@ -24,6 +24,7 @@ from rich.table import Table
 
 from lightning_ddg import _lightning
 from lightning_ddg.figures import Gauge, Reading, Tally, replaced
+from lightning_ddg.lockstep import Lockstep
 from lightning_ddg.pipeline import Pipeline
 from lightning_ddg.planning import work_of
 from lightning_ddg.predict import Event, Work, predict, simulate
@@ -115,13 +116,20 @@ class DDGMonitor(Callback):
         self._warned = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuses what several processes cannot tell.
+        """Refuses what several processes cannot tell, nor stages that are trained like them.
 
         Raises:
-            ValueError: ``cosine`` is wanted of a fit in several processes.
+            ValueError: ``cosine`` is wanted of a fit in several processes, or of today's weights in the backward.
         """
         strategy = trainer.strategy
-        if stage == "fit" and self.cosine and isinstance(strategy, DDGStrategy) and strategy.stage is not None:
+        if stage != "fit" or not self.cosine or not isinstance(strategy, DDGStrategy):
+            return
+        if not strategy.staleness.stash:
+            raise ValueError(
+                "DDGMonitor(cosine=True) compares the gradient that a stage applies with the batch's own, of which"
+                " there is none with Staleness(stash=False). Leave out one of the two."
+            )
+        if strategy.stage is not None:
             raise ValueError(
                 f"DDGMonitor(cosine=True) compares the gradient that a stage applies with the batch's own, which"
                 f" {strategy.num_stages} processes know only some batches later. Train in one process for it, with"
@@ -449,13 +457,15 @@ class _Recorder:
         self._delay = delay
         self._device = device
 
-    def attach(self, execution: Pipeline | DelayLine, transport: Transport | None) -> Callable[[], None]:
+    def attach(self, execution: Pipeline | DelayLine | Lockstep, transport: Transport | None) -> Callable[[], None]:
         """Stands between an execution and its callers; returns the function that steps aside again."""
         run_backward = execution.backward
 
         def backward(run: Callable[[], object]) -> None:
             run_backward(self._timed(run, "B"))
 
+        if isinstance(execution, Lockstep):
+            backward = self._timed(run_backward, "B")
         undo = [replaced(execution, "backward", backward)]
         if isinstance(execution, Pipeline):
             stage = execution.stage

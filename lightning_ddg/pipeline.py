@@ -19,6 +19,7 @@ from lightning_ddg.messages import map_tensors, pack, tensors_of
 from lightning_ddg.schedule import rank_of_stage
 from lightning_ddg.seam import StepDone
 from lightning_ddg.stage import Stage
+from lightning_ddg.staleness import shrunk
 from lightning_ddg.transport import Kind, Transport
 
 Seeded = Callable[[int], AbstractContextManager[None]]
@@ -35,6 +36,7 @@ class Pipeline:
         seeded: ``seeded(k)`` seeds the random draws of stage ``k`` for the current batch.
         shape_of_output: For steps that are to go on after the network's call, as in manual optimization: maps this
             stage's output to a placeholder of the network's output. ``None`` ends the step there instead.
+        shrink: Factor of the gradients sent upstream.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class Pipeline:
         transport: Transport,
         seeded: Seeded,
         shape_of_output: Callable[[Any], Any] | None = None,
+        shrink: float = 1.0,
     ) -> None:
         self.stage = stage
         self.number = number
@@ -52,6 +55,8 @@ class Pipeline:
         self.transport = transport
         self._seeded = seeded
         self._shape_of_output = shape_of_output
+        self._shrink = shrink
+        self._drained = False
         self.notices: list[Any] = []
         self._pending = False
         self._upstream = None if number == 1 else rank_of_stage(number - 1, num_stages)
@@ -111,6 +116,7 @@ class Pipeline:
         """Backward of the oldest batch in flight, without a new forward; whether there was one."""
         if self._downstream is None or not len(self.stage):
             return False
+        self._drained = True
         self._backward_of_oldest()
         return True
 
@@ -126,7 +132,13 @@ class Pipeline:
     def stepped(self) -> None:
         """Says that the optimizer has changed the weights."""
         self._pending = False
-        self.stage.check_stashed()
+        self.stage.stepped(self._drained)
+        self._drained = False
+
+    def begin(self, step: int) -> None:
+        """Says that a run begins, with the optimizer step of that number."""
+        self._drained = False
+        self.stage.begin(step)
 
     def skip(self) -> None:
         """Forgets the batch just trained, of which no stage will run a backward."""
@@ -175,7 +187,7 @@ class Pipeline:
 
     def _send_gradients(self, grads: list[Tensor | None]) -> None:
         if self._upstream is not None:
-            self.transport.send(self._upstream, Kind.GRADIENT, grads)
+            self.transport.send(self._upstream, Kind.GRADIENT, shrunk(grads, self._shrink))
 
 
 def placeholder_maker(rest: nn.Module) -> Callable[[Any], Any]:

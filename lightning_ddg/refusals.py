@@ -12,11 +12,13 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from lightning_ddg.partition import Network
 from lightning_ddg.partition.replay import ReplayedChain
+from lightning_ddg.staleness import Staleness
 
 _CHOICES = {
     "balance": ("time", "parameters", "flops"),
@@ -69,6 +71,37 @@ def check_compile(compile: Any, num_stages: Any) -> None:
         raise ValueError(
             "compile needs stages to compile, but num_stages=1 cuts nothing. Compile the network in your module:"
             " `self.net.compile()`."
+        )
+
+
+def check_staleness(staleness: Any, recompute: Any, compile: Any) -> None:
+    """Refuses rules that are none, and one that compiled code would not follow.
+
+    Raises:
+        TypeError: If ``staleness`` is no ``Staleness``, or ``recompute`` no bool.
+        ValueError: If compiled stages shall use today's weights in their backward.
+    """
+    if not isinstance(staleness, Staleness | None):
+        raise TypeError(f"staleness={staleness!r} is no Staleness. Use lightning_ddg.Staleness(...), or leave it out.")
+    if not isinstance(recompute, bool):
+        raise TypeError(f"recompute={recompute!r} is not a bool. Use True or False.")
+    if staleness is not None and not staleness.stash and not recompute and compile is not False:
+        raise ValueError(
+            "stash=False uses today's weights in a backward, but what is compiled may keep weights in another form from"
+            " its forward. Use recompute=True with it, or leave `compile` out."
+        )
+
+
+def check_casts(staleness: Staleness, recompute: bool, plugin: Precision) -> None:
+    """Refuses today's weights in a backward that would use those cast in its forward.
+
+    Raises:
+        ValueError: Naming the precision.
+    """
+    if isinstance(plugin, MixedPrecision) and not staleness.stash and not recompute:
+        raise ValueError(
+            f"stash=False uses today's weights in a backward, but precision={plugin.precision!r} keeps copies of the"
+            " weights from its forward. Use recompute=True with it, or another precision: 'bf16-true' or '32-true'."
         )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,3 +44,39 @@ def seeded(seed: int, device: torch.device, *, libraries: bool = False) -> Itera
         if python is not None and numpy is not None:
             random.setstate(python)
             np.random.set_state(numpy)
+
+
+class Draws:
+    """The state of all generators, torch's, Python's and NumPy's, when this is made: where to begin again.
+
+    Args:
+        device: A device whose generator counts besides the CPU's.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._state = _states(device)
+
+    @contextmanager
+    def repeated(self) -> Iterator[None]:
+        """Repeats inside what has been drawn since, and goes on afterwards as if nothing had been."""
+        now = _states(self._device)
+        _restore(self._state, self._device)
+        try:
+            yield
+        finally:
+            _restore(now, self._device)
+
+
+def _states(device: torch.device) -> tuple[Any, ...]:
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return torch.get_rng_state(), cuda, random.getstate(), np.random.get_state(legacy=False)
+
+
+def _restore(states: tuple[Any, ...], device: torch.device) -> None:
+    cpu, cuda, python, numpy = states
+    torch.set_rng_state(cpu)
+    if cuda is not None:
+        torch.cuda.set_rng_state(cuda, device)
+    random.setstate(python)
+    np.random.set_state(numpy)

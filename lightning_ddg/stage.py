@@ -43,27 +43,27 @@ class _Inlet(torch.autograd.Function):
 
 
 class _Alias(torch.autograd.Function):
-    """Other tensors on the memory of the given ones, whose gradients go to these."""
+    """Other tensors on the given memory, whose gradients go to the parameters."""
 
     @staticmethod
-    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, memory: list[Tensor], *parameters: nn.Parameter) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         # Not `detach`: that would share the count of changes, and the optimizer's would look like an error to autograd.
-        return tuple(tensor.data for tensor in tensors)
+        return tuple(tensor.data for tensor in memory)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return grads
+        return (None, *grads)
 
 
-class _Weights(NamedTuple):
+class Weights(NamedTuple):
     """The weights of a forward.
 
     Attributes:
         slots: Where modules keep the parameters.
         tensors: What stands there while the forward runs.
         parameters: The parameters, each once.
-        memory: What they held, for other weights to be written to when these are no longer needed.
+        memory: What it runs on, for other weights to be written to when these are no longer needed.
         versions: How often each had been changed by then.
     """
 
@@ -74,10 +74,18 @@ class _Weights(NamedTuple):
     versions: list[int]
 
 
-class _InFlight(NamedTuple):
+class InFlight(NamedTuple):
+    """A batch between its forward and its backward.
+
+    Attributes:
+        outputs: What the stage returned, as far as it carries gradients.
+        input_grads: Where the gradients by what was received will be.
+        weights: What the forward ran on; ``None``: the parameters themselves.
+    """
+
     outputs: list[Tensor]
     input_grads: list[Any]
-    weights: _Weights | None
+    weights: Weights | None
 
 
 class Stage:
@@ -97,10 +105,10 @@ class Stage:
     def __init__(self, module: nn.Module, delay: int) -> None:
         self.module = module
         self.delay = delay
-        self._in_flight: deque[_InFlight] = deque()
-        self._slots = _slots_of(module) if delay else []
-        self._weights: _Weights | None = None
-        self._spare: list[_Weights] = []
+        self._in_flight: deque[InFlight] = deque()
+        self._slots = slots_of(module) if delay else []
+        self._weights: Weights | None = None
+        self._spare: list[Weights] = []
 
     def __len__(self) -> int:
         return len(self._in_flight)
@@ -119,14 +127,8 @@ class Stage:
         Raises:
             RuntimeError: If weights were changed since the last forward without :meth:`stash`.
         """
-        input_grads: list[Any] = []
-        if received:
-            args = (_enter(args[0], input_grads),)
-        weights = self._current() if self.delay else None
-        with _in_place_of_parameters(weights):
-            output = self.module(*args, **kwargs)
-        outputs = [tensor for tensor in tensors_of(output) if _carries_grad(tensor)]
-        self._in_flight.append(_InFlight(outputs, input_grads, weights))
+        output, batch = self._run(args, kwargs, received, self._current() if self.delay else None)
+        self._in_flight.append(batch)
         return output
 
     def backward(self, grads: list[Tensor | None]) -> list[Tensor | None]:
@@ -143,7 +145,7 @@ class Stage:
         if pairs:
             outputs, given = zip(*pairs, strict=True)
             # Activation checkpointing runs the forward again here, and must find the weights of that forward.
-            with _in_place_of_parameters(batch.weights):
+            with in_place_of_parameters(batch.weights):
                 torch.autograd.backward(outputs, given)
         self._reuse(batch.weights)
         return batch.input_grads
@@ -162,13 +164,19 @@ class Stage:
         if weights is None or not weights.parameters:
             return
         _check_unchanged(weights)
-        fresh = self._memory_for(weights)
+        fresh = self._memory_for(weights.parameters)
         torch._foreach_copy_(fresh, weights.memory)
         for parameter, data in zip(weights.parameters, fresh, strict=True):
             parameter.data = data
 
-    def check_stashed(self) -> None:
+    def begin(self, step: int) -> None:
+        """Says that a run begins, with the optimizer step of that number."""
+
+    def stepped(self, drained: bool = False) -> None:
         """Makes sure, after a step, that :meth:`stash` came before it.
+
+        Args:
+            drained: Whether the step's gradient was drained.
 
         Raises:
             RuntimeError: If it did not.
@@ -194,58 +202,76 @@ class Stage:
         self._spare.clear()
         self._weights = None
 
-    def _current(self) -> _Weights:
+    def _run(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], received: bool, weights: Weights | None
+    ) -> tuple[Any, InFlight]:
+        input_grads: list[Any] = []
+        if received:
+            args = (_enter(args[0], input_grads),)
+        with in_place_of_parameters(weights):
+            output = self.module(*args, **kwargs)
+        outputs = [tensor for tensor in tensors_of(output) if carries_grad(tensor)]
+        return output, InFlight(outputs, input_grads, weights)
+
+    def _current(self) -> Weights:
         if self._weights is not None:
             _check_unchanged(self._weights)
             return self._weights
         held = [(slot, slot[0][slot[1]]) for slot in self._slots]
         trained = [(slot, parameter) for slot, parameter in held if parameter is not None and parameter.requires_grad]
         unique = {id(parameter): parameter for _, parameter in trained}
-        given = cast(tuple[Tensor, ...], _Alias.apply(*unique.values()) if unique else ())
+        parameters = list(unique.values())
+        memory = self._memory_of(parameters)
+        given = cast(tuple[Tensor, ...], _Alias.apply(memory, *parameters) if parameters else ())
         aliases = dict(zip(unique, given, strict=True))
-        self._weights = _Weights(
+        self._weights = Weights(
             [slot for slot, _ in trained],
             [aliases[id(parameter)] for _, parameter in trained],
-            list(unique.values()),
-            [parameter.data for parameter in unique.values()],
-            [parameter._version for parameter in unique.values()],
+            parameters,
+            memory,
+            [parameter._version for parameter in parameters],
         )
         return self._weights
 
-    def _memory_for(self, weights: _Weights) -> list[Tensor]:
+    def _memory_of(self, parameters: list[nn.Parameter]) -> list[Tensor]:
+        """What a forward runs on."""
+        return [parameter.data for parameter in parameters]
+
+    def _memory_for(self, parameters: list[nn.Parameter]) -> list[Tensor]:
+        """Memory of the parameters' sizes that no batch in flight needs."""
         while self._spare:
             spare = self._spare.pop()
-            if len(spare.parameters) == len(weights.parameters) and all(map(is_, spare.parameters, weights.parameters)):
+            if len(spare.parameters) == len(parameters) and all(map(is_, spare.parameters, parameters)):
                 return spare.memory
-        return [torch.empty_like(data) for data in weights.memory]
+        return [torch.empty_like(parameter.data) for parameter in parameters]
 
-    def _reuse(self, weights: _Weights | None) -> None:
+    def _reuse(self, weights: Weights | None) -> None:
         """Keeps the memory of weights that no batch in flight needs any more."""
         used = (self._weights, *(batch.weights for batch in self._in_flight))
         if weights is not None and all(other is not weights for other in used):
             self._spare.append(weights)
 
 
-def _check_unchanged(weights: _Weights) -> None:
+def _check_unchanged(weights: Weights) -> None:
     if weights.versions != [parameter._version for parameter in weights.parameters]:
         raise RuntimeError(_CHANGED)
 
 
-def _slots_of(module: nn.Module) -> list[Slot]:
+def slots_of(module: nn.Module) -> list[Slot]:
     names = (name.rpartition(".") for name, _ in module.named_parameters(remove_duplicate=False))
     return [(module.get_submodule(owner)._parameters, name) for owner, _, name in names]
 
 
-def _in_place_of_parameters(weights: _Weights | None) -> AbstractContextManager[None]:
+def in_place_of_parameters(weights: Weights | None) -> AbstractContextManager[None]:
     return nullcontext() if weights is None else parameters_replaced(zip(weights.slots, weights.tensors, strict=True))
 
 
-def _carries_grad(tensor: Tensor) -> bool:
+def carries_grad(tensor: Tensor) -> bool:
     return tensor.requires_grad and (tensor.is_floating_point() or tensor.is_complex())
 
 
 def _enter(value: Any, box: list[Any]) -> Any:
-    tensors = [tensor for tensor in tensors_of(value) if _carries_grad(tensor)]
+    tensors = [tensor for tensor in tensors_of(value) if carries_grad(tensor)]
     if not tensors:
         return value
     box[:] = [None] * len(tensors)

@@ -46,6 +46,7 @@ from lightning_ddg.decisions import Decisions
 from lightning_ddg.delayline import DelayLine
 from lightning_ddg.followers import Followers
 from lightning_ddg.link import SECONDS_PER_BYTE, measure_link
+from lightning_ddg.lockstep import Lockstep
 from lightning_ddg.messages import map_tensors, pack, tensors_of
 from lightning_ddg.partition import Network, Profile, find_network, parse_bytes, print_cut
 from lightning_ddg.pipeline import (
@@ -56,6 +57,7 @@ from lightning_ddg.pipeline import (
 from lightning_ddg.planning import NUM_STAGES, Plan, plan_module
 from lightning_ddg.refusals import (
     check_call,
+    check_casts,
     check_choice,
     check_compilable,
     check_compile,
@@ -68,6 +70,7 @@ from lightning_ddg.refusals import (
     check_optimizers,
     check_precision,
     check_stages,
+    check_staleness,
     check_started,
     check_step,
     check_ties_outside,
@@ -79,10 +82,12 @@ from lightning_ddg.schedule import delay, rank_of_stage, seed_of, stage_of_rank
 from lightning_ddg.seam import Seam, StepDone
 from lightning_ddg.sharing import gather_to_rank_zero, share_with_all
 from lightning_ddg.signals import Signals
-from lightning_ddg.stage import Stage
+from lightning_ddg.staleness import Staleness
+from lightning_ddg.stalestage import make_stage
 from lightning_ddg.transport import Kind, PeerError, Transport
 
 _T = TypeVar("_T")
+Execution = Pipeline | DelayLine | Lockstep
 
 _STRATEGIES = {
     "ddg": ("popen", "Decoupled parallel backpropagation, one process per stage started as scripts"),
@@ -106,6 +111,10 @@ class DDGStrategy(ParallelStrategy):
         compile: Whether each stage is compiled by ``torch.compile``; a dictionary gives its options.
         drain: When the gradients still in flight are applied without a new forward: at the end of each ``"epoch"``, of
             the ``"fit"``, or ``"never"``, which is the paper's bare algorithm.
+        recompute: Whether stages keep the inputs of batches in flight only, and compute the activations again in the
+            backward. The weights stay the same. In one process it has no effect unless ``staleness`` says
+            ``stash=False``.
+        staleness: What stages do with stale gradients; by default what the paper says.
         process_group_backend: Backend of ``torch.distributed``; by default NCCL on CUDA devices, gloo otherwise. With
             gloo, tensors on CUDA devices travel through pinned host memory.
         timeout: The longest a rank waits for a message from another.
@@ -132,6 +141,8 @@ class DDGStrategy(ParallelStrategy):
         max_memory: int | str | None = None,
         compile: bool | dict[str, Any] = False,
         drain: Literal["epoch", "fit", "never"] = "epoch",
+        recompute: bool = False,
+        staleness: Staleness | None = None,
         process_group_backend: str | None = None,
         timeout: timedelta = timedelta(minutes=30),
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
@@ -154,6 +165,7 @@ class DDGStrategy(ParallelStrategy):
         check_stages(num_stages, split_points)
         check_timeout(timeout)
         check_compile(compile, num_stages)
+        check_staleness(staleness, recompute, compile)
         self.num_nodes = 1
         self._num_stages = num_stages
         self._split_points = split_points
@@ -162,6 +174,8 @@ class DDGStrategy(ParallelStrategy):
         check_memory_limit(self._max_memory, split_points, balance)
         self._compile = {} if compile is True else compile
         self._drain = drain
+        self._recompute = recompute
+        self._staleness = staleness or Staleness()
         self._process_group_backend = process_group_backend
         self._timeout = timeout
         self._start_method = start_method
@@ -181,7 +195,7 @@ class DDGStrategy(ParallelStrategy):
         self._undo = ExitStack()
         self._transport: Transport | None = None
         self._network: Network | None = None
-        self._execution: Pipeline | DelayLine | None = None
+        self._execution: Execution | None = None
         self._seam: Seam | None = None
         self._followers: Followers | None = None
         self._decisions: Decisions | None = None
@@ -241,6 +255,11 @@ class DDGStrategy(ParallelStrategy):
         """Delay ``K - stage`` of this process's stage, in batches; ``None`` if it runs all stages."""
         stage = self.stage
         return None if stage is None else delay(stage, self.num_stages)
+
+    @property
+    def staleness(self) -> Staleness:
+        """What stages do with stale gradients."""
+        return self._staleness
 
     @property
     def stage_parameter_names(self) -> list[list[str]]:
@@ -423,6 +442,7 @@ class DDGStrategy(ParallelStrategy):
         assert self.lightning_module is not None
         _lightning.refuse_trainer_flags(trainer)
         check_layer_sync(self._layer_sync)
+        check_casts(self._staleness, self._recompute, self.precision_plugin)
         if not self._one_process:
             _lightning.refuse_dataloader_iter(self.lightning_module)
             _lightning.refuse_callbacks(trainer)
@@ -533,12 +553,14 @@ class DDGStrategy(ParallelStrategy):
         self._seam = Seam(network.target, self._foreign)
         self._undo.callback(self._seam.remove)
 
-    def _all_stages(self, module: LightningModule) -> DelayLine:
-        in_network = {id(parameter) for segment in self._segments for parameter in segment.parameters()}
-        others = [parameter for parameter in module.parameters() if id(parameter) not in in_network]
+    def _all_stages(self, module: LightningModule) -> DelayLine | Lockstep:
         stages = [list(segment.parameters()) for segment in self._segments]
         self._undo.callback(_lightning.clip_norm_per_stage(self.precision_plugin, stages))
-        return DelayLine(self._segments, others, self._seeded)
+        if not self._staleness.stash:
+            return Lockstep(self._segments, self._seeded, self._staleness, self._recompute)
+        in_network = {id(parameter) for parameters in stages for parameter in parameters}
+        others = [parameter for parameter in module.parameters() if id(parameter) not in in_network]
+        return DelayLine(self._segments, others, self._seeded, self._staleness)
 
     def _own_stage(self, module: LightningModule, cut: Cut) -> Pipeline:
         assert self._transport is not None and self.stage is not None
@@ -548,8 +570,9 @@ class DDGStrategy(ParallelStrategy):
             placeholder = placeholder_maker(cut.chain.segment(cut.bounds[self.stage], len(cut.chain)))
             if module.automatic_optimization:
                 placeholder = or_end_step(placeholder)
-        own = Stage(self._segments[self.stage - 1], delay(self.stage, self.num_stages))
-        return Pipeline(own, self.stage, self.num_stages, self._transport, self._seeded, placeholder)
+        late, rule = delay(self.stage, self.num_stages), self._staleness
+        own = make_stage(self._segments[self.stage - 1], late, rule, self._recompute)
+        return Pipeline(own, self.stage, self.num_stages, self._transport, self._seeded, placeholder, rule.shrink)
 
     @property
     def _foreign(self) -> dict[nn.Module, int]:
@@ -592,7 +615,7 @@ class DDGStrategy(ParallelStrategy):
         for optimizer in () if self._one_process else self.optimizers:
             self._groups = adopt_groups(optimizer, self._groups, self._own_parameters)
 
-    def _watch(self, trainer: Trainer, execution: Pipeline | DelayLine) -> None:
+    def _watch(self, trainer: Trainer, execution: Execution) -> None:
         """Acts where strategies have no hook: after those of the module, which come after the callbacks'."""
         assert self.lightning_module is not None
         module, leads = self.lightning_module, self.is_global_zero
@@ -774,11 +797,15 @@ class DDGStrategy(ParallelStrategy):
         self._backward_ran = not module.automatic_optimization
         self.pre_backward(closure_loss)
         closure_loss = plugin.pre_backward(closure_loss, module)
-        self._execution.backward(lambda: plugin.backward(closure_loss, module, optimizer, *args, **kwargs))
-        if not self._foreign_grads_checked and self.stage == self.num_stages:
-            # Once is enough: it is in the nature of the loss.
-            self._foreign_grads_checked = True
-            check_foreign_grads(module, self._owner, self.stage)
+
+        def run() -> None:
+            plugin.backward(closure_loss, module, optimizer, *args, **kwargs)
+            if not self._foreign_grads_checked and not isinstance(self._execution, DelayLine):
+                # Once is enough: it is in the nature of the loss.
+                self._foreign_grads_checked = True
+                check_foreign_grads(module, self._owner, self.num_stages)
+
+        self._execution.backward(run)
         closure_loss = plugin.post_backward(closure_loss, module)
         self.post_backward(closure_loss)
         return closure_loss
@@ -828,7 +855,7 @@ class DDGStrategy(ParallelStrategy):
                         self._clip_again()
                     optimizer.step()
 
-    def _drain_automatically(self, module: LightningModule, execution: Pipeline | DelayLine, batch_idx: int) -> None:
+    def _drain_automatically(self, module: LightningModule, execution: Execution, batch_idx: int) -> None:
         epoch, optimizer = module.trainer.current_epoch, self._lightning_optimizers[0]
         self._stepped = False
 
@@ -892,6 +919,8 @@ class DDGStrategy(ParallelStrategy):
 
     def on_train_start(self) -> None:
         assert self.lightning_module is not None
+        if self._execution is not None:
+            self._execution.begin(self.lightning_module.trainer.global_step)
         if self._decisions is not None:
             self._decisions.begin()
             _lightning.keep_callback(self.lightning_module.trainer, self._epoch_end)

@@ -76,6 +76,20 @@ def dropout_mlp() -> nn.Sequential:
     )
 
 
+def tanh_mlp() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 10), nn.Tanh(), nn.Linear(10, 8), nn.Tanh(), nn.Linear(8, 3)
+    )  # fmt: skip
+
+
+def noisy_mlp() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(inplace=True), nn.Dropout(0.3),
+        nn.Linear(16, 16), nn.BatchNorm1d(16, momentum=None), nn.ReLU(inplace=True), nn.Dropout(0.5),
+        nn.BatchNorm1d(16), nn.Linear(16, 3),
+    )  # fmt: skip
+
+
 class UNet(nn.Module):
     """Two levels: what the way down keeps crosses every cut between the two ends."""
 
@@ -161,6 +175,8 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "convnet": convnet,
     "transformer": transformer,
     "dropout_mlp": dropout_mlp,
+    "tanh_mlp": tanh_mlp,
+    "noisy_mlp": noisy_mlp,
     "unet": UNet,
     "gpt": GPT,
     "dropout_gpt": dropout_gpt,

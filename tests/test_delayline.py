@@ -128,3 +128,20 @@ def test_stages_run_one_after_the_other_each_with_its_own_seed() -> None:
     assert line.train((x,), {"scale": 3.0}).tolist() == [0.0, 6.0]
     assert line.evaluate((x,), {"scale": -1.0}).tolist() == [1.0, 0.0]
     assert entered == [1, 2, 3, 1, 2, 3]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 3, 6])
+def test_accumulation_divides_the_delay_counted_in_updates(accumulate: int) -> None:
+    """The point of Accumulated Decoupled Learning, arXiv 2012.03747."""
+    layers = stages(4)
+    parameters = weights(layers)
+    line = DelayLine(layers, [], unseeded)
+    for update in range(8):
+        for parameter in parameters:
+            parameter.grad = None
+        for _ in range(accumulate):
+            # The gradient says which update the weights of its forward come from.
+            line.backward(partial(put, parameters, float(update)))
+        line.stepped()
+    late = [update - grad / accumulate for grad in grads(parameters) if grad is not None]
+    assert late == pytest.approx([delay / accumulate for delay in (3, 2, 1, 0)])

@@ -158,7 +158,7 @@ def test_a_backward_is_that_of_the_weights_of_its_forward(name: str, delay: int,
             assert not same(sum(today, []), [*by_parameters, *by_inputs]), "it could not tell today's weights"
         stage.stash()
         chosen.step()
-        stage.check_stashed()
+        stage.stepped()
         # An in-place update of what was sent would be a race.
         before = [None if grad is None else grad.clone() for grad in got_inputs]
         for parameter in trained:
@@ -212,7 +212,7 @@ def test_there_are_as_many_sets_of_weights_as_batches_in_flight(delay: int) -> N
         if len(stage) > delay:
             stage.backward([torch.ones(1, 1)])
         stage.stash()
-        stage.check_stashed()
+        stage.stepped()
         held.append(parameter.data_ptr())
         assert module.weight is parameter
         with torch.no_grad():
@@ -233,7 +233,7 @@ def test_memory_is_not_used_again_for_other_parameters() -> None:
     assert [parameter.grad is None for parameter in module.parameters()] == [False] * 4
 
 
-@pytest.mark.parametrize("where", ["forward", "stash", "check_stashed"])
+@pytest.mark.parametrize("where", ["forward", "stash", "stepped"])
 def test_weights_that_change_too_early_are_refused(where: str) -> None:
     module = nn.Linear(2, 1)
     stage = Stage(module, 1)
@@ -242,7 +242,7 @@ def test_weights_that_change_too_early_are_refused(where: str) -> None:
         module.weight.mul_(2)
     calls = {"forward": lambda: stage.forward(torch.ones(1, 2), received=False), "stash": stage.stash}
     with pytest.raises(RuntimeError, match="changed between a forward and the optimizer's step.*on_train_batch_end"):
-        calls.get(where, stage.check_stashed)()
+        calls.get(where, stage.stepped)()
 
 
 def test_gradients_accumulate_until_they_are_cleared() -> None:

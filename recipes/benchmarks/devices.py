@@ -114,21 +114,18 @@ class _Leave(torch.autograd.Function):
 
 
 class _Busy(torch.autograd.Function):
-    """The identity, which takes its time forward and backward, in seconds.
-
-    Its backward runs even where the value wants no gradient, as that of the first layer's input: for the anchor's sake.
-    """
+    """The identity, which takes its time forward and backward, in seconds."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, anchor: Tensor, forward_s: float, backward_s: float) -> Tensor:
+    def forward(ctx: Any, value: Tensor, forward_s: float, backward_s: float) -> Tensor:
         ctx.backward_s = backward_s
         _clock.work(forward_s)
         return value.view_as(value)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         _clock.work(ctx.backward_s)
-        return gradient, None, None, None
+        return gradient, None, None
 
 
 class SleepingLayer(nn.Module):
@@ -146,6 +143,8 @@ class SleepingLayer(nn.Module):
     def __init__(self, times: Times, share: float) -> None:
         super().__init__()
         self.linear = nn.Linear(_WIDTH, _WIDTH, dtype=torch.float64)
+        # Adds nothing, but makes the first layer's input want a gradient: its backward would be half as long otherwise.
+        self.shift = nn.Parameter(torch.zeros((), dtype=torch.float64))
         self.forward_s = share * times.forward_ms / 1000 / SAMPLES
         self.half_backward_s = share * times.backward_ms / 2 / 1000 / SAMPLES
         self.delay_s = times.message_ms / 1000
@@ -154,9 +153,9 @@ class SleepingLayer(nn.Module):
         half_backward_s = len(x) * self.half_backward_s
         weight, bias = self.linear.weight, self.linear.bias
         # Autograd runs the youngest first: the weights' part, then the input's, and the stamp of what is sent last.
-        arrived = _Busy.apply(_Arrive.apply(x, self.delay_s), bias, 0.0, half_backward_s)
-        body = nn.functional.linear(arrived[:, _STAMPS:], _Busy.apply(weight, weight, 0.0, half_backward_s), bias)
-        done = _Busy.apply(torch.cat([arrived[:, :_STAMPS], body], 1), bias, len(x) * self.forward_s, 0.0)
+        arrived = _Busy.apply(_Arrive.apply(x + 0 * self.shift, self.delay_s), 0.0, half_backward_s)
+        body = nn.functional.linear(arrived[:, _STAMPS:], _Busy.apply(weight, 0.0, half_backward_s), bias)
+        done = _Busy.apply(torch.cat([arrived[:, :_STAMPS], body], 1), len(x) * self.forward_s, 0.0)
         sent: Tensor = _Leave.apply(done, self.delay_s)
         return sent
 

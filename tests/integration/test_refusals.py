@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 
-from lightning_ddg import DDGMixin, DDGStrategy
+from lightning_ddg import DDGMixin, DDGStrategy, Staleness
 from tests.harness import run_ranks, run_ranks_raw
 from tests.networks import BEFORE_2_6, Classifier, ManualClassifier, loader, quiet_trainer
 
@@ -43,6 +43,13 @@ ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"timeout": 30}, ValueError, "timeout=30 is not a limit"),
     ({"compile": "inductor"}, TypeError, "compile='inductor' is neither a bool nor a dictionary.*Use True"),
     ({"compile": True, "num_stages": 1}, ValueError, r"num_stages=1 cuts nothing.*self.net.compile\(\)"),
+    ({"staleness": {"shrink": 0.5}}, TypeError, "staleness=.*'shrink': 0.5.* is no Staleness. Use lightning_ddg.Stal"),
+    ({"recompute": 1}, TypeError, "recompute=1 is not a bool. Use True or False"),
+    (
+        {"staleness": Staleness(stash=False), "compile": True},
+        ValueError,
+        "stash=False uses today's weights.*compiled.*Use recompute=True with it, or leave `compile` out",
+    ),
     (
         {"precision_plugin": MixedPrecision("16-mixed", "cpu")},
         ValueError,
@@ -55,6 +62,47 @@ ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
 def test_arguments(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         DDGStrategy(**arguments)
+
+
+RULES: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"shrink": 0}, ValueError, "shrink=0 is not a factor that shrinks. Use one above 0 and up to 1"),
+    ({"shrink": 1.5}, ValueError, "shrink=1.5 is not a factor that shrinks"),
+    ({"shrink": float("nan")}, ValueError, "shrink=nan is not a factor that shrinks"),
+    ({"shrink": "half"}, TypeError, "shrink='half' is not a number. Use one above 0 and up to 1"),
+    ({"slow_start": -1}, ValueError, r"slow_start=-1 is not a number of steps. Use 0 \(none\) or more"),
+    ({"slow_start": 0.5}, TypeError, "slow_start=0.5 is not a number of steps. Use an integer"),
+    ({"stash": 0}, TypeError, "stash=0 is not a bool. Use True or False"),
+    ({"predict": "yes"}, TypeError, "predict='yes' is not a bool"),
+    ({"predict": True, "stash": False}, ValueError, "predict=True .* stash=False .*Leave out one of the two"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "error", "message"), RULES, ids=[str(a[0]) for a in RULES])
+def test_update_rules(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        Staleness(**arguments)
+
+
+def test_todays_weights_in_a_backward_of_casts() -> None:
+    def fit(recompute: bool) -> None:
+        strategy = DDGStrategy(2, balance="parameters", recompute=recompute, staleness=Staleness(stash=False))
+        trainer = quiet_trainer(devices=1, strategy=strategy, precision="bf16-mixed", max_epochs=1)
+        trainer.fit(Classifier("mlp"), loader("mlp"))
+
+    with pytest.raises(ValueError, match="stash=False .*precision='bf16-mixed' keeps copies.*Use recompute=True"):
+        fit(False)
+    fit(True)
+
+
+class Penalised(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) + self.net[0].weight.square().sum()
+
+
+def test_a_loss_on_weights_of_other_stages_with_todays_weights() -> None:
+    strategy = DDGStrategy(2, split_points=["net.3"], staleness=Staleness(stash=False))
+    with pytest.raises(RuntimeError, match="The loss uses the parameter 'net.0.weight' directly.*stage 1"):
+        quiet_trainer(devices=1, strategy=strategy).fit(Penalised(), loader("mlp"))
 
 
 def test_number_of_processes() -> None:

@@ -1,0 +1,179 @@
+"""The oracles of the update rules, each from its formula, without the package.
+
+They know stages only as parts of a flat ``nn.Sequential``. Change one only when its formula in ``docs/staleness.md``
+changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Optimizer = Callable[[Any], torch.optim.Optimizer]
+Epochs = Iterable[Sequence[tuple[Tensor, Tensor]]]
+
+
+def parts_of(network: nn.Sequential, starts: Sequence[int]) -> list[nn.Sequential]:
+    """The stages of a network that is cut at ``starts``."""
+    bounds = [0, *starts, len(network)]
+    return [network[begin:end] for begin, end in zip(bounds[:-1], bounds[1:], strict=True)]
+
+
+class Steps:
+    """One optimizer a stage, whose learning rate in step ``t`` is ``lr * d ** -(1 - t / T)`` while ``t < T``."""
+
+    def __init__(self, parts: Sequence[nn.Module], optimizer: Optimizer, slow_start: int = 0) -> None:
+        self.parameters = [list(part.parameters()) for part in parts]
+        self.optimizers = [optimizer(own) if own else None for own in self.parameters]
+        self.slow_start = slow_start
+        self.t = 0
+
+    def apply(self, stage: int, grads: Sequence[Tensor | None]) -> None:
+        chosen, delay = self.optimizers[stage], len(self.parameters) - 1 - stage
+        if chosen is None:
+            return
+        for parameter, grad in zip(self.parameters[stage], grads, strict=True):
+            parameter.grad = grad
+        rates = [group["lr"] for group in chosen.param_groups]
+        if delay and self.t < self.slow_start:
+            for group in chosen.param_groups:
+                group["lr"] *= delay ** -(1 - self.t / self.slow_start)
+        chosen.step()
+        for group, rate in zip(chosen.param_groups, rates, strict=True):
+            group["lr"] = rate
+
+
+def train_exactly(
+    network: nn.Sequential,
+    starts: Sequence[int],
+    epochs: Epochs,
+    optimizer: Optimizer,
+    *,
+    shrink: float = 1.0,
+    slow_start: int = 0,
+    predict: bool = False,
+    accumulate: int = 1,
+) -> None:
+    """Rules whose gradient is one of the full network: at ``w``, or at ``w + d (w - w before)`` with ``predict``."""
+    parts = parts_of(network, starts)
+    count, steps = len(parts), Steps(parts, optimizer, slow_start)
+    for batches in epochs:
+        history: list[list[list[Tensor]]] = []
+        velocity = [[torch.zeros_like(p) for p in own] for own in steps.parameters]
+        sums: list[list[Tensor] | None] = [None] * count
+        for number, (x, y) in enumerate(batches):
+            today = [[p.detach().clone() for p in own] for own in steps.parameters]
+            if predict:
+                with torch.no_grad():
+                    for stage, own in enumerate(steps.parameters):
+                        for p, v in zip(own, velocity[stage], strict=True):
+                            p.copy_(p + (count - 1 - stage) * v)
+            network.zero_grad()
+            (nn.functional.cross_entropy(network(x), y) / accumulate).backward()
+            history.append(
+                [[p.grad * shrink ** (count - 1 - stage) for p in own] for stage, own in enumerate(steps.parameters)]
+            )
+            with torch.no_grad():
+                for own, values in zip(steps.parameters, today, strict=True):
+                    for p, value in zip(own, values, strict=True):
+                        p.copy_(value)
+            for stage in range(count):
+                due = number - (count - 1 - stage)
+                if due >= 0:
+                    new, old = history[due][stage], sums[stage]
+                    sums[stage] = new if old is None else [a + b for a, b in zip(old, new, strict=True)]
+            if (number + 1) % accumulate and number + 1 < len(batches):
+                continue
+            for stage, total in enumerate(sums):
+                if total is not None:
+                    steps.apply(stage, total)
+                before = zip(steps.parameters[stage], today[stage], strict=True)
+                velocity[stage] = [(p.detach() - value) / (number % accumulate + 1) for p, value in before]
+            sums = [None] * count
+            steps.t += 1
+        for stage in range(count):
+            late = [grads[stage] for grads in history[max(0, len(history) - (count - 1 - stage)) :]]
+            for first in range(0, len(late), accumulate):
+                steps.apply(stage, [sum(same) for same in zip(*late[first : first + accumulate], strict=True)])
+
+
+def train_with_features_replayed(
+    network: nn.Sequential, starts: Sequence[int], epochs: Epochs, optimizer: Optimizer, slow_start: int = 0
+) -> None:
+    """Features Replay: ``g_k = d< F_k(h_{k-1}^s ; w_k^t), delta_k^s >``, the forward run again with today's weights."""
+    parts = parts_of(network, starts)
+
+    def backward(stage: int, x: Tensor, state: Any, delta: Tensor) -> tuple[list[Tensor], Tensor]:
+        x = x.detach().requires_grad_()
+        own = list(parts[stage].parameters())
+        *grads, by_input = torch.autograd.grad(parts[stage](x), [*own, x], delta)
+        return grads, by_input
+
+    _train_stages(parts, epochs, Steps(parts, optimizer, slow_start), lambda part, x: (part(x), None), backward)
+
+
+def train_with_current_weights(
+    network: nn.Sequential, starts: Sequence[int], epochs: Epochs, optimizer: Optimizer, shrink: float = 1.0
+) -> None:
+    """The released code: stale activations and today's weights, layer by layer, for linear layers and ``tanh``."""
+    parts = parts_of(network, starts)
+
+    def forward(part: nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        values = [x]
+        for layer in part.children():
+            values.append(layer(values[-1]))
+        return values[-1], values
+
+    def backward(stage: int, x: Tensor, values: Any, delta: Tensor) -> tuple[list[Tensor], Tensor]:
+        grads: list[Tensor] = []
+        for layer, before, after in reversed(list(zip(parts[stage].children(), values[:-1], values[1:], strict=True))):
+            if isinstance(layer, nn.Tanh):
+                delta = delta * (1 - after**2)
+            else:
+                assert isinstance(layer, nn.Linear)
+                grads = [delta.T @ before, delta.sum(dim=0), *grads]
+                delta = delta @ layer.weight
+        return grads, delta * shrink
+
+    _train_stages(parts, epochs, Steps(parts, optimizer), forward, backward)
+
+
+def _train_stages(
+    parts: Sequence[nn.Module], epochs: Epochs, steps: Steps, forward: Callable[..., Any], backward: Callable[..., Any]
+) -> None:
+    """Batch by batch: all forwards, then each stage's backward of the batch that is due, then all updates."""
+    count = len(parts)
+    for batches in epochs:
+        inputs: list[list[Tensor]] = []
+        states: list[list[Any]] = []
+        deltas: dict[tuple[int, int], Tensor] = {}
+
+        def update(number: int, last: int, inputs: Any = inputs, states: Any = states, deltas: Any = deltas) -> None:
+            ready = {}
+            for stage in range(count):
+                due = number - (count - 1 - stage)
+                if 0 <= due < last:
+                    ready[stage] = backward(stage, inputs[due][stage], states[due][stage], deltas[due, stage])
+            for stage, (grads, by_input) in ready.items():
+                steps.apply(stage, [grad.detach() for grad in grads])
+                deltas[number - (count - 1 - stage), stage - 1] = by_input.detach()
+
+        for number, (x, y) in enumerate(batches):
+            inputs.append([])
+            states.append([])
+            with torch.no_grad():
+                for part in parts:
+                    inputs[-1].append(x)
+                    x, state = forward(part, x)
+                    states[-1].append(state)
+            output = x.detach().requires_grad_()
+            nn.functional.cross_entropy(output, y).backward()
+            assert output.grad is not None
+            deltas[number, count - 1] = output.grad
+            update(number, number + 1)
+            steps.t += 1
+        for ahead in range(1, count):
+            update(len(inputs) - 1 + ahead, len(inputs))
