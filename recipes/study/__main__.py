@@ -61,7 +61,10 @@ def _problem(options: Namespace) -> str:
         least = min(options[name]) if name == "stages" else options[name]
         if least < 1:
             return f"--{name} {least}: nothing would be trained; give 1 or more."
-    if not list(_runs(options)):
+    names = [Path(name).stem for name in options.recipe]
+    if len(set(names)) < len(names):
+        return f"--recipe {' '.join(options.recipe)}: two have the same name, by which runs are told apart; rename one."
+    if not _runs(options):
         return (
             f"--method {' '.join(options.method)} --stages {' '.join(map(str, options.stages))}: there is no such run;"
             " backprop has 1 stage, all other methods have 2 or more."
@@ -127,7 +130,10 @@ def study(options: Namespace, say: Console) -> Results:
     start, done = time.monotonic(), 0.0
     for number, (job, rows) in enumerate(share_out(fit, jobs, options.jobs, options.out / "log.txt"), start=1):
         run = job.run
-        results.keep(run, rows, cut_of[run].epoch_seconds(batches[run.network]) if run in cut_of else None)
+        seconds = None
+        if run in cut_of:
+            seconds = cut_of[run].epoch_seconds(batches[run.network], METHODS[run.method].recompute)
+        results.keep(run, rows, seconds)
         results.collect()
         done += work[run]
         took = time.monotonic() - start

@@ -36,9 +36,16 @@ class Cut:
     send: list[float]
     send_grad: list[float]
 
-    def epoch_seconds(self, batches: int) -> float:
-        """What an epoch takes on K devices, filling the pipeline and draining it included; with K = 1, by backprop."""
-        work = Work(self.forward, self.backward, self.send, self.send_grad)
+    def epoch_seconds(self, batches: int, recompute: bool = False) -> float:
+        """What an epoch takes on K devices, filling the pipeline and draining it included; with K = 1, by backprop.
+
+        Args:
+            batches: Of the epoch.
+            recompute: Whether all stages but the last, which has no delay, do each forward again in the backward.
+        """
+        again = [*self.forward[:-1], 0.0] if recompute else [0.0] * len(self.forward)
+        backward = [once + more for once, more in zip(self.backward, again, strict=True)]
+        work = Work(self.forward, backward, self.send, self.send_grad)
         return max(event.end for event in simulate(*work, batches))
 
 

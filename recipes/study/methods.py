@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from lightning_ddg import Staleness
+
 
 @dataclass(frozen=True)
 class Method:
@@ -22,12 +24,22 @@ class Method:
     kind: Literal["backprop", "ddg", "dni"]
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def recompute(self) -> bool:
+        """Whether stages do their forwards twice."""
+        return bool(self.arguments.get("recompute", False))
+
 
 METHODS = {
     "backprop": Method("backprop", "backprop"),
     "ddg": Method("DDG", "ddg"),
     # The paper's bare algorithm: gradients in flight at the end of an epoch are applied in the next.
     "ddg-undrained": Method("DDG, undrained", "ddg", {"drain": "never"}),
+    # Other rules for stale gradients, see docs/staleness.md; the first is what the authors' released code does.
+    "ddg-unstashed": Method("DDG, unstashed", "ddg", {"staleness": Staleness(stash=False)}),
+    "features-replay": Method("Features Replay", "ddg", {"recompute": True, "staleness": Staleness(stash=False)}),
+    "ddg-shrink": Method("DDG, shrink 0.5", "ddg", {"staleness": Staleness(shrink=0.5)}),
+    "ddg-predict": Method("DDG, predict", "ddg", {"staleness": Staleness(predict=True)}),
     "dni": Method("DNI", "dni"),
     "cdni": Method("cDNI", "dni", {"conditioned": True}),
 }

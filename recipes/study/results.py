@@ -42,7 +42,7 @@ class Results:
         return self.folder / "results.csv"
 
     def settle(self, settings: Settings, recipes: Mapping[str, Recipe]) -> None:
-        """Writes down what the study is about, or checks that it is still the same.
+        """Writes down what the study is about, or checks that it is still the same, once a run has been finished.
 
         More runs, and so more recipes, may be added to a study at any time.
 
@@ -58,6 +58,10 @@ class Results:
         asked = json.loads(json.dumps(asked))
         kept = json.loads(path.read_text()) if path.exists() else {"settings": asked["settings"], "recipes": {}}
         changed = differences(kept, asked)
+        if changed and not any(self.folder.glob("runs/*.json")):
+            # Nothing has come of the settings there were, such as a number of images that cannot be chosen.
+            kept["recipes"], changed = {}, []
+            (self.folder / "cuts.json").unlink(missing_ok=True)
         if changed:
             raise ValueError(
                 f"The study in {self.folder} was started with other settings: {'; '.join(changed)}. Its runs cannot be"

@@ -155,6 +155,13 @@ def test_a_method_gives_its_arguments_to_the_strategy(job: Callable[..., Job]) -
     assert drained[0]["test_loss"] != carried[0]["test_loss"]
 
 
+@pytest.mark.parametrize("name", ["ddg-unstashed", "features-replay", "ddg-shrink", "ddg-predict"])
+def test_a_rule_trains_otherwise_than_the_paper(name: str, job: Callable[..., Job]) -> None:
+    exact, other = (fit(job(method, 3, "network.layer2", "network.layer3")) for method in ("ddg", name))
+    assert exact[0]["train_loss"] != other[0]["train_loss"]
+    assert METHODS[name].recompute == (name == "features-replay")
+
+
 def test_adam_is_its_recipes(job: Callable[..., Job]) -> None:
     recipe = job("backprop", 1, optimizer="adam").recipe
     assert recipe.optimizer == {"class_path": "torch.optim.Adam", "init_args": {"lr": 1e-3, "weight_decay": 5e-4}}
@@ -204,6 +211,8 @@ def test_an_epoch_on_devices_fills_and_drains_the_pipeline() -> None:
     two = Cut(["b"], [1.0, 1.0], [2.0, 2.0], [0.0], [0.0])
     assert two.epoch_seconds(1) == 6
     assert two.epoch_seconds(10) == 6 + 9 * 3
+    # With forwards done twice the first stage takes 4, the last one 3.
+    assert two.epoch_seconds(10, recompute=True) - two.epoch_seconds(9, recompute=True) == 4
     assert Cut([], [2.0], [4.0], [], []).epoch_seconds(10) == 60
 
 
@@ -218,6 +227,7 @@ def test_an_epoch_on_devices_fills_and_drains_the_pipeline() -> None:
         (["--epochs", "0"], "--epochs 0: nothing would be trained; give 1 or more"),
         (["--jobs", "0"], "--jobs 0: nothing would be trained"),
         (["--stages", "0", "2"], "--stages 0: nothing would be trained"),
+        (["--recipe", "a/x.yaml", "b/x.yaml"], "two have the same name, by which runs are told apart; rename one"),
         (["--method", "ddg", "--stages", "1"], "--method ddg --stages 1: there is no such run; backprop has 1 stage"),
     ],
 )
@@ -251,6 +261,9 @@ def test_a_study_takes_more_runs_but_no_other_settings(recipe: Path, tmp_path: P
     results.settle(settings, {"small sgd": read_recipe(recipe, 0, "sgd")})
     Results(tmp_path).settle(settings, {"small adam": read_recipe(recipe, 0, "adam")})
     changed = replace(read_recipe(recipe, 0, "sgd"), batch_size=7)
+    results.settle(settings, {"small sgd": changed})  # no run has been finished yet
+    results.settle(settings, {"small sgd": read_recipe(recipe, 0, "sgd")})
+    results.keep(Run("small", 0, "sgd", "backprop", 1, seed=1), [], None)
     with pytest.raises(ValueError, match="recipes.small sgd.batch_size was 6, now 7"):
         results.settle(settings, {"small sgd": changed})
     with pytest.raises(ValueError, match="epochs was 2, now 3; train_images was 300, now None.*another folder"):
