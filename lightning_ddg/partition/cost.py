@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -93,9 +94,10 @@ def measure_profile(
 ) -> Profile:
     """Measure every layer: the median seconds after one warm-up, and the bytes it makes, keeps and passes on.
 
-    Each repeat goes through all layers, so that a busy moment of the machine is spread over them, and then through the
-    whole network in one piece. A layer on its own takes longer than among the others, so the measured seconds of the
-    layers are scaled to add up to the whole's, unless the whole does not fit into the device's memory.
+    A repeat is what training does with a batch: forward through all layers, then backward through all, with the clock
+    read in between. So layers find caches and memory as they will, and a busy moment of the machine is spread over
+    them. If the activations of the whole network do not fit into the device's memory, the backward of each layer comes
+    right after its forward instead.
 
     Args:
         chain: The layers, in the mode (train or eval) and on the device they are to be costed in.
@@ -117,23 +119,22 @@ def measure_profile(
             torch.cuda.synchronize(device)
         return time.perf_counter()
 
-    whole = [chain.segment(0, len(chain))]
-
-    def measure_whole() -> tuple[list[float], list[float]] | None:
+    def measure() -> tuple[list[float], list[float]]:
         # Layer by layer, a device can measure a network that it cannot train.
         with suppress(torch.OutOfMemoryError):
-            return _pass_through(whole, args, kwargs, context, clock)
-        return None
+            return _train_through(layers, args, kwargs, context, clock)
+        return _pass_through(layers, args, kwargs, context, clock)
 
     memory = _Memory(layers)
     with _no_trace(layers, devices), _no_garbage_collection():
         _pass_through(layers, args, kwargs, context, clock, memory)
         memory.returned()
-        measure_whole()
-        rounds = [(_pass_through(layers, args, kwargs, context, clock), measure_whole()) for _ in range(repeats)]
-    wholes = [taken for _, taken in rounds if taken is not None]
+        measure()
+        rounds = [measure() for _ in range(repeats)]
+    # A clock that is too coarse to see a layer must not make it free.
     forward, backward = (
-        _shared_out([parts[which] for parts, _ in rounds], [taken[which][0] for taken in wholes]) for which in (0, 1)
+        [max(median(seconds), 1e-9) for seconds in zip(*(parts[which] for parts in rounds), strict=True)]
+        for which in (0, 1)
     )
     trainable = [[p for p in layer.parameters() if p.requires_grad] for layer in layers]
     frozen = [[t for t in (*layer.parameters(), *layer.buffers()) if not t.requires_grad] for layer in layers]
@@ -195,17 +196,6 @@ def _layers(chain: Layers) -> list[nn.Module]:
     return [chain.segment(position, position + 1) for position in range(len(chain))]
 
 
-def _shared_out(rounds: Sequence[Sequence[float]], wholes: Sequence[float]) -> list[float]:
-    """Return the median of each layer over the rounds, scaled so that all layers together take what the whole takes.
-
-    A layer on its own pays for a call of its own, and finds caches and memory in another state than among the others.
-    """
-    medians = [median(seconds) for seconds in zip(*rounds, strict=True)]
-    scale = median(wholes) / sum(medians) if wholes and any(medians) else 1.0
-    # A clock that is too coarse to see a layer must not make it free.
-    return [max(seconds * scale, 1e-9) for seconds in medians]
-
-
 def _new_sizes(groups: Sequence[Sequence[Tensor]]) -> list[int]:
     """Bytes of the tensors of each group that no earlier group has."""
     counted: set[int] = set()
@@ -258,6 +248,52 @@ def _pass_through(
         if memory is not None:
             memory.passed_on(tensors_of(output))
         call = ((output,), {})
+    return forward, backward
+
+
+def _train_through(
+    layers: Sequence[nn.Module],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    context: Callable[[], AbstractContextManager[object]],
+    clock: Callable[[], float],
+) -> tuple[list[float], list[float]]:
+    """Train on one batch, without a step; return the seconds of each layer's forward and backward.
+
+    The backward of a layer begins when the first gradient by what it has made is there: autograd goes through the
+    layers in reverse.
+    """
+    # A copy: the network may write into its input, which is needed again. Its own inputs need no gradient.
+    call_args, call_kwargs = map_tensors(lambda tensor: tensor.detach().clone(), (tuple(args), dict(kwargs)))
+    forward: list[float] = []
+    began: dict[int, float] = {}
+
+    def note(position: int, gradient: Tensor) -> None:
+        began.setdefault(position, clock())
+
+    passed: set[tuple[int, int]] = set()
+    for position, layer in enumerate(layers):
+        start = clock()
+        with context():
+            output = layer(*call_args, **call_kwargs)
+        forward.append(clock() - start)
+        made = [tensor for tensor in tensors_of(output) if _carries_grad(tensor)]
+        for tensor in made:
+            if (id(tensor), tensor._version) not in passed:
+                tensor.register_hook(partial(note, position))  # type: ignore[no-untyped-call]
+        passed = {(id(tensor), tensor._version) for tensor in made}
+        call_args, call_kwargs = (output,), {}
+    tails = {id(p): p for layer in layers for p in layer.parameters() if p.requires_grad}
+    grads = [torch.ones_like(tensor) for tensor in made]
+    if made and tails:
+        # Not `backward`: it would touch `.grad` and run the hooks that wait for it.
+        torch.autograd.grad(made, list(tails.values()), grads, allow_unused=True)
+    backward: list[float] = []
+    ended = clock()
+    for position in range(len(layers)):
+        start = began.get(position, ended)
+        backward.append(ended - start)
+        ended = start
     return forward, backward
 
 

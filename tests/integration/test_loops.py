@@ -259,6 +259,8 @@ class Ended:
 
 def fit_until_a_signal(folder: str, number: int, ranks: tuple[int, ...], where: str, times: int) -> Ended:
     warnings.simplefilter("ignore")
+    # A shell that starts the tests in the background has it ignored, for all processes that they start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sends = SendsSignals(number, ranks, where, times)
     strategy = DDGStrategy(split_points=["net.2", "net.5"])
     callbacks = [sends, OnExceptionCheckpoint(folder)]

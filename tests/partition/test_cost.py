@@ -82,9 +82,9 @@ def test_the_context_is_entered_around_each_forward() -> None:
     probe = nn.Identity()
     probe.register_forward_hook(lambda _module, _args, output: seen.append(output.dtype))
     time_costs(chain_of(nn.Linear(2, 2), probe), (torch.randn(2, 2),), {}, repeats=1, context=context)
-    # A warm-up and a repeat, each layer by layer and as a whole.
-    assert entered == ["in", "out"] * (2 * (2 + 1))
-    assert seen == [torch.bfloat16] * 4
+    # For the bytes, a warm-up, and a repeat.
+    assert entered == ["in", "out"] * (3 * 2)
+    assert seen == [torch.bfloat16] * 3
 
 
 def test_rounds_go_through_all_layers() -> None:
@@ -93,8 +93,8 @@ def test_rounds_go_through_all_layers() -> None:
     a.register_forward_hook(lambda *_: order.append("a"))
     b.register_forward_hook(lambda *_: order.append("b"))
     time_costs(chain_of(a, b), (torch.randn(2, 2),), {}, repeats=2)
-    # Layer by layer, then as a whole: the warm-up and two repeats.
-    assert order == ["a", "b"] * 6
+    # For the bytes, a warm-up, and two repeats.
+    assert order == ["a", "b"] * 4
 
 
 class Clock:
@@ -130,22 +130,22 @@ class Timed(nn.Module):
         return Takes.apply(x * self.scale, *self.times)  # type: ignore[no-any-return]
 
 
-class Called(nn.Module):
-    """What every call of a segment costs on top; the whole may be too much for the device."""
+class Alone(nn.Module):
+    """A layer that does not fit into the device's memory beside what others keep for their backward."""
 
-    def __init__(self, segment: nn.Module, clock: Clock, error: type[Exception] | None) -> None:
+    def __init__(self, clock: Clock, forward: float, backward: float) -> None:
         super().__init__()
-        self.segment, self.clock, self.error = segment, clock, error
+        self.layer = Timed(clock, forward, backward)
+        self.waiting = 0
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.error is not None:
-            raise self.error("too large")
-        self.clock.now += 1.0
-        return self.segment(x)  # type: ignore[no-any-return]
+        if self.waiting:
+            raise torch.OutOfMemoryError("too large")
+        return self.layer(x)  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("fits", [True, False])
-def test_seconds_of_layers_add_up_to_those_of_the_whole_if_it_fits(monkeypatch: pytest.MonkeyPatch, fits: bool) -> None:
+def test_seconds_are_those_of_training(monkeypatch: pytest.MonkeyPatch, fits: bool) -> None:
     clock = Clock()
     monkeypatch.setattr(cost_module, "time", clock)
     ones_like = torch.ones_like
@@ -156,17 +156,50 @@ def test_seconds_of_layers_add_up_to_those_of_the_whole_if_it_fits(monkeypatch: 
 
     # In training the gradients come from the next layer.
     monkeypatch.setattr(torch, "ones_like", slow_ones_like)
+    first, second = Timed(clock, 2.0, 4.0), Alone(clock, 5.0, 6.0)
+    order: list[str] = []
+    first.register_forward_hook(lambda *_: order.append("forward"))
 
-    class Slow(Chain):
-        def segment(self, start: int, stop: int) -> nn.Module:
-            error = torch.OutOfMemoryError if stop - start == len(self) and not fits else None
-            return Called(super().segment(start, stop), clock, error)
+    def kept(_module: nn.Module, _args: Any, output: Tensor) -> None:
+        second.waiting += not fits
+        output.register_hook(lambda _gradient: second.__setattr__("waiting", 0))
 
-    chain = Slow([("a", Timed(clock, 2.0, 4.0)), ("b", Timed(clock, 5.0, 6.0))])
-    profile = measure_profile(chain, (torch.randn(2),), {}, repeats=3)
-    # Apart the forwards take 3 and 6 with a call each, together 8 with one call; the backwards are not called.
-    assert profile.forward == pytest.approx([3 * 8 / 9, 6 * 8 / 9] if fits else [3, 6])
-    assert profile.backward == pytest.approx([4, 6])
+    first.register_forward_hook(kept)
+    profile = measure_profile(chain_of(first, second, nn.ReLU(inplace=True)), (torch.randn(2),), {}, repeats=3)
+    assert profile.forward == pytest.approx([2, 5, 0], abs=1e-8)
+    assert profile.backward == pytest.approx([4, 6, 0], abs=1e-8)
+    assert len(order) == (5 if fits else 9), "for the bytes, a warm-up, three repeats; those that did not fit once more"
+
+
+class TimedSplit(nn.Module):
+    """Two tensors for the next layer, one of them as it came: what a cut inside a residual block sees."""
+
+    def __init__(self, clock: Clock, forward: float, backward: float) -> None:
+        super().__init__()
+        self.layer = Timed(clock, forward, backward)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.layer(x), x
+
+
+class TimedJoin(nn.Module):
+    def __init__(self, clock: Clock, forward: float, backward: float) -> None:
+        super().__init__()
+        self.layer = Timed(clock, forward, backward)
+
+    def forward(self, both: tuple[Tensor, Tensor]) -> Tensor:
+        return self.layer(both[0]) + both[1]  # type: ignore[no-any-return]
+
+
+def test_what_passes_a_layer_by_does_not_begin_its_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(cost_module, "time", clock)
+    chain = chain_of(
+        Timed(clock, 1.0, 2.0), TimedSplit(clock, 3.0, 4.0), TimedJoin(clock, 5.0, 6.0), Timed(clock, 7.0, 8.0)
+    )
+    profile = measure_profile(chain, (torch.randn(2),), {}, repeats=1)
+    assert profile.forward == pytest.approx([1, 3, 5, 7])
+    assert profile.backward == pytest.approx([2, 4, 6, 8])
 
 
 def test_fewer_repeats_than_one_are_refused() -> None:
