@@ -90,6 +90,15 @@ class CifarResNet(nn.Module):
         first = BasicBlock(inputs, outputs, stride)
         return nn.Sequential(first, *(BasicBlock(outputs, outputs) for _ in range(blocks - 1)))
 
+    def units(self) -> list[nn.Module]:
+        """List what a picture of the network shows as boxes: the stem, each block, the head.
+
+        Called one after the other, they compute what the network does; they share its layers.
+        """
+        stem = nn.Sequential(self.conv1, self.bn1, nn.ReLU())
+        head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), self.fc)
+        return [stem, *self.layer1, *self.layer2, *self.layer3, head]
+
     def forward(self, images: Tensor) -> Tensor:
         """Map images ``(batch, 3, height, width)`` to logits ``(batch, classes)``."""
         out = functional.relu(self.bn1(self.conv1(images)))

@@ -1,0 +1,101 @@
+"""What the runs of a study say together is computed here: means over seeds, differences from backpropagation.
+
+Rows in, numbers out; nothing is drawn or printed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from math import sqrt
+from statistics import fmean, stdev
+from typing import Any, NamedTuple
+
+Row = Mapping[str, Any]
+
+#: 97.5 % quantiles of Student's t by degrees of freedom; from ten on the last is a little too cautious.
+_STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+
+
+class Setup(NamedTuple):
+    """What is trained: methods are compared within one of them."""
+
+    recipe: str
+    depth: int
+    optimizer: str
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        network = f"{self.recipe}, depth {self.depth}" if self.depth else self.recipe
+        return f"{network}, {'SGD' if self.optimizer == 'sgd' else self.optimizer.capitalize()}"
+
+
+class Contender(NamedTuple):
+    """How it is trained."""
+
+    method: str
+    stages: int
+
+
+Runs = dict[int, list[Row]]  # a contender's epochs by seed
+
+
+def by_setup(rows: Iterable[Row]) -> dict[Setup, dict[Contender, Runs]]:
+    """Sorts rows by what is trained, how, and with which seed; backpropagation comes first, then fewer stages first."""
+    found: dict[Setup, dict[Contender, Runs]] = {}
+    for row in sorted(rows, key=lambda row: (row["method"], row["stages"], row["seed"], row["epoch"])):
+        setup = Setup(row["recipe"], row["depth"], row["optimizer"])
+        contender = Contender(row["method"], row["stages"])
+        found.setdefault(setup, {}).setdefault(contender, {}).setdefault(row["seed"], []).append(row)
+    return dict(sorted(found.items(), key=lambda item: (item[0].recipe, item[0].depth, item[0].optimizer != "sgd")))
+
+
+def mean_sd(values: Sequence[float]) -> tuple[float, float | None]:
+    """The mean and the standard deviation of a sample; of one value there is no deviation."""
+    return fmean(values), stdev(values) if len(values) > 1 else None
+
+
+def curve(runs: Runs, column: str) -> list[tuple[int, float, float | None]]:
+    """A column's mean and standard deviation over the seeds, epoch by epoch: ``(epoch, mean, deviation)``."""
+    epochs = zip(*runs.values(), strict=True)
+    return [(same[0]["epoch"], *mean_sd([row[column] for row in same])) for same in epochs]
+
+
+def best(runs: Runs) -> dict[int, float]:
+    """The best test accuracy of each seed, in 0..1."""
+    return {seed: max(row["test_acc"] for row in rows) for seed, rows in runs.items()}
+
+
+class Difference(NamedTuple):
+    """How much better one contender is than another with the same seeds.
+
+    Attributes:
+        mean: Of the differences of single seeds.
+        half: Half the width of the mean's 95 % confidence interval, by Student's t; ``None`` for a single seed.
+    """
+
+    mean: float
+    half: float | None
+
+    @property
+    def within_noise(self) -> bool | None:
+        """Whether seeds alone may explain it; ``None`` if nobody can say, with a single seed."""
+        return None if self.half is None else abs(self.mean) <= self.half
+
+
+def pooled(setups: Mapping[Setup, Mapping[Contender, Runs]], contender: Contender) -> dict[tuple[Setup, int], float]:
+    """A contender's best test accuracies of all setups, by setup and seed."""
+    accuracies = {setup: best(contenders[contender]) for setup, contenders in setups.items() if contender in contenders}
+    return {(setup, seed): value for setup, seeds in accuracies.items() for seed, value in seeds.items()}
+
+
+def difference(ours: Mapping[Any, float], theirs: Mapping[Any, float]) -> Difference | None:
+    """Compares values with the same key, such as a seed; ``None`` where no key is common to both."""
+    values = [ours[key] - theirs[key] for key in ours if key in theirs]
+    if not values:
+        return None
+    mean, deviation = mean_sd(values)
+    if deviation is None:
+        return Difference(mean, None)
+    student = _STUDENT[min(len(values) - 1, len(_STUDENT)) - 1]
+    return Difference(mean, student * deviation / sqrt(len(values)))
