@@ -40,10 +40,11 @@ class _Planned(BaseException):
 class _Planner(Callback):
     """Plans with the first batch of a fit, as its training step would get it."""
 
-    def __init__(self, num_stages: int | list[int]) -> None:
+    def __init__(self, num_stages: int | list[int], recompute: bool) -> None:
         self.plan: Plan | None = None
         self.problem: str | None = None
         self._num_stages = num_stages
+        self._recompute = recompute
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         try:
@@ -52,6 +53,7 @@ class _Planner(Callback):
                 batch,
                 self._num_stages,
                 optimizer_copies=copies_kept(trainer.optimizers[0] if trainer.optimizers else None),
+                recompute=self._recompute,
                 context=trainer.precision_plugin.train_step_context,
             )
         except (ImportError, RuntimeError, TypeError, ValueError) as error:
@@ -68,6 +70,7 @@ class _Trainer(Trainer):
         datamodule: LightningDataModule | None = None,
         num_stages: int | list[int] = list(NUM_STAGES),  # noqa: B006 - the default is what the help shows
         picture: str | None = None,
+        recompute: bool = False,
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
     ) -> None:
@@ -78,6 +81,7 @@ class _Trainer(Trainer):
             datamodule: Its data.
             num_stages: One number of stages, or a list of them. What is asked for is shown stage by stage.
             picture: Where to draw the predicted timelines; the name ends in .png or .svg.
+            recompute: As the strategy's argument; the strategy in the config is not looked at.
             ckpt_path: Accepted, so that a fit's saved config can be planned; not read.
             weights_only: Accepted, as ckpt_path.
         """
@@ -86,7 +90,7 @@ class _Trainer(Trainer):
                 check_picture(picture)
         except (ImportError, ValueError) as error:
             raise SystemExit(f"lightning-ddg plan: {error}") from error
-        planner = _Planner(num_stages)
+        planner = _Planner(num_stages, recompute)
         self.callbacks.append(planner)  # type: ignore[attr-defined]
         try:
             with suppress(_Planned):

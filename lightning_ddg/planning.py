@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import ceil
 from pathlib import Path
@@ -146,12 +146,13 @@ class Plan:
         # A batch's way through an empty pipeline takes as long as all its work; then the schedule settles.
         stop = self.seconds + 3 * max(cut.prediction.period for cut in cuts.values())
         alone = next(iter(cuts.values())).work
-        whole = Work([sum(alone.forward)], [sum(alone.backward)], [], [])
+        # The stages' backwards have forwards in them that are done again.
+        whole = Work([sum(alone.forward)], [self.seconds - sum(alone.forward)], [], [])
         panels = [_panel("plain backpropagation on one device", whole, predict(*whole), stop)]
         for num_stages, cut in cuts.items():
             got = cut.prediction
             if num_stages > 1:
-                title = f"{_count(num_stages)}: {got.speedup:.2f} times as fast, limited by {got.reason}"
+                title = f"{_count(num_stages)}: {self.seconds / got.period:.2f} times as fast, limited by {got.reason}"
                 panels.append(_panel(title, cut.work, got, stop))
         draw_timeline(panels, path, span=(0.0, stop))
 
@@ -176,7 +177,8 @@ class Plan:
                 continue
             got = cut.prediction
             largest = max(stage.memory for stage in cut.stages)
-            figures = (f"{got.speedup:.2f}x", f"{got.efficiency:.0%}")
+            speedup = self.seconds / got.period
+            figures = (f"{speedup:.2f}x", f"{speedup / num_stages:.0%}")
             table.add_row(str(num_stages), show_ms(got.period), *figures, got.reason, show_bytes(largest))
         return table
 
@@ -208,6 +210,7 @@ def plan_module(
     num_stages: int | Sequence[int] = NUM_STAGES,
     *,
     optimizer_copies: int = 2,
+    recompute: bool = False,
     context: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> Plan:
     """Finds a module's network, measures it on a batch, and plans cuts of it; leaves the module as it was.
@@ -217,6 +220,7 @@ def plan_module(
         batch: What its ``training_step`` takes, on the same device.
         num_stages: One number of stages, or several.
         optimizer_copies: Tensors of a parameter's size that the optimizer will keep for it.
+        recompute: Whether stages shall run forwards again instead of keeping activations.
         context: Entered around each forward, e.g. autocast.
 
     Raises:
@@ -248,11 +252,11 @@ def plan_module(
                 f"The layers could not be measured one after the other ({type(error).__name__}: {error}). They must"
                 " run so for training in stages too; return others from `configure_stages()`."
             ) from error
-    return make_plan(network.chain, profile, numbers, optimizer_copies)
+    return make_plan(network.chain, replace(profile, recompute=recompute), numbers, optimizer_copies)
 
 
 def work_of(profile: Profile, starts: Sequence[int], seconds_per_byte: float = SECONDS_PER_BYTE) -> Work:
-    """How long the work of each stage of a cut and its messages take.
+    """How long the work of each stage of a cut and its messages take; a forward that is done again is its backward's.
 
     Args:
         profile: What the layers take.
@@ -263,6 +267,8 @@ def work_of(profile: Profile, starts: Sequence[int], seconds_per_byte: float = S
     forward, backward = (
         [sum(values[start:stop]) for start, stop in pairwise(bounds)] for values in (profile.forward, profile.backward)
     )
+    if profile.recompute:
+        backward = [back + again for back, again in zip(backward, [*forward[:-1], 0.0], strict=True)]
     send, send_grad = (
         [sizes[start] * seconds_per_byte for start in starts] for sizes in (profile.crossing, profile.crossing_grad)
     )

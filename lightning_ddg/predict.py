@@ -71,16 +71,6 @@ class Prediction:
     last: int
     reason: str
 
-    @property
-    def speedup(self) -> float:
-        """Batches per second over those of backpropagation on one such device, which does all the stages' work."""
-        return sum(self.busy)
-
-    @property
-    def efficiency(self) -> float:
-        """The speed-up over the number of stages: the part of the time in which the devices compute, in 0..1."""
-        return sum(self.busy) / len(self.busy)
-
 
 def simulate(
     forward: Sequence[float],

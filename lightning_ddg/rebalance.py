@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from lightning_ddg.cutting import Cut
 from lightning_ddg.figures import Tally
-from lightning_ddg.partition import best_cut, best_stages, forbidden_cuts
+from lightning_ddg.partition import Profile, best_cut, best_stages, forbidden_cuts, stage_seconds
 from lightning_ddg.timeline import show_ms
 
 IDLE = 0.2
@@ -61,15 +61,31 @@ def better_cut(cut: Cut, seconds: Sequence[float], max_memory: int | None = None
     if cut.measured is None:
         layers = shared_out(cut.costs, cut.starts, seconds)
         starts = best_cut(layers, num_stages, forbidden)
+        slowest = max(sum(layers[start:stop]) for start, stop in pairwise([0, *starts, len(layers)]))
     else:
         profile, copies = cut.measured.profile, cut.measured.optimizer_copies
-        layers = shared_out(profile.seconds, cut.starts, seconds)
-        today = replace(profile, forward=layers, backward=[0.0] * len(layers))
+        today = _scaled(profile, cut.starts, seconds)
         starts = best_stages(today, num_stages, forbidden, max_memory=max_memory, optimizer_copies=copies)
-    slowest = max(sum(layers[start:stop]) for start, stop in pairwise([0, *starts, len(layers)]))
+        slowest = max(stage_seconds(today, starts))
     if slowest > (1 - _BETTER) * max(seconds):
         return None
     return Proposal([cut.chain.names[start] for start in starts], slowest)
+
+
+def _scaled(profile: Profile, starts: Sequence[int], seconds: Sequence[float]) -> Profile:
+    """What the layers would have cost if each stage had taken what it took, messages left out."""
+    forward, backward = [], []
+    modelled = stage_seconds(profile, starts)
+    for (start, stop), took, should in zip(
+        pairwise([0, *starts, len(profile.forward)]), seconds, modelled, strict=True
+    ):
+        if should:
+            forward += [took * there / should for there in profile.forward[start:stop]]
+            backward += [took * back / should for back in profile.backward[start:stop]]
+        else:
+            forward += [0.0] * (stop - start)
+            backward += [took / (stop - start)] * (stop - start)
+    return replace(profile, forward=forward, backward=backward)
 
 
 def idle_warning(cut: Cut, tallies: Sequence[Tally], max_memory: int | None = None) -> str | None:

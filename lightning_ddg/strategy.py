@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any, ClassVar, Literal, TypeVar, cast
 
@@ -221,20 +222,23 @@ class DDGStrategy(ParallelStrategy):
     # ---- what a user may ask
 
     @staticmethod
-    def plan(module: LightningModule, batch: Any, num_stages: int | Sequence[int] = NUM_STAGES) -> Plan:
+    def plan(
+        module: LightningModule, batch: Any, num_stages: int | Sequence[int] = NUM_STAGES, *, recompute: bool = False
+    ) -> Plan:
         """Says what training a module in stages would be like, without a Trainer and without training.
 
         Args:
             module: The module, on the device on which it shall be measured. It is left as it was.
             batch: What its ``training_step`` takes, on the same device.
             num_stages: One number of stages, or several.
+            recompute: As the strategy's argument.
 
         Raises:
             TypeError: If the network cannot be found.
             ValueError: If ``num_stages`` is empty.
             RuntimeError: If the training step or the layers cannot be run.
         """
-        return plan_module(module, batch, num_stages)
+        return plan_module(module, batch, num_stages, recompute=recompute)
 
     @property
     def num_stages(self) -> int:
@@ -505,6 +509,7 @@ class DDGStrategy(ParallelStrategy):
             if not isinstance(costs, Profile):
                 return costs
             copies = copies_kept(self.optimizers[0] if self.optimizers else None)
+            costs = replace(costs, recompute=self._recompute)
             return Measured(costs, self._seconds_per_byte(), copies)
 
         self._cut = decide_cut(

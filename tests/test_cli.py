@@ -17,6 +17,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lightning_ddg import planning
 from lightning_ddg.cli import main
 from recipes.digits import DigitsData, DigitsModule
 from tests.test_planning import Winding
@@ -134,6 +135,21 @@ def test_what_cannot_be_planned_ends_with_a_plain_message(arguments: list[str], 
     with pytest.raises(SystemExit, match=f"lightning-ddg plan: .*{message}"):
         main(arguments)
     assert not list(tmp_path.iterdir())
+
+
+def test_plan_counts_forwards_done_again_if_asked(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+
+    def plan_module(*args: Any, recompute: bool, **options: Any) -> Any:
+        asked.append(recompute)
+        return planning.plan_module(*args, recompute=recompute, **options)
+
+    monkeypatch.setattr("lightning_ddg.cli.plan_module", plan_module)
+    main(["plan", "--config", CONFIG, "--num_stages", "2"])
+    main(["plan", "--config", CONFIG, "--num_stages", "2", "--recompute", "true"])
+    assert asked == [False, True]
 
 
 def test_plan_without_a_number_of_stages_is_a_summary(capsys: pytest.CaptureFixture[str]) -> None:

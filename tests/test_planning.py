@@ -42,7 +42,7 @@ def test_the_figures_of_two_stages() -> None:
     assert cut.work.backward == pytest.approx([0.010, 0.006])
     # The messages are microseconds, which hide behind the work of the slower stage.
     assert (cut.prediction.period, cut.prediction.reason) == (pytest.approx(0.015), "stage 1")
-    assert cut.prediction.speedup == pytest.approx(0.024 / 0.015)
+    assert sum(cut.prediction.busy) == pytest.approx(0.024 / 0.015)
     first, second = cut.stages
     assert (first.layers, second.layers) == (["net.0", "net.1"], ["net.2", "net.3"])
     assert (first.parameters, second.parameters) == (3, 7)
@@ -54,6 +54,22 @@ def test_the_figures_of_two_stages() -> None:
     assert (first.in_flight, second.in_flight) == (2 * 30_000 + 12 + 2 * 200, 70_000 + 2000 + 2 * 2000)
     # Weights, gradients, two copies of them in the optimizer, and what is in flight.
     assert (first.memory, second.memory) == (60_412 + 4 * 12, 76_000 + 4 * 28)
+
+
+def test_forwards_done_again_are_work_of_the_stages_but_not_of_backpropagation(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    plan = make_plan(chain(), replace(PROFILE, recompute=True), [2])
+    cut = plan.rows[2]
+    assert isinstance(cut, CutPlan)
+    assert plan.seconds == pytest.approx(0.024)
+    assert cut.work.forward == pytest.approx([0.005, 0.003])
+    # The first stage's backward has its forward in it, and keeps the input of the batch alone: it reads that itself.
+    assert cut.work.backward == pytest.approx([0.015, 0.006])
+    assert cut.stages[0].in_flight == 30_000 + 12 + 2 * 200
+    plan.print()
+    assert "1.20x" in (printed := capsys.readouterr().out)  # 24 / 20 ms
+    assert "60%" in printed
 
 
 def test_frozen_weights_are_memory_but_not_in_flight() -> None:
@@ -85,7 +101,7 @@ def test_a_middle_stage_sends_both_ways() -> None:
 def test_one_stage_is_plain_backpropagation() -> None:
     cut = make_plan(chain(), PROFILE, [1]).rows[1]
     assert isinstance(cut, CutPlan)
-    assert cut.prediction.speedup == pytest.approx(1.0)
+    assert cut.prediction.busy == pytest.approx([1.0])
     assert cut.split_points == []
 
 
@@ -205,6 +221,19 @@ def test_a_plan_of_a_real_module_is_a_cut_of_it() -> None:
     widths = [10, 10, 10, 10, 10, 8]
     wanted = [8 * 5 * (on + back) for on, back in zip([*widths, 0], [0, *widths], strict=True)]
     assert [stage.sends for stage in cut.stages] == wanted
+
+
+def test_a_plan_can_count_forwards_that_are_done_again() -> None:
+    cuts = [
+        DDGStrategy.plan(Classifier("mlp"), next(iter(loader("mlp"))), 7, recompute=again).rows[7]
+        for again in (False, True)
+    ]
+    kept, again = cuts
+    assert isinstance(kept, CutPlan)
+    assert isinstance(again, CutPlan)
+    # Every stage has one layer; all but the last two keep less, and the last has nothing to do again.
+    assert all(less.memory <= more.memory for less, more in zip(again.stages, kept.stages, strict=True))
+    assert sum(stage.memory for stage in again.stages) < sum(stage.memory for stage in kept.stages)
 
 
 class Listed(DDGMixin, Classifier):

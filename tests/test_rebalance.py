@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 from torch import nn
@@ -53,6 +54,22 @@ def test_measured_layers_are_scaled_to_what_their_stages_took() -> None:
     proposal = better_cut(cut, [12.0, 4.0])
     assert proposal is not None
     assert proposal == (["net.1"], 10.0)
+
+
+def test_forwards_that_are_done_again_are_so_in_the_better_cut() -> None:
+    costs = measured([1.0] * 6, [1.0] * 6, [0] * 6)
+    again = replace(costs, profile=replace(costs.profile, recompute=True))
+    cut = Cut(chain(6), [4], again.profile.seconds, "measured time", again)
+    # A layer takes 3 before the last stage, and 2 in it: 6 and 8 instead of 12 and 4.
+    assert better_cut(cut, [12.0, 4.0]) == (["net.2"], 8.0)
+    # Its stage has taken twice that.
+    assert better_cut(cut, [24.0, 4.0]) == (["net.2"], 12.0)
+
+
+def test_stages_that_were_measured_as_nothing_share_their_time_evenly() -> None:
+    costs = measured([0.0] * 4, [0.0] * 4, [0] * 4)
+    cut = Cut(chain(), [3], costs.profile.seconds, "measured time", costs)
+    assert better_cut(cut, [6.0, 2.0]) == (["net.2"], 4.0)
 
 
 def test_the_memory_limit_is_kept() -> None:

@@ -68,6 +68,7 @@ class Profile:
             receives is counted with an earlier one, what the network returns with its last.
         parameters: Bytes of each layer's trainable parameters; a shared one counts where it is used first.
         frozen: Bytes of each layer's other parameters and its buffers, counted likewise; empty if there are none.
+        recompute: Whether a stage with a delay keeps no activations of batches in flight, and runs its forward again.
     """
 
     forward: list[float]
@@ -77,10 +78,11 @@ class Profile:
     activations: list[int]
     parameters: list[int]
     frozen: Sequence[int] = ()
+    recompute: bool = False
 
     @property
     def seconds(self) -> list[float]:
-        """Seconds of each layer's forward and backward."""
+        """Seconds of each layer's forward and backward, each done once."""
         return [forward + backward for forward, backward in zip(self.forward, self.backward, strict=True)]
 
 

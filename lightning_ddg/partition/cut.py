@@ -73,13 +73,18 @@ def best_stages(
         ValueError: As :func:`best_cut`; or no cut keeps ``max_memory``.
     """
     _check_costs(profile.seconds)
-    seconds = [[0.0, *accumulate(profile.seconds[start:])] for start in range(len(profile.seconds))]
+    # Not differences of running sums, as above.
+    once, twice = (
+        [[0.0, *accumulate(costs[start:])] for start in range(len(costs))]
+        for costs in (profile.seconds, _delayed_seconds(profile))
+    )
     sent = [there + back for there, back in zip(profile.crossing, profile.crossing_grad, strict=True)] + [0]
     memory = _Memory(profile, num_stages, optimizer_copies)
 
     def slowness(stage: int, start: int, stop: int) -> float | None:
         if max_memory is not None and memory(stage, start, stop) > max_memory:
             return None
+        seconds = twice if delay(stage, num_stages) else once
         return seconds[start][stop - start] + seconds_per_byte * (sent[start] + sent[stop])
 
     count = len(profile.seconds)
@@ -96,7 +101,7 @@ def best_stages(
 
 
 def stage_seconds(profile: Profile, starts: Sequence[int], seconds_per_byte: float = 0.0) -> list[float]:
-    """Return how long each stage is busy with a batch: forward, backward, and its messages.
+    """Return how long each stage is busy with a batch: forward, again if recomputed, backward, and its messages.
 
     Args:
         profile: What the layers cost.
@@ -106,19 +111,28 @@ def stage_seconds(profile: Profile, starts: Sequence[int], seconds_per_byte: flo
     sent = [there + back for there, back in zip(profile.crossing, profile.crossing_grad, strict=True)] + [0]
     bounds = [0, *starts, len(profile.seconds)]
     return [
-        sum(profile.seconds[start:stop]) + seconds_per_byte * (sent[start] + sent[stop])
-        for start, stop in pairwise(bounds)
+        sum((_delayed_seconds(profile) if delay(stage, len(bounds) - 1) else profile.seconds)[start:stop])
+        + seconds_per_byte * (sent[start] + sent[stop])
+        for stage, (start, stop) in enumerate(pairwise(bounds), start=1)
     ]
+
+
+def _delayed_seconds(profile: Profile) -> list[float]:
+    """Seconds of each layer where it is in a stage with a delay."""
+    if not profile.recompute:
+        return profile.seconds
+    return [forward + once for forward, once in zip(profile.forward, profile.seconds, strict=True)]
 
 
 def stage_memory(profile: Profile, starts: Sequence[int], optimizer_copies: int = 2) -> list[int]:
     """Return the bytes that each stage needs at its fullest, between a forward and the backward that follows it.
 
     Stage k of K with the delay d = K - k holds its weights and their gradients, what the optimizer keeps, d older sets
-    of weights, and d + 1 batches in flight: what the layers keep for their backward, and what was received; and up to
-    two activations and two gradients that have arrived before their turn. (A neighbour can be no further ahead: its
-    next forward waits for a backward here, and the other way round.) Not counted is what a layer needs only while it
-    runs, what lies outside the network, and on the CPU the layers of the other stages.
+    of weights, and d + 1 batches in flight: what the layers keep for their backward (of one batch only, if forwards are
+    done again), and what was received; and up to two activations and two gradients that have arrived before their turn.
+    (A neighbour can be no further ahead: its next forward waits for a backward here, and the other way round.) Not
+    counted is what a layer needs only while it runs, what lies outside the network, and on the CPU the layers of the
+    other stages.
 
     Args:
         profile: What the layers cost.
@@ -137,14 +151,16 @@ class _Memory:
         self._frozen = [0, *accumulate(profile.frozen or [0] * len(profile.parameters))]
         self._crossing, self._crossing_grad = profile.crossing, [*profile.crossing_grad, 0]
         self._num_stages, self._copies = num_stages, 2 + optimizer_copies
+        self._recompute = profile.recompute
 
     def __call__(self, stage: int, start: int, stop: int) -> int:
         late = delay(stage, self._num_stages)
         weights = self._weights[stop] - self._weights[start]
-        batch = self._kept[stop] - self._kept[start] + self._crossing[start]
+        kept = (1 if self._recompute else late + 1) * (self._kept[stop] - self._kept[start])
+        received = (late + 1) * self._crossing[start]
         frozen = self._frozen[stop] - self._frozen[start]
         waiting = 2 * (self._crossing[start] + self._crossing_grad[stop])
-        return (self._copies + late) * weights + frozen + (late + 1) * batch + waiting
+        return (self._copies + late) * weights + frozen + kept + received + waiting
 
 
 def _check_costs(costs: Sequence[float]) -> None:

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from lightning_ddg.partition.chain import Layers
 from lightning_ddg.partition.cost import Profile
-from lightning_ddg.partition.cut import stage_memory
+from lightning_ddg.partition.cut import stage_memory, stage_seconds
 from lightning_ddg.partition.units import show_bytes
 from lightning_ddg.schedule import delay
 
@@ -39,7 +39,11 @@ def cut_table(
         optimizer_copies: Tensors of a parameter's size that the optimizer keeps for it.
     """
     num_stages = len(starts) + 1
-    total = sum(costs)
+    bounds = [0, *starts, len(chain)]
+    shares = [sum(costs[start:stop]) for start, stop in pairwise(bounds)]
+    if profile is not None:
+        shares = stage_seconds(profile, starts)
+    total = sum(shares)
     table = Table()
     table.add_column("stage", justify="right")
     table.add_column("layers", overflow="fold")
@@ -51,11 +55,11 @@ def cut_table(
     if profile is not None:
         table.add_column("sends per batch", justify="right", max_width=len("per batch"))
         table.add_column("memory", justify="right", no_wrap=True)
-    for stage, (start, stop) in enumerate(pairwise([0, *starts, len(chain)]), start=1):
+    for stage, (start, stop) in enumerate(pairwise(bounds), start=1):
         names = chain.names[start:stop]
         span = names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}"
         parameters = sum(parameter.numel() for parameter in chain.segment(start, stop).parameters())
-        share = sum(costs[start:stop]) / total if total else 0.0
+        share = shares[stage - 1] / total if total else 0.0
         table.add_row(
             str(stage),
             # Not a str: rich would read a label such as "layers[x]" as markup.

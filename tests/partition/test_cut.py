@@ -195,7 +195,7 @@ def random_profile(draw: random.Random, count: int) -> Profile:
 
     seconds = [[float(n) for n in numbers(6)] for _ in range(2)]
     crossing, crossing_grad = ([0, *numbers(5)[1:]] for _ in range(2))
-    return Profile(seconds[0], seconds[1], crossing, crossing_grad, numbers(9), numbers(9), numbers(9))
+    return Profile(*seconds, crossing, crossing_grad, numbers(9), numbers(9), numbers(9), recompute=draw.random() < 0.5)
 
 
 def brute_force(
@@ -260,6 +260,18 @@ def test_memory_of_a_stage() -> None:
     assert stage_memory(profile, [], 0) == [2 * 600 + 60]
     # Of what is never trained there is one copy, whatever the delay.
     assert stage_memory(replace(profile, frozen=[1000, 2000, 3000]), [1], 2) == [first + 1000, last + 5000]
+
+
+def test_forwards_done_again_keep_one_batch_and_move_the_cut() -> None:
+    profile = Profile([2.0] * 4, [1.0] * 4, [0, 5, 5, 5], [0, 4, 4, 4], [10] * 4, [100] * 4)
+    again = replace(profile, recompute=True)
+    assert (best_stages(profile, 2), stage_seconds(profile, [2])) == ([2], [6, 6])
+    # The last stage has no delay, and does its forwards once.
+    assert stage_seconds(again, [2]) == [10, 6]
+    assert (best_stages(again, 2), stage_seconds(again, [1])) == ([1], [5, 9])
+    # Of the two batches in flight the first stage keeps nothing that it can read again; the second what it received.
+    assert stage_memory(profile, [2, 3], 0) == [4 * 200 + 3 * 20 + 8, 3 * 100 + 2 * 15 + 18, 2 * 100 + 15 + 10]
+    assert stage_memory(again, [2, 3], 0) == [4 * 200 + 20 + 8, 3 * 100 + 10 + 2 * 5 + 18, 2 * 100 + 15 + 10]
 
 
 def test_messages_move_the_cut() -> None:

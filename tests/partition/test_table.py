@@ -52,6 +52,13 @@ def test_what_was_measured_has_columns_of_its_own() -> None:
     assert memory != stage_memory(profile, [3, 4], 2)
 
 
+def test_a_stage_that_does_its_forward_again_has_a_larger_share() -> None:
+    nothing = [0] * 5
+    profile = Profile([1.0] * 5, [1.0] * 5, nothing, nothing, nothing, nothing, recompute=True)
+    table = cut_table(make_chain(), [2], profile.seconds, "measured time", profile)
+    assert list(table.columns[3].cells) == ["50.0%", "50.0%"]  # 2 layers of 3, and 3 layers of 2
+
+
 def test_costs_of_zero_have_a_share_of_zero() -> None:
     table = cut_table(Chain([("a", nn.ReLU()), ("b", nn.ReLU())]), [1], [0.0, 0.0], "parameters")
     assert list(table.columns[3].cells) == ["0.0%", "0.0%"]
