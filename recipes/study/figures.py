@@ -82,7 +82,8 @@ def best_accuracies(setups: Mapping[Setup, Mapping[Contender, Runs]], colours: M
     """Draws the best test accuracy of each run, and their mean ± deviation; backpropagation's is a band too."""
     count = len(setups)
     columns = min(2, count)
-    figure = Figure(figsize=(5.5 * columns, 3.6 * -(-count // columns)), layout="constrained")
+    width = max(5.5, 1.1 * max(map(len, setups.values())))  # names of contenders stand side by side
+    figure = Figure(figsize=(width * columns, 3.6 * -(-count // columns)), layout="constrained")
     for index, (setup, contenders) in enumerate(setups.items()):
         axes = figure.add_subplot(-(-count // columns), columns, index + 1)
         for place, (contender, runs) in enumerate(contenders.items()):
