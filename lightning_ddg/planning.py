@@ -268,11 +268,21 @@ def work_of(profile: Profile, starts: Sequence[int], seconds_per_byte: float = S
         [sum(values[start:stop]) for start, stop in pairwise(bounds)] for values in (profile.forward, profile.backward)
     )
     if profile.recompute:
-        backward = [back + again for back, again in zip(backward, [*forward[:-1], 0.0], strict=True)]
+        backward = backward_with_forward(forward, backward)
     send, send_grad = (
         [sizes[start] * seconds_per_byte for start in starts] for sizes in (profile.crossing, profile.crossing_grad)
     )
     return Work(forward, backward, send, send_grad)
+
+
+def backward_with_forward(forward: Sequence[float], backward: Sequence[float]) -> list[float]:
+    """Seconds of each stage's backward where it does its forward again: all stages do but the last, without a delay.
+
+    Args:
+        forward: Seconds of each stage's forward.
+        backward: Seconds of each stage's backward alone.
+    """
+    return [back + again for back, again in zip(backward, [*forward[:-1], 0.0], strict=True)]
 
 
 def _plan_cut(chain: Layers, profile: Profile, starts: Sequence[int], optimizer_copies: int) -> CutPlan:

@@ -35,7 +35,10 @@ class ImageClassifier(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, labels = batch
-        logits = self(images)
+        return self.training_loss(self(images), labels)
+
+    def training_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Log how good logits ``(batch, classes)`` of a training batch are, and return their loss."""
         loss = functional.cross_entropy(logits, labels)
         self.train_acc(logits, labels)
         self.log("train_loss", loss, prog_bar=True, on_step=True, on_epoch=True)

@@ -143,12 +143,7 @@ class DNIClassifier(ImageClassifier):
             below = part(images)
             images = below.detach().requires_grad_()
             self._boundaries.append(Boundary(below, images, synthesizer(images.detach(), labels)))
-        logits = last(images)
-        loss = functional.cross_entropy(logits, labels)
-        self.train_acc(logits, labels)
-        self.log("train_loss", loss, prog_bar=True, on_step=True, on_epoch=True)
-        self.log("train_acc", self.train_acc, on_step=False, on_epoch=True)
-        return loss
+        return self.training_loss(last(images), labels)
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Give each part its own gradients, in place of backpropagation's."""

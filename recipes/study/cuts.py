@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from lightning_ddg import DDGStrategy
+from lightning_ddg.planning import backward_with_forward
 from lightning_ddg.predict import Work, simulate
 from recipes.study.fit import make_data, make_module, make_trainer
 from recipes.study.grid import Recipe, Settings
@@ -43,8 +44,7 @@ class Cut:
             batches: Of the epoch.
             recompute: Whether all stages but the last, which has no delay, do each forward again in the backward.
         """
-        again = [*self.forward[:-1], 0.0] if recompute else [0.0] * len(self.forward)
-        backward = [once + more for once, more in zip(self.backward, again, strict=True)]
+        backward = backward_with_forward(self.forward, self.backward) if recompute else self.backward
         work = Work(self.forward, backward, self.send, self.send_grad)
         return max(event.end for event in simulate(*work, batches))
 
