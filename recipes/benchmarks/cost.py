@@ -32,6 +32,7 @@ from recipes.benchmarks.works import Batch, Work, make, random_values, segments,
 TENSORS = (2, 16, 64, 256, 1024)
 MESSAGE_BYTES = (1 << 12, 1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 24)
 MEMORY_STAGES = 4
+MEMORY_LAYERS = (4, 16)
 FLAT_ITERATIONS = (500, 1000, 2000, 5000)
 
 _LIMIT_S = 300.0
@@ -80,12 +81,15 @@ def mean_loss(output: Tensor, targets: Tensor) -> Tensor:
     return output.mean()
 
 
-def equal_blocks(stages: int, width: int) -> nn.Module:
-    """Stages of four linear layers each, whose activations and weights are about equally large for `width` samples."""
-    layers: list[nn.Module] = []
-    for number in range(4 * stages):
-        layers += [nn.Linear(width if number else 16, width if number + 1 < 4 * stages else 10), nn.Tanh()]
-    return nn.Sequential(*layers)
+def equal_blocks(stages: int, layers: int, width: int) -> nn.Module:
+    """Stages of as many linear layers each, whose activations and weights are about equally large for `width` samples.
+
+    A message is as large as the activations of one layer.
+    """
+    modules: list[nn.Module] = []
+    for number in range(layers * stages):
+        modules += [nn.Linear(width if number else 16, width if number + 1 < layers * stages else 10), nn.Tanh()]
+    return nn.Sequential(*modules)
 
 
 # ---- time
@@ -166,7 +170,8 @@ def fullest(job: Job) -> dict[str, float]:
     Returns:
         ``stage``; ``in_flight``, the batches d + 1; ``measured_bytes``; ``theory_bytes``, (d + 1) activations and
         weights and the optimizer's state; ``planned_bytes``, what a plan of the package says, which also counts the
-        gradients, the module's own weights beside those stashed, and messages that wait for their turn.
+        gradients, the module's own weights beside those stashed, and messages that wait for their turn;
+        ``message_bytes``, the larger of the messages to either neighbour.
     """
     _give_back_freed_memory()
     size = dist.get_world_size()
@@ -184,7 +189,8 @@ def fullest(job: Job) -> dict[str, float]:
     own = segments(network, job.cuts[size])[number - 1]
     assert sum(p.numel() * p.element_size() for p in own.parameters()) == weights
     del training, network, inputs, own
-    KINDS["ddg-bare"].run(Job(small_blocks(size), job.cuts, 2), Laps(2 * size, 2, 1, job.device))
+    small = small_blocks(size, len(names) // (2 * size))
+    KINDS["ddg-bare"].run(Job(small, job.cuts, 2), Laps(2 * size, 2, 1, job.device))
     gc.collect()
     before = resident_bytes()
     most = 0
@@ -205,13 +211,14 @@ def fullest(job: Job) -> dict[str, float]:
         "measured_bytes": most - before,
         "theory_bytes": theory,
         "planned_bytes": planned,
+        "message_bytes": max(profile.crossing[begin : end + 1 : end - begin]),
         "ratio": (most - before) / theory,
     }
 
 
-def small_blocks(stages: int) -> Work:
+def small_blocks(stages: int, layers: int) -> Work:
     """What prepares a process for :func:`fullest`: the same with next to no memory."""
-    return Work("", partial(equal_blocks, stages, 32), partial(random_values, 32, 16), cross_entropy)
+    return Work("", partial(equal_blocks, stages, layers, 32), partial(random_values, 32, 16), cross_entropy)
 
 
 class _Resident(Laps):
@@ -282,13 +289,13 @@ def run_cost(quick: bool, say: Callable[[str], None]) -> dict[str, Any]:
 
         def memory() -> None:
             width = 256 if quick else 1024
-            work = Work(
-                "", partial(equal_blocks, MEMORY_STAGES, width), partial(random_values, width, 16), cross_entropy
-            )
-            points = [f"network.{8 * stage}" for stage in range(1, MEMORY_STAGES)]
             with Crew(MEMORY_STAGES) as larger:
-                rows = larger.ask(_LIMIT_S, fullest, Job(work, {MEMORY_STAGES: points}, timed=10))
-            found["memory"] = sorted(rows, key=lambda row: row["stage"])
+                for layers in MEMORY_LAYERS:
+                    blocks = partial(equal_blocks, MEMORY_STAGES, layers, width)
+                    work = Work("", blocks, partial(random_values, width, 16), cross_entropy)
+                    points = [f"network.{2 * layers * stage}" for stage in range(1, MEMORY_STAGES)]
+                    rows = larger.ask(_LIMIT_S, fullest, Job(work, {MEMORY_STAGES: points}, timed=4))
+                    found["memory"] += [{"layers": layers, **row} for row in sorted(rows, key=lambda row: row["stage"])]
 
         if sys.platform == "linux":
             attempt("memory of 5,000 iterations" if not quick else "memory of 1,000 iterations", flat)

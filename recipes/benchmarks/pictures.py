@@ -123,12 +123,12 @@ def _added(rows: Sequence[Mapping[str, float]], key: str, label: str, path: Path
 def _memory(rows: Sequence[Mapping[str, float]], path: Path) -> Path:
     """What each stage holds, beside the theory."""
     figure, axes = _figure(4.0)
-    in_flight = [row["in_flight"] for row in rows]
-    axes.bar(in_flight, [row["measured_bytes"] / 2**20 for row in rows], color=OURS, width=0.5, label="measured")
+    places = range(len(rows))
+    axes.bar(places, [row["measured_bytes"] / 2**20 for row in rows], color=OURS, width=0.5, label="measured")
     theory = [row["theory_bytes"] / 2**20 for row in rows]
-    axes.plot(in_flight, theory, color="black", marker="_", markersize=30, linestyle="none", label="theory")
-    axes.set_xticks(in_flight)
-    axes.set_xlabel("batches in flight, d + 1")
+    axes.plot(places, theory, color="black", marker="_", markersize=30, linestyle="none", label="theory")
+    axes.set_xticks(places, [f"{row['in_flight']}\n{row['layers']} layers" for row in rows])
+    axes.set_xlabel("batches in flight, d + 1, and layers of the stage")
     axes.set_ylabel("MiB of a stage")
     axes.legend()
     return _save(figure, path)

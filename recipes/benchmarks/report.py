@@ -101,12 +101,14 @@ COST_COLUMNS: dict[str, dict[str, tuple[str, float, int]]] = {
     "tensors": {"parameter tensors": ("tensors", 1, 0), **_ADDED},
     "messages": {"message, KiB": ("bytes", 1024, 0), **_ADDED},
     "memory": {
+        "layers a stage": ("layers", 1, 0),
         "stage": ("stage", 1, 0),
         "batches in flight": ("in_flight", 1, 0),
         "theory, MiB": ("theory_bytes", 1 << 20, 1),
         "planned, MiB": ("planned_bytes", 1 << 20, 1),
         "measured, MiB": ("measured_bytes", 1 << 20, 1),
         "measured / theory": ("ratio", 1, 3),
+        "a message, MiB": ("message_bytes", 1 << 20, 1),
     },
     "flat": {"iterations": ("iterations", 1, 0), "resident, MiB": ("resident_bytes", 1 << 20, 1)},
 }

@@ -157,12 +157,13 @@ def test_the_cost_is_measured_beside_the_same_stages_alone(crew: Crew) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from Linux's /proc")
 def test_memory_is_what_the_theory_says(crew: Crew) -> None:
     width = 512
-    work = Work("", partial(cost.equal_blocks, 2, width), partial(random_values, width, 16), cross_entropy)
+    work = Work("", partial(cost.equal_blocks, 2, 4, width), partial(random_values, width, 16), cross_entropy)
     last, first = crew.ask(60, cost.fullest, Job(work, {2: ["network.8"]}, timed=4))
     weights, activations = width * 4 * (16 + 3 * width + 4), 4 * width * width * 4
     assert (first["stage"], first["in_flight"], last["stage"], last["in_flight"]) == (1, 2, 2, 1)
     assert first["theory_bytes"] == pytest.approx(2 * (activations + weights) + weights, rel=0.02)
     for row in (first, last):
+        assert row["message_bytes"] == 4 * width * width
         assert row["theory_bytes"] <= row["planned_bytes"]
         assert 0.7 * row["theory_bytes"] < row["measured_bytes"] < 1.3 * row["planned_bytes"]
 
@@ -289,11 +290,13 @@ MADE_UP = {
         "messages": [],
         "memory": [
             {
+                "layers": 4,
                 "stage": k,
                 "in_flight": 3 - k,
                 "theory_bytes": 2e6,
                 "planned_bytes": 3e6,
                 "measured_bytes": 2.2e6,
+                "message_bytes": 1e5,
                 "ratio": 1.1,
             }
             for k in (1, 2)
