@@ -40,11 +40,12 @@ class _Planned(BaseException):
 class _Planner(Callback):
     """Plans with the first batch of a fit, as its training step would get it."""
 
-    def __init__(self, num_stages: int | list[int], recompute: bool) -> None:
+    def __init__(self, num_stages: int | list[int], recompute: bool, stash: bool) -> None:
         self.plan: Plan | None = None
         self.problem: str | None = None
         self._num_stages = num_stages
         self._recompute = recompute
+        self._stash = stash
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         try:
@@ -54,6 +55,7 @@ class _Planner(Callback):
                 self._num_stages,
                 optimizer_copies=copies_kept(trainer.optimizers[0] if trainer.optimizers else None),
                 recompute=self._recompute,
+                stash=self._stash,
                 context=trainer.precision_plugin.train_step_context,
             )
         except (ImportError, RuntimeError, TypeError, ValueError) as error:
@@ -71,6 +73,7 @@ class _Trainer(Trainer):
         num_stages: int | list[int] = list(NUM_STAGES),  # noqa: B006 - the default is what the help shows
         picture: str | None = None,
         recompute: bool = False,
+        stash: bool = True,
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
     ) -> None:
@@ -82,6 +85,7 @@ class _Trainer(Trainer):
             num_stages: One number of stages, or a list of them. What is asked for is shown stage by stage.
             picture: Where to draw the predicted timelines; the name ends in .png or .svg.
             recompute: As the strategy's argument; the strategy in the config is not looked at.
+            stash: As that of the strategy's staleness.
             ckpt_path: Accepted, so that a fit's saved config can be planned; not read.
             weights_only: Accepted, as ckpt_path.
         """
@@ -90,7 +94,7 @@ class _Trainer(Trainer):
                 check_picture(picture)
         except (ImportError, ValueError) as error:
             raise SystemExit(f"lightning-ddg plan: {error}") from error
-        planner = _Planner(num_stages, recompute)
+        planner = _Planner(num_stages, recompute, stash)
         self.callbacks.append(planner)  # type: ignore[attr-defined]
         try:
             with suppress(_Planned):

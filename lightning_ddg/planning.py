@@ -211,6 +211,7 @@ def plan_module(
     *,
     optimizer_copies: int = 2,
     recompute: bool = False,
+    stash: bool = True,
     context: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> Plan:
     """Finds a module's network, measures it on a batch, and plans cuts of it; leaves the module as it was.
@@ -221,6 +222,7 @@ def plan_module(
         num_stages: One number of stages, or several.
         optimizer_copies: Tensors of a parameter's size that the optimizer will keep for it.
         recompute: Whether stages shall run forwards again instead of keeping activations.
+        stash: Whether stages shall keep the weights of batches in flight.
         context: Entered around each forward, e.g. autocast.
 
     Raises:
@@ -252,7 +254,7 @@ def plan_module(
                 f"The layers could not be measured one after the other ({type(error).__name__}: {error}). They must"
                 " run so for training in stages too; return others from `configure_stages()`."
             ) from error
-    return make_plan(network.chain, replace(profile, recompute=recompute), numbers, optimizer_copies)
+    return make_plan(network.chain, replace(profile, recompute=recompute, stash=stash), numbers, optimizer_copies)
 
 
 def work_of(profile: Profile, starts: Sequence[int], seconds_per_byte: float = SECONDS_PER_BYTE) -> Work:

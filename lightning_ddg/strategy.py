@@ -223,7 +223,12 @@ class DDGStrategy(ParallelStrategy):
 
     @staticmethod
     def plan(
-        module: LightningModule, batch: Any, num_stages: int | Sequence[int] = NUM_STAGES, *, recompute: bool = False
+        module: LightningModule,
+        batch: Any,
+        num_stages: int | Sequence[int] = NUM_STAGES,
+        *,
+        recompute: bool = False,
+        stash: bool = True,
     ) -> Plan:
         """Says what training a module in stages would be like, without a Trainer and without training.
 
@@ -232,13 +237,14 @@ class DDGStrategy(ParallelStrategy):
             batch: What its ``training_step`` takes, on the same device.
             num_stages: One number of stages, or several.
             recompute: As the strategy's argument.
+            stash: As that of ``Staleness``.
 
         Raises:
             TypeError: If the network cannot be found.
             ValueError: If ``num_stages`` is empty.
             RuntimeError: If the training step or the layers cannot be run.
         """
-        return plan_module(module, batch, num_stages, recompute=recompute)
+        return plan_module(module, batch, num_stages, recompute=recompute, stash=stash)
 
     @property
     def num_stages(self) -> int:
@@ -509,7 +515,7 @@ class DDGStrategy(ParallelStrategy):
             if not isinstance(costs, Profile):
                 return costs
             copies = copies_kept(self.optimizers[0] if self.optimizers else None)
-            costs = replace(costs, recompute=self._recompute)
+            costs = replace(costs, recompute=self._recompute, stash=self._staleness.stash)
             return Measured(costs, self._seconds_per_byte(), copies)
 
         self._cut = decide_cut(

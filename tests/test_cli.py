@@ -137,19 +137,20 @@ def test_what_cannot_be_planned_ends_with_a_plain_message(arguments: list[str], 
     assert not list(tmp_path.iterdir())
 
 
-def test_plan_counts_forwards_done_again_if_asked(
+def test_plan_counts_forwards_done_again_and_weights_not_stashed_if_asked(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[bool] = []
+    asked: list[tuple[bool, bool]] = []
 
-    def plan_module(*args: Any, recompute: bool, **options: Any) -> Any:
-        asked.append(recompute)
-        return planning.plan_module(*args, recompute=recompute, **options)
+    def plan_module(*args: Any, recompute: bool, stash: bool, **options: Any) -> Any:
+        asked.append((recompute, stash))
+        return planning.plan_module(*args, recompute=recompute, stash=stash, **options)
 
     monkeypatch.setattr("lightning_ddg.cli.plan_module", plan_module)
     main(["plan", "--config", CONFIG, "--num_stages", "2"])
     main(["plan", "--config", CONFIG, "--num_stages", "2", "--recompute", "true"])
-    assert asked == [False, True]
+    main(["plan", "--config", CONFIG, "--num_stages", "2", "--stash", "false"])
+    assert asked == [(False, True), (True, True), (False, False)]
 
 
 def test_plan_without_a_number_of_stages_is_a_summary(capsys: pytest.CaptureFixture[str]) -> None:

@@ -67,6 +67,9 @@ def test_forwards_done_again_are_work_of_the_stages_but_not_of_backpropagation(
     # The first stage's backward has its forward in it, and keeps the input of the batch alone: it reads that itself.
     assert cut.work.backward == pytest.approx([0.015, 0.006])
     assert cut.stages[0].in_flight == 30_000 + 12 + 2 * 200
+    unstashed = make_plan(chain(), replace(PROFILE, recompute=True, stash=False), [2]).rows[2]
+    assert isinstance(unstashed, CutPlan)
+    assert [stage.in_flight for stage in unstashed.stages] == [30_000 + 2 * 200, cut.stages[1].in_flight]
     plan.print()
     assert "1.20x" in (printed := capsys.readouterr().out)  # 24 / 20 ms
     assert "60%" in printed

@@ -69,6 +69,7 @@ class Profile:
         parameters: Bytes of each layer's trainable parameters; a shared one counts where it is used first.
         frozen: Bytes of each layer's other parameters and its buffers, counted likewise; empty if there are none.
         recompute: Whether a stage with a delay keeps no activations of batches in flight, and runs its forward again.
+        stash: Whether a stage with a delay keeps the weights of batches in flight.
     """
 
     forward: list[float]
@@ -79,6 +80,7 @@ class Profile:
     parameters: list[int]
     frozen: Sequence[int] = ()
     recompute: bool = False
+    stash: bool = True
 
     @property
     def seconds(self) -> list[float]:

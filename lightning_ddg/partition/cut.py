@@ -128,8 +128,9 @@ def stage_memory(profile: Profile, starts: Sequence[int], optimizer_copies: int 
     """Return the bytes that each stage needs at its fullest, between a forward and the backward that follows it.
 
     Stage k of K with the delay d = K - k holds its weights and their gradients, what the optimizer keeps, d older sets
-    of weights, and d + 1 batches in flight: what the layers keep for their backward (of one batch only, if forwards are
-    done again), and what was received; and up to two activations and two gradients that have arrived before their turn.
+    of weights (unless nothing is stashed), and d + 1 batches in flight: what the layers keep for their backward (of one
+    batch only, if forwards are done again), and what was received; and up to two activations and two gradients that
+    have arrived before their turn.
     (A neighbour can be no further ahead: its next forward waits for a backward here, and the other way round.) Not
     counted is what a layer needs only while it runs, what lies outside the network, and on the CPU the layers of the
     other stages.
@@ -151,7 +152,7 @@ class _Memory:
         self._frozen = [0, *accumulate(profile.frozen or [0] * len(profile.parameters))]
         self._crossing, self._crossing_grad = profile.crossing, [*profile.crossing_grad, 0]
         self._num_stages, self._copies = num_stages, 2 + optimizer_copies
-        self._recompute = profile.recompute
+        self._recompute, self._stash = profile.recompute, profile.stash
 
     def __call__(self, stage: int, start: int, stop: int) -> int:
         late = delay(stage, self._num_stages)
@@ -160,7 +161,8 @@ class _Memory:
         received = (late + 1) * self._crossing[start]
         frozen = self._frozen[stop] - self._frozen[start]
         waiting = 2 * (self._crossing[start] + self._crossing_grad[stop])
-        return (self._copies + late) * weights + frozen + kept + received + waiting
+        older = late if self._stash else 0
+        return (self._copies + older) * weights + frozen + kept + received + waiting
 
 
 def _check_costs(costs: Sequence[float]) -> None:

@@ -272,6 +272,9 @@ def test_forwards_done_again_keep_one_batch_and_move_the_cut() -> None:
     # Of the two batches in flight the first stage keeps nothing that it can read again; the second what it received.
     assert stage_memory(profile, [2, 3], 0) == [4 * 200 + 3 * 20 + 8, 3 * 100 + 2 * 15 + 18, 2 * 100 + 15 + 10]
     assert stage_memory(again, [2, 3], 0) == [4 * 200 + 20 + 8, 3 * 100 + 10 + 2 * 5 + 18, 2 * 100 + 15 + 10]
+    # Weights and gradients alone, where nothing is stashed.
+    today = replace(again, stash=False)
+    assert stage_memory(today, [2, 3], 0) == [2 * 200 + 20 + 8, 2 * 100 + 10 + 2 * 5 + 18, 2 * 100 + 15 + 10]
 
 
 def test_messages_move_the_cut() -> None:
