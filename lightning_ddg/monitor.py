@@ -426,9 +426,11 @@ def _planned(strategy: DDGStrategy) -> Work | None:
     cut = strategy._cut
     if cut is None or cut.measured is None:
         return None
-    # Where one process trains all stages, it does what it would do for a single one.
-    starts = cut.starts if strategy.stage is not None else []
-    return work_of(cut.measured.profile, starts, cut.measured.seconds_per_byte)
+    if strategy.stage is not None:
+        return work_of(cut.measured.profile, cut.starts, cut.measured.seconds_per_byte)
+    # Where one process trains all stages, it does what it would do for a single one, unless it has to keep them apart.
+    all_stages = work_of(cut.measured.profile, [] if strategy.staleness.stash else cut.starts)
+    return Work([sum(all_stages.forward)], [sum(all_stages.backward)], [], [])
 
 
 def _durations(row: Sequence[Event], kind: str) -> list[float]:

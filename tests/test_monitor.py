@@ -16,7 +16,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
-from lightning_ddg import DDGMonitor, DDGStrategy
+from lightning_ddg import DDGMonitor, DDGStrategy, Staleness
 from lightning_ddg.monitor import Measured, aligned, summarize
 from lightning_ddg.predict import Event, Work, predict, simulate
 from lightning_ddg.timeline import show_ms
@@ -144,6 +144,22 @@ def test_one_process(make: type[Classifier], tmp_path: Path, capsys: pytest.Capt
     fit(plain, None, strategy=DDGStrategy(num_stages=3, balance="parameters"), max_epochs=2)
     before, after = state_of(plain), state_of(watched)
     assert all(torch.equal(before[name], after[name]) for name in before), "looking on changes nothing"
+
+
+@pytest.mark.parametrize("rule", [Staleness(), Staleness(stash=False)], ids=["no effect", "features replay"])
+def test_one_process_is_predicted_to_do_forwards_again_where_it_does(rule: Staleness) -> None:
+    strategy = DDGStrategy(num_stages=3, recompute=True, staleness=rule)
+    _, monitor = fit(Classifier(), False, strategy=strategy, max_epochs=1)
+    assert monitor is not None
+    assert monitor.measured is not None
+    planned, cut = monitor.measured.planned, strategy._cut
+    assert planned is not None
+    assert cut is not None
+    assert cut.measured is not None
+    profile = cut.measured.profile
+    again = 0.0 if rule.stash else sum(profile.forward[: cut.starts[-1]])
+    assert planned.forward == pytest.approx([sum(profile.forward)])
+    assert planned.backward == pytest.approx([sum(profile.backward) + again])
 
 
 class Attached(Callback):
