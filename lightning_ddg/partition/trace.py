@@ -338,7 +338,7 @@ class TracedSegment(nn.Module):
     def _surroundings(self, recording: Recording, values: Iterable[Any]) -> list[Any]:
         """The device, and the tensors that are neither parameters nor buffers, on a device where they can be used."""
         tensors = (*self.parameters(), *self.buffers(), *(value for value in values if isinstance(value, Tensor)))
-        here = next((tensor.device for tensor in tensors), torch.device("cpu"))
+        here = tensors[0].device if tensors else torch.device("cpu")
         return [here, *(tensor.to(here) if here.type == "meta" else tensor for tensor in recording.constants.values())]
 
     def _program(self, recording: Recording) -> Callable[..., Any]:

@@ -7,6 +7,7 @@ import warnings
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor, fx
 
 from lightning_ddg import DDGStrategy
@@ -14,6 +15,9 @@ from tests.harness import run_ranks
 from tests.networks import Classifier, largest_difference, loader, quiet_trainer, state_of
 
 NETWORKS = ("mlp", "convnet", "unet", "gpt")
+# Each stage of a process in training and in evaluation, and again for batches of other sizes. Torch 2.6 breaks graphs
+# where a segment looks up how it was called.
+MOST_COMPILED = 8 if torch.__version__.startswith("2.6.") else 6
 COMPILED: list[int] = []
 
 
@@ -48,9 +52,8 @@ def test_compiled_stages_train_the_same_weights(devices: int) -> None:
             assert largest_difference(plain[0], compiled[0]) <= 1e-12, network
             assert compiled[1] == pytest.approx(plain[1], rel=1e-12), network
             assert plain[2] == 0
-            # Each stage of a process in training and in evaluation, and again for batches of other sizes.
             stages = 2 // devices
-            assert 2 * stages <= compiled[2] <= 6 * stages, network
+            assert 2 * stages <= compiled[2] <= MOST_COMPILED * stages, network
 
 
 @pytest.mark.slow
