@@ -7,8 +7,32 @@ weights of the other stages that have long moved on, and nothing would look wron
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
+
+# Batches after which values are looked at: so many at first, since most copies follow from the first batch on.
+_LOOKS = 16
+_EVERY = 64
+_VALUES = 64
+
+
+class _State(NamedTuple):
+    """What shows that a tensor was changed, whichever way: its version, its memory and some of its values."""
+
+    version: int
+    memory: int
+    values: tuple[float, ...] | None
+
+    @classmethod
+    def of(cls, tensor: Tensor, look: bool) -> _State:
+        values = None
+        if look:
+            flat = tensor.detach().reshape(-1)
+            some = flat[:: max(1, flat.numel() // _VALUES)]
+            values = tuple(torch.nan_to_num(torch.view_as_real(some) if some.is_complex() else some).flatten().tolist())
+        return cls(tensor._version, tensor.data_ptr(), values)
 
 
 class Followers:
@@ -36,11 +60,19 @@ class Followers:
             for ending, name, shape, stage in originals
             if copy_name.endswith(ending) and copy.shape == shape
         ]
-        self._versions: list[int] = []
+        self._marks = 0
+        self._before: list[_State] = []
 
-    def mark(self) -> None:
-        """Notes what the copies are now."""
-        self._versions = [copy._version for copy, _, _, _ in self._watched]
+    def mark(self, look: bool = False) -> None:
+        """Notes what the copies are now.
+
+        Args:
+            look: Whether to look at values in any case. An update by ``.data`` is seen from them alone, but on a GPU
+                that takes time, so that they are not looked at in every batch.
+        """
+        look |= self._marks < _LOOKS or self._marks % _EVERY == 0
+        self._marks += 1
+        self._before = [_State.of(copy, look) for copy, _, _, _ in self._watched]
 
     def check(self) -> None:
         """Refuses a copy that has changed since :meth:`mark`.
@@ -48,8 +80,8 @@ class Followers:
         Raises:
             RuntimeError: Naming the copy, its original and the stage that trains it.
         """
-        for version, (copy, copy_name, name, stage) in zip(self._versions, self._watched, strict=True):
-            if copy._version != version:
+        for before, (copy, copy_name, name, stage) in zip(self._before, self._watched, strict=True):
+            if before != _State.of(copy, before.values is not None):
                 raise RuntimeError(
                     f"The frozen parameter {copy_name!r} changes while training. It is a copy of {name!r}, whose"
                     f" current values are on stage {stage}, in another process, so that it would follow old ones."

@@ -16,6 +16,9 @@ from lightning_ddg.messages import map_tensors, tensors_of
 from lightning_ddg.partition.intercept import Slot, parameters_replaced
 from lightning_ddg.rng import Draws
 
+# Bytes of a buffer that are sooner copied than compared; on a GPU a comparison has to wait for it.
+_ALWAYS_COPIED = 1 << 16
+
 
 class Circumstances:
     """What a forward depends on besides its weights, as it is when this is made.
@@ -61,11 +64,14 @@ class Circumstances:
 
 
 class BufferCopies:
-    """Copies of a module's buffers, made anew only of those that have changed."""
+    """Copies of a module's buffers; large ones are copied anew only when they have changed.
+
+    Whether one has changed is seen from its values: batch norm and `.data` write without a trace in the version.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         self._tables = [part._buffers for part in module.modules()]
-        self._known: dict[int, tuple[Tensor, int, Tensor]] = {}
+        self._known: dict[int, tuple[Tensor, Tensor]] = {}
 
     def current(self) -> list[tuple[Slot, Tensor | None]]:
         """Where the buffers are, and copies of what they hold."""
@@ -77,11 +83,13 @@ class BufferCopies:
             if buffer is None:
                 found.append(((table, name), None))
                 continue
-            original, version, copy = self._known.get(id(buffer)) or known.get(id(buffer)) or (None, 0, buffer)
-            if original is not buffer or version != buffer._version:
-                copy = buffer.detach().clone()
-            self._known[id(buffer)] = (buffer, buffer._version, copy)
-            found.append(((table, name), copy))
+            if id(buffer) not in self._known:
+                original, copy = known.get(id(buffer), (None, buffer))
+                large = buffer.numel() * buffer.element_size() > _ALWAYS_COPIED
+                if original is not buffer or not large or not torch.equal(copy, buffer):
+                    copy = buffer.detach().clone()
+                self._known[id(buffer)] = (buffer, copy)
+            found.append(((table, name), self._known[id(buffer)][1]))
         return found
 
 

@@ -886,7 +886,7 @@ class DDGStrategy(ParallelStrategy):
         if self._transport is None:
             return
         if self._followers is not None:
-            self._followers.mark()
+            self._followers.mark(look=True)
         self._transport.send(self._others, Kind.EPOCH, None)
         for rank in self._others:
             self._transport.take(rank, Kind.EPOCH)

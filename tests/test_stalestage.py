@@ -107,16 +107,18 @@ def test_a_second_forward_sees_what_the_first_has_seen_and_leaves_no_trace() -> 
     assert (torch.rand(1), random.random()) == draws
 
 
-def test_constant_buffers_are_copied_once() -> None:
+def test_large_constant_buffers_are_copied_once() -> None:
     class Masked(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.register_buffer("mask", torch.ones(4))
+            self.register_buffer("mask", torch.ones(1 << 15))
+            self.register_buffer("table", torch.zeros(1 << 15))
             self.register_buffer("count", torch.zeros(1))
 
         def forward(self, x: Tensor) -> Tensor:
-            self.count.add_(1)
-            return x * self.mask
+            self.count.data.add_(1)
+            self.table.data[7] += 1
+            return x * self.mask[:4]
 
     stage = StaleStage(Masked(), 2, Staleness(), recompute=True)
     for _ in range(3):
@@ -124,6 +126,29 @@ def test_constant_buffers_are_copied_once() -> None:
     copies = [{name: value for (_, name), value in kept._buffers} for kept, _ in stage._kept]
     assert len({copy["mask"].data_ptr() for copy in copies if copy["mask"] is not None}) == 1
     assert [copy["count"].item() for copy in copies if copy["count"] is not None] == [0.0, 1.0, 2.0]
+    assert [copy["table"][7].item() for copy in copies if copy["table"] is not None] == [0.0, 1.0, 2.0]
+
+
+def test_batch_norm_may_be_frozen_while_training() -> None:
+    """It writes its statistics without a trace, and the first batch in eval mode reads them."""
+
+    def gradients(recompute: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        module = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 2)).double()
+        stage = StaleStage(module, 1, Staleness(), recompute) if recompute else Stage(module, 1)
+        found = []
+        for batch in range(8):
+            if batch == 4:
+                module[1].eval()
+            output = stage.forward(torch.randn(8, 3, dtype=torch.float64) * 3 + 5, received=False)
+            if batch:
+                module.zero_grad()
+                stage.backward([torch.ones_like(output)])
+                found += [parameter.grad.clone() for parameter in module.parameters()]  # type: ignore[union-attr]
+        return found
+
+    for kept, again in zip(gradients(False), gradients(True), strict=True):
+        assert torch.equal(kept, again)
 
 
 def test_parameters_that_are_trained_from_now_on_get_no_gradient_of_batches_before() -> None:

@@ -722,18 +722,23 @@ def test_one_batch_an_epoch_trains_as_without_the_strategy(name: str, auto: Any,
 class MeanTeacher(Distillation):
     """The teacher is a moving average of the student."""
 
-    def __init__(self, when: str) -> None:
+    def __init__(self, when: str, how: str = "in place") -> None:
         super().__init__()
         self.student = small_convnet()
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
-        self.when = when
+        self.when, self.how = when, how
 
     def follow(self, when: str) -> None:
         if when != self.when:
             return
-        with torch.no_grad():
-            for average, parameter in zip(self.teacher.parameters(), self.student.parameters(), strict=True):
-                average.mul_(0.9).add_(parameter, alpha=0.1)
+        for average, parameter in zip(self.teacher.parameters(), self.student.parameters(), strict=True):
+            if self.how == "in place":
+                with torch.no_grad():
+                    average.mul_(0.9).add_(parameter, alpha=0.1)
+            elif self.how == "data":
+                average.data.mul_(0.9).add_(parameter.data, alpha=0.1)
+            else:
+                average.data = average.data * 0.9 + parameter.data * 0.1
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.follow("batch")
@@ -742,9 +747,9 @@ class MeanTeacher(Distillation):
         self.follow("epoch")
 
 
-def fit_mean_teacher(when: str, devices: int) -> tuple[bool, str]:
+def fit_mean_teacher(when: str, how: str, devices: int) -> tuple[bool, str]:
     """Whether the teacher has moved, and the error if there was one."""
-    module = MeanTeacher(when)
+    module = MeanTeacher(when, how)
     before = state_of(module.teacher)
     trainer = quiet_trainer(max_epochs=2, strategy="ddg", devices=devices)
     try:
@@ -754,10 +759,12 @@ def fit_mean_teacher(when: str, devices: int) -> tuple[bool, str]:
     return any(not torch.equal(value, before[name]) for name, value in state_of(module.teacher).items()), ""
 
 
-@pytest.mark.parametrize("when", ["batch", "epoch"])
-def test_a_mean_teacher_trains_in_one_process_and_is_refused_in_several(when: str) -> None:
-    assert run_ranks(fit_mean_teacher, 1, when, 1)[0] == (True, "")
-    for _, error in run_ranks(fit_mean_teacher, 2, when, 2):
+@pytest.mark.parametrize(
+    ("when", "how"), [("batch", "in place"), ("epoch", "in place"), ("batch", "data"), ("epoch", "new data")]
+)
+def test_a_mean_teacher_trains_in_one_process_and_is_refused_in_several(when: str, how: str) -> None:
+    assert run_ranks(fit_mean_teacher, 1, when, how, 1)[0] == (True, "")
+    for _, error in run_ranks(fit_mean_teacher, 2, when, how, 2):
         assert "'teacher.0.weight' changes while training. It is a copy of 'student.0.weight'" in error
         assert "stage 1" in error
         assert "`devices=1`" in error
