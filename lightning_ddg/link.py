@@ -37,10 +37,10 @@ def measure_link(transport: Transport, peer: int, device: torch.device, *, first
     for _ in range(1 + _ROUNDS):
         start = time.perf_counter()
         if first:
-            transport.send(peer, Kind.STATE, message)
-        transport.take(peer, Kind.STATE)
+            transport.send(peer, Kind.PROBE, message)
+        transport.take(peer, Kind.PROBE)
         if not first:
-            transport.send(peer, Kind.STATE, message)
+            transport.send(peer, Kind.PROBE, message)
         # What has been taken may still be on its way to the device.
         if device.type == "cuda":
             torch.cuda.synchronize(device)

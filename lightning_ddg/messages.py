@@ -1,6 +1,7 @@
 """What a message is: a nest of tensors and Python values, taken apart into a description and bytes, and back.
 
-Every tensor travels with its shape, strides, dtype and whether it wants a gradient. A new kind of value needs no change
+Every tensor travels with its shape, strides, dtype, whether it is on the CPU, where it then stays, and whether it wants
+a gradient. A new kind of value needs no change
 here as long as it pickles; the order in which messages travel is :mod:`~lightning_ddg.transport`'s business.
 """
 
@@ -23,6 +24,7 @@ class TensorSpec(NamedTuple):
     stride: tuple[int, ...]
     dtype: torch.dtype
     requires_grad: bool
+    on_cpu: bool
 
 
 class _Flattener(pickle.Pickler):
@@ -96,7 +98,8 @@ def is_dense(tensor: Tensor) -> bool:
 def spec_of(tensor: Tensor) -> TensorSpec:
     """The description of a dense tensor (see :func:`is_dense`)."""
     wants_grad = tensor.requires_grad and (tensor.is_floating_point() or tensor.is_complex())
-    return TensorSpec(tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype, wants_grad)
+    on_cpu = tensor.device.type == "cpu"
+    return TensorSpec(tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype, wants_grad, on_cpu)
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
@@ -125,7 +128,7 @@ def pack(value: Any, *, payload: bool = True, snapshot: bool = False) -> Packed:
     Args:
         value: The nest.
         payload: ``False`` sends the description only: the receiver gets zeros of the same shapes and dtypes.
-        snapshot: Copies tensors on the CPU, so that the originals may be modified while the message is on its way.
+        snapshot: Copies the tensors, so that the originals may be modified while the message is on its way.
     """
     if isinstance(value, Tensor) and value.layout is torch.strided and not value.is_quantized:
         structure, tensors = None, [value]
@@ -134,7 +137,7 @@ def pack(value: Any, *, payload: bool = True, snapshot: bool = False) -> Packed:
     dense = [tensor if is_dense(tensor) else tensor.contiguous() for tensor in tensors]
     meta = _meta(structure, tuple(spec_of(tensor) for tensor in dense), payload)
     if snapshot and payload:
-        dense = [tensor.detach().clone() if tensor.device.type == "cpu" else tensor for tensor in dense]
+        dense = [tensor.detach().clone() for tensor in dense]
     return Packed(meta, dense if payload else [])
 
 

@@ -15,10 +15,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import timedelta
 from enum import IntEnum
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -63,6 +64,7 @@ class Kind(IntEnum):
     METRICS = 10
     NOTICE = 11
     FIGURES = 12
+    PROBE = 13
 
 
 class PeerError(RuntimeError):
@@ -74,7 +76,8 @@ class Transport:
 
     Args:
         group: A gloo group over the ranks, used by nothing else.
-        device: Device on which received tensors are wanted.
+        device: Device of this rank. Tensors that are on their sender's device arrive on it, unless they are states, of
+            which one rank may receive more than its device holds; what is on the CPU stays there.
         timeout: The longest a rank waits for one message.
         names: A readable name of each rank, for error messages.
         edges: With CUDA and NCCL, a group of its own for each directed pair ``(source, destination)`` whose tensors go
@@ -164,7 +167,7 @@ class Transport:
         if self._staged is None:
             self._isend(peer, parts + payload)
         else:
-            self._isend_from_device(peer, parts, payload)
+            self._isend_from_device(peer, parts, payload, self._edge(self.rank, peer, kind))
 
     def _isend(self, peer: int, parts: list[Tensor]) -> None:
         try:
@@ -181,25 +184,29 @@ class Transport:
         sent, self._sent, self._sent_bytes = self._sent, [], 0
         self._leaving.put((sent, marker))
 
-    def _isend_from_device(self, peer: int, parts: list[Tensor], payload: list[Tensor]) -> None:
+    def _edge(self, source: int, destination: int, kind: int) -> dist.ProcessGroup | None:
+        return None if kind == Kind.STATE else self._edges.get((source, destination))
+
+    def _isend_from_device(
+        self, peer: int, parts: list[Tensor], payload: list[Tensor], edge: dist.ProcessGroup | None
+    ) -> None:
         assert self._staged is not None
-        edge = self._edges.get((self.rank, peer))
-        if edge is not None:
-            self._staged.put((None, peer, parts))
-            destination = dist.get_global_rank(self._group, peer)
-            for data in payload:
-                data = data.to(self._device)
-                work = dist.isend(data, destination, group=edge)
-                self._leaving.put(([(peer, work, data)], None))
-            return
+        copied = None
+        by_edge = [data for data in payload if data.is_cuda and edge is not None]
         for data in payload:
-            if data.is_cuda:
+            if data.is_cuda and edge is None:
                 host = torch.empty_like(data, device="cpu", pin_memory=True)
                 data = host.copy_(data, non_blocking=True)
-            parts.append(data)
-        copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        copied.record()
+                # A thread that waits for it shall sleep.
+                copied = copied or torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+            if not data.is_cuda:
+                parts.append(data)
+        if copied is not None:
+            copied.record()
         self._staged.put((copied, peer, parts))
+        for data in by_edge:
+            work = dist.isend(data, dist.get_global_rank(self._group, peer), group=edge)
+            self._leaving.put(([(peer, work, data)], None))
 
     def _enter_thread(self) -> None:
         # The current CUDA device belongs to a thread, and a new thread's is the first.
@@ -214,23 +221,33 @@ class Transport:
                 self._hand_over(item)
                 continue
             copied, peer, parts = item
-            if copied is not None:
-                copied.synchronize()
-            self._isend(peer, parts)
+            try:
+                if copied is not None:
+                    copied.synchronize()
+            except RuntimeError as error:
+                self._fail_here("could not copy what it sends from its device", error)
+            else:
+                self._isend(peer, parts)
 
     def _see_off(self) -> None:
         # A gloo send is known to be complete only to somebody who waits for it; until then its tensor must live.
-        while (item := self._leaving.get()) is not None:
-            sent, marker = item
-            for peer, work, _ in sent:
-                try:
-                    if work is not None:
-                        work.wait(_FOREVER)
-                except RuntimeError as error:
-                    self._fail(peer, error)
-            if marker is not None:
-                marker.set()
-            del sent, item
+        self._enter_thread()
+        # NCCL lets the current stream wait, which must not be the one that computes.
+        aside = self._new_stream()
+        with _using(aside):
+            while (item := self._leaving.get()) is not None:
+                sent, marker = item
+                for peer, work, data in sent:
+                    try:
+                        if work is not None:
+                            work.wait(_FOREVER)
+                        if aside is not None and data.is_cuda:
+                            aside.synchronize()
+                    except RuntimeError as error:
+                        self._fail(peer, error)
+                if marker is not None:
+                    marker.set()
+                sent = item = work = data = None
 
     def _mark(self) -> threading.Event:
         left = threading.Event()
@@ -306,7 +323,7 @@ class Transport:
         self._enter_thread()
         seen: dict[int, Description] = {}
         header = torch.empty(_HEADER_BYTES, dtype=torch.uint8)
-        stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        stream = self._new_stream()
         try:
             while True:
                 self._irecv(header, peer)
@@ -326,7 +343,7 @@ class Transport:
                 if inline:
                     value, ready = self._read_inline(content[meta_length:], description), None
                 else:
-                    value, ready = self._receive_tensors(peer, description, stream)
+                    value, ready = self._receive_tensors(peer, kind, description, stream)
                 with self._news:
                     if kind == Kind.ERROR and self.failure is None:
                         self.failure = value
@@ -338,45 +355,43 @@ class Transport:
             self._fail(peer, error)
 
     def _read_inline(self, content: memoryview, description: Description) -> Any:
-        tensors = []
-        for spec in description.specs:
-            tensor = allocate(spec)
-            size = tensor.numel() * tensor.element_size() if description.payload else 0
+        if not description.payload:
+            zeros = [allocate(spec, "cpu" if spec.on_cpu else self._device).zero_() for spec in description.specs]
+            return unpack(description, zeros)
+        # Of what is on a device only the empty is sent so.
+        tensors = [allocate(spec, "cpu" if spec.on_cpu else self._device) for spec in description.specs]
+        for tensor in tensors:
+            size = tensor.numel() * tensor.element_size()
             if size:
                 as_bytes(tensor).numpy()[:] = content[:size]
                 content = content[size:]
-            elif not description.payload:
-                tensor.zero_()
-            tensors.append(tensor.to(self._device))
         return unpack(description, tensors)
 
-    def _receive_tensors(self, peer: int, description: Description, stream: Any) -> tuple[Any, Any]:
+    def _receive_tensors(self, peer: int, kind: int, description: Description, stream: Any) -> tuple[Any, Any]:
         if not description.payload:
-            zeros = [allocate(spec, self._device).zero_() for spec in description.specs]
-            return unpack(description, zeros), None
-        if stream is None:
-            tensors = [allocate(spec) for spec in description.specs]
-            for tensor in tensors:
-                if tensor.numel():
-                    self._irecv(as_bytes(tensor), peer)
-            return unpack(description, tensors), None
-        edge = self._edges.get((peer, self.rank))
-        source = dist.get_global_rank(self._group, peer)
-        with torch.cuda.stream(stream):
-            tensors = [allocate(spec, self._device) for spec in description.specs]
-            for spec, tensor in zip(description.specs, tensors, strict=True):
+            return self._read_inline(memoryview(b""), description), None
+        edge = self._edge(peer, self.rank, kind)
+        tensors, ready = [], None
+        with _using(stream):
+            for spec in description.specs:
+                stays = spec.on_cpu or kind == Kind.STATE
+                tensor = allocate(spec, "cpu" if stays else self._device)
+                tensors.append(tensor)
                 if not tensor.numel():
                     continue
-                if edge is not None:
-                    work = dist.irecv(as_bytes(tensor), source, group=edge)
-                    if work is not None:
-                        work.wait()
-                else:
+                if not tensor.is_cuda:
+                    self._irecv(as_bytes(tensor), peer)
+                elif edge is None:
                     host = allocate(spec, pin_memory=True)
                     self._irecv(as_bytes(host), peer)
                     tensor.copy_(host, non_blocking=True)
-            ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            ready.record(stream)
+                else:
+                    work = dist.irecv(as_bytes(tensor), dist.get_global_rank(self._group, peer), group=edge)
+                    if work is not None:
+                        work.wait()
+            if any(tensor.is_cuda for tensor in tensors):
+                ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                ready.record(stream)
         return unpack(description, tensors), ready
 
     def _irecv(self, tensor: Tensor, peer: int) -> None:
@@ -391,6 +406,15 @@ class Transport:
         """Raises :class:`PeerError` if another rank has failed."""
         if self.failure is not None:
             raise PeerError(self.failure)
+
+    def _new_stream(self) -> Any:
+        return torch.cuda.Stream(self._device) if self._device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+    def _fail_here(self, what: str, error: Exception) -> None:
+        with self._news:
+            if not self._closing and self.failure is None:
+                self.failure = f"{self._names[self.rank]} {what}: {type(error).__name__}: {error}"
+            self._news.notify_all()
 
     def _fail(self, peer: int, error: Exception) -> None:
         with self._news:
@@ -434,12 +458,25 @@ class Transport:
             self._closing = True
         if self.failure is None:
             self.flush()
+        else:
+            self._abort_edges()
         self._leaving.put(None)
         if self._staged is not None:
             self._staged.put(None)
         deadline = time.monotonic() + _GRACE
         for thread in self._threads:
             thread.join(timeout=max(0.0, deadline - time.monotonic()))
+
+    def _abort_edges(self) -> None:
+        # What NCCL has begun with a rank that is gone would keep the device busy until a watchdog ends the process.
+        for group in self._edges.values():
+            with suppress(AttributeError, RuntimeError):
+                cast(Any, group)._get_backend(self._device).abort()
+
+
+def _using(stream: Any) -> AbstractContextManager[Any]:
+    # Without a stream torch would look for a device.
+    return nullcontext() if stream is None else torch.cuda.stream(stream)
 
 
 def _cuda_tensors(value: Any) -> list[Tensor]:

@@ -155,6 +155,17 @@ def test_a_dense_tensor_is_sent_without_a_copy() -> None:
     assert as_bytes(sent).data_ptr() == x.data_ptr()
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_snapshot_is_a_copy_on_every_device(device: str) -> None:
+    tensor = torch.ones(3, device=device)
+    (snapshot,) = pack(tensor, snapshot=True).payload
+    (itself,) = pack(tensor).payload
+    assert itself is tensor
+    assert snapshot is not tensor
+    assert snapshot.device.type == device
+    assert device == "meta" or snapshot.data_ptr() != tensor.data_ptr()
+
+
 def test_only_floating_tensors_want_gradients() -> None:
     x = torch.randn(3, requires_grad=True)
     value = (x * 2, x.detach(), torch.arange(3), torch.ones(2, dtype=torch.complex64).requires_grad_(), x > 0)

@@ -9,10 +9,12 @@ import os
 import threading
 from datetime import timedelta
 from typing import Any, cast
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.nn.utils.rnn import pack_sequence
 
 from lightning_ddg.messages import pack
 from lightning_ddg.transport import Kind, PeerError, Transport
@@ -21,12 +23,12 @@ from tests.harness import run_ranks, run_ranks_raw
 LONG = timedelta(seconds=30)
 
 
-def connect(timeout: timedelta = LONG, group: dist.ProcessGroup | None = None) -> Transport:
+def connect(timeout: timedelta = LONG, group: dist.ProcessGroup | None = None, device: str = "cpu") -> Transport:
     if not dist.is_initialized():
         dist.init_process_group("gloo", rank=int(os.environ["LOCAL_RANK"]), world_size=int(os.environ["WORLD_SIZE"]))
     chosen = group or cast(dist.ProcessGroup, dist.group.WORLD)
     names = [f"rank {rank} by name" for rank in range(dist.get_world_size())]
-    return Transport(chosen, torch.device("cpu"), timeout, names)
+    return Transport(chosen, torch.device(device), timeout, names)
 
 
 def own_threads() -> list[str]:
@@ -353,6 +355,79 @@ def take_after_goodbye() -> str | None:
 
 def test_a_rank_that_has_said_goodbye_is_not_waited_for() -> None:
     assert run_ranks(take_after_goodbye, 2)[1] == "PeerError"
+
+
+# ---- devices, as far as they can be told without one
+
+
+def keep_places() -> None:
+    """The device "meta" stands for a GPU: all that matters here is that it is not the CPU."""
+    transport = connect(device="cpu" if os.environ["LOCAL_RANK"] == "0" else "meta")
+    sequence = pack_sequence([torch.ones(3, 2), torch.ones(2, 2)])
+    large = torch.ones(3000)
+    if transport.rank == 0:
+        transport.send(1, Kind.BATCH, {"sequence": sequence, "lengths": torch.tensor([3, 2]), "large": large})
+        transport.send(1, Kind.BATCH, pack([torch.empty(2, device="meta"), torch.ones(2)], payload=False))
+    else:
+        batch = transport.take(0, Kind.BATCH)
+        places = {batch[key].device.type for key in ("lengths", "large")} | {batch["sequence"].batch_sizes.device.type}
+        assert places == {"cpu"}
+        assert torch.equal(batch["large"], large)
+        shapes = transport.take(0, Kind.BATCH)
+        assert [tensor.device.type for tensor in shapes] == ["meta", "cpu"]
+        assert shapes[1].tolist() == [0.0, 0.0]
+    transport.close()
+
+
+def test_what_is_on_the_cpu_stays_there() -> None:
+    run_ranks(keep_places, 2)
+
+
+class BrokenEvent:
+    """An event of a GPU on which a kernel has failed: whatever one asks of it raises that error."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.record()
+
+    def record(self, *args: Any) -> None:
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    synchronize = record
+
+
+def abort_with_a_broken_device(how: str) -> str | None:
+    with (
+        patch("torch.cuda.Event", BrokenEvent),
+        patch("torch.cuda.Stream", lambda device: None),
+        patch("torch.cuda.set_device", lambda device: None),
+    ):
+        transport = connect(device="cuda" if os.environ["LOCAL_RANK"] == "1" else "cpu")
+        message = None
+        if transport.rank == 1 and how == "abort":
+            transport.abort("a kernel failed")
+        elif transport.rank == 1:
+            event = BrokenEvent.__new__(BrokenEvent)
+            assert transport._staged is not None
+            transport._staged.put((event, 0, [torch.ones(1)]))
+            with pytest.raises(PeerError) as caught:
+                transport.take(0, Kind.FLAG)
+            message = str(caught.value)
+            transport.abort(message)
+        else:
+            with pytest.raises(PeerError) as caught:
+                transport.take(1, Kind.FLAG)
+            message = str(caught.value)
+        transport.close()
+    return message
+
+
+def test_a_rank_whose_device_is_broken_can_still_tell() -> None:
+    assert run_ranks(abort_with_a_broken_device, 2, "abort")[0] == "a kernel failed"
+
+
+def test_a_copy_that_fails_on_its_way_is_the_failure_of_its_rank() -> None:
+    expected = "rank 1 by name could not copy what it sends from its device: RuntimeError: CUDA error: device-side"
+    assert all(expected in message for message in run_ranks(abort_with_a_broken_device, 2, "copy"))
 
 
 # ---- the end
