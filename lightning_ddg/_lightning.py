@@ -182,6 +182,20 @@ def _never_distributed() -> bool:
     return False
 
 
+def hide_example_input(module: LightningModule) -> Undo:
+    """Keeps Lightning from calling a network with it that is spread over several devices.
+
+    The summary of a model and the graph that a logger draws are made by such a call, on each process.
+    """
+    if module.example_input_array is None:
+        return lambda: None
+    rank_zero_warn(
+        "`example_input_array` is not used in this fit, as each process has one stage only on its device: a summary"
+        " shows no sizes, and loggers draw no graph. Leave the attribute out to be rid of this warning."
+    )
+    return _replace(module, "_example_input_array", None)
+
+
 def keep_metrics_local(module: LightningModule) -> Undo:
     """There is one replica of the data, so a metric is complete on every rank that updates it; syncing would hang."""
     metrics = [child for child in module.modules() if isinstance(child, Metric)]

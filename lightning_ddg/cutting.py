@@ -184,8 +184,8 @@ def measured_costs(
     """
     wanted = [parameter.requires_grad for parameter in module.parameters()]
     try:
-        module.to(device)
         try:
+            module.to(device)
             args, kwargs = first_call(module, network.target, network.target_name, loaders, precision, device)
             check_same(network.chain, network.whole, args, kwargs, precision.train_step_context)
             if balance == "flops":
@@ -207,6 +207,9 @@ def measured_costs(
             parameter.requires_grad_(requires_grad)
         if device.type != "cpu":
             module.to("cpu")
+        if device.type == "cuda":
+            # What the whole network needed is more than a stage will.
+            torch.cuda.empty_cache()
 
 
 def copies_kept(optimizer: Optimizer | None) -> int:

@@ -7,7 +7,7 @@ one when the thing it refuses works.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -71,6 +71,42 @@ def check_compile(compile: Any, num_stages: Any) -> None:
         raise ValueError(
             "compile needs stages to compile, but num_stages=1 cuts nothing. Compile the network in your module:"
             " `self.net.compile()`."
+        )
+    asked = compile if isinstance(compile, dict) else {}
+    graphs = asked.get("mode") if asked.get("mode") in ("reduce-overhead", "max-autotune") else None
+    if graphs is not None or (asked.get("options") or {}).get("triton.cudagraphs"):
+        raise ValueError(
+            f"compile={compile!r} records CUDA graphs, which a new forward overwrites, while stages have several"
+            " batches in flight. Use mode='max-autotune-no-cudagraphs', or no mode."
+        )
+
+
+def check_backend(backend: str, devices: Sequence[torch.device]) -> None:
+    """Refuses to let NCCL connect processes that share a device.
+
+    Raises:
+        ValueError: Naming the devices.
+    """
+    if "nccl" in backend and len(set(devices)) < len(devices):
+        raise ValueError(
+            f"process_group_backend={backend!r} cannot connect processes that share a device, as those on"
+            f" {', '.join(map(str, devices))} do. Use process_group_backend='gloo', or a device for each process."
+        )
+
+
+def check_recurrent(staleness: Staleness, segments: Iterable[nn.Module], device: torch.device) -> None:
+    """Refuses today's weights in a backward of layers that keep their weights in a form of their own.
+
+    Raises:
+        ValueError: Naming the kind of layer and the device.
+    """
+    if staleness.stash or device.type != "cuda":
+        return
+    kinds = {type(part).__name__ for segment in segments for part in segment.modules() if isinstance(part, nn.RNNBase)}
+    if kinds:
+        raise ValueError(
+            f"stash=False uses today's weights in a backward, but on {device} {', '.join(sorted(kinds))} keeps them in"
+            " another form from its forward. Leave stash=False out, or train on the CPU."
         )
 
 

@@ -243,7 +243,9 @@ class Stage:
             spare = self._spare.pop()
             if len(spare.parameters) == len(parameters) and all(map(is_, spare.parameters, parameters)):
                 return spare.memory
-        return [torch.empty_like(parameter.data) for parameter in parameters]
+        # A validation may run in inference mode, whose tensors no optimizer could write to afterwards.
+        with torch.inference_mode(False):
+            return [torch.empty_like(parameter.data) for parameter in parameters]
 
     def _reuse(self, weights: Weights | None) -> None:
         """Keeps the memory of weights that no batch in flight needs any more."""

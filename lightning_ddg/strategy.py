@@ -57,6 +57,7 @@ from lightning_ddg.pipeline import (
 )
 from lightning_ddg.planning import NUM_STAGES, Plan, plan_module
 from lightning_ddg.refusals import (
+    check_backend,
     check_call,
     check_casts,
     check_choice,
@@ -70,6 +71,7 @@ from lightning_ddg.refusals import (
     check_not_started,
     check_optimizers,
     check_precision,
+    check_recurrent,
     check_stages,
     check_staleness,
     check_started,
@@ -133,6 +135,8 @@ class DDGStrategy(ParallelStrategy):
     strategy_name = "ddg"
     # As how many processes this script has been started, once it has been.
     _processes: ClassVar[int | None] = None
+    # The mesh of this process, and the default group that it was made with.
+    _mesh: ClassVar[tuple[Any, DeviceMesh] | None] = None
 
     def __init__(
         self,
@@ -378,35 +382,54 @@ class DDGStrategy(ParallelStrategy):
         if self._start_method == "fork":
             # OpenMP's threads have not come along: the first operation that waits for one would wait for ever.
             torch.set_num_threads(1)
-        self._process_group_backend = self._get_process_group_backend()
-        assert self.cluster_environment is not None
+        self._process_group_backend = backend = self._get_process_group_backend()
+        assert self.cluster_environment is not None and self.parallel_devices is not None
+        check_backend(backend, self.parallel_devices)
         _lightning.init_dist_connection(
             self.cluster_environment,
-            self._process_group_backend,
-            timeout=max(self._timeout, timedelta(minutes=30)),
-            device_id=self.root_device if self.root_device.type != "cpu" else None,
+            backend,
+            timeout=self._group_timeout,
+            # Of a group bound to a device, torch 2.6 makes other groups by splitting it, which only NCCL can.
+            device_id=self.root_device if "nccl" in backend else None,
         )
         check_world_size(self._num_stages, self._split_points, dist.get_world_size())
         # Making groups waits for every rank without noticing that one is gone; a barrier notices.
         self.barrier()
-        self._device_mesh = init_device_mesh(
-            self.root_device.type, (1, self.num_stages), mesh_dim_names=("data", "stage")
-        )
+        self._device_mesh = self._make_mesh()
         self._transport = self._connect_ranks()
 
+    def _make_mesh(self) -> DeviceMesh:
+        """The mesh of these processes: one for all fits, as its groups hold sockets and threads."""
+        if DDGStrategy._mesh is None or DDGStrategy._mesh[0] is not dist.group.WORLD:
+            axes = ("data", "stage")
+            mesh = init_device_mesh(self.root_device.type, (1, self.num_stages), mesh_dim_names=axes)
+            DDGStrategy._mesh = (dist.group.WORLD, mesh)
+        return DDGStrategy._mesh[1]
+
     def _connect_ranks(self) -> Transport:
+        def connect(those: list[int], backend: str) -> dist.ProcessGroup:
+            return cast(dist.ProcessGroup, dist.new_group(those, timeout=self._group_timeout, backend=backend))
+
         ranks = list(range(self.num_stages))
-        group = cast(dist.ProcessGroup, dist.new_group(ranks, backend="gloo"))
+        group = connect(ranks, "gloo")
         edges: dict[tuple[int, int], dist.ProcessGroup] = {}
-        if self._process_group_backend == "nccl":
+        if "nccl" in (self._process_group_backend or ""):
             neighbours = [(rank, rank - 1) for rank in ranks[1:]] + [(rank - 1, rank) for rank in ranks[1:]]
             for edge in dict.fromkeys([*neighbours, (ranks[-1], ranks[0])]):
-                edges[edge] = cast(dist.ProcessGroup, dist.new_group(sorted(edge), backend="nccl"))
+                edges[edge] = connect(sorted(edge), "nccl")
         names = [f"Rank {rank} (stage {stage_of_rank(rank, self.num_stages)})" for rank in ranks]
         return Transport(group, self.root_device, self._timeout, names, edges)
 
+    @property
+    def _group_timeout(self) -> timedelta:
+        return max(self._timeout, timedelta(minutes=30))
+
     def _get_process_group_backend(self) -> str:
-        return self._process_group_backend or _lightning.default_process_group_backend(self.root_device)
+        if self._process_group_backend is not None:
+            return self._process_group_backend
+        # Processes that share a device cannot be connected by NCCL.
+        shared = len(set(self.parallel_devices or ())) < self.num_processes
+        return "gloo" if shared else _lightning.default_process_group_backend(self.root_device)
 
     def set_world_ranks(self) -> None:
         """Tells the cluster environment and Lightning's rank-zero functions which process this is."""
@@ -467,6 +490,8 @@ class DDGStrategy(ParallelStrategy):
         self._undo.callback(_lightning.silence_sync_dist_advice())
         self._undo.callback(_lightning.clip_values_that_exist(self.precision_plugin))
         self._undo.callback(_lightning.silence_sigterm_broadcast(trainer))
+        if trainer.state.fn == TrainerFn.FITTING and self.root_device.type != "cpu":
+            self._undo.callback(_lightning.hide_example_input(module))
         if not self._reads:
             self._undo.callback(_lightning.bypass_before_batch_transfer(module))
 
@@ -555,6 +580,7 @@ class DDGStrategy(ParallelStrategy):
         assert self.lightning_module is not None
         module = self.lightning_module
         self._segments = cut.segments()
+        check_recurrent(self._staleness, self._segments, self.root_device)
         if self._compile is not False:
             check_compilable(network)
             for stage, segment in enumerate(self._segments, start=1):
@@ -1083,7 +1109,7 @@ class DDGStrategy(ParallelStrategy):
         try:
             return gather_to_rank_zero(transport, own)
         finally:
-            transport.close()
+            transport.disconnect()
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         if self._one_process:
@@ -1134,7 +1160,7 @@ class DDGStrategy(ParallelStrategy):
         self._begin()
         try:
             if transport is not None:
-                transport.close()
+                transport.disconnect()
         finally:
             undo.close()
             super().teardown()

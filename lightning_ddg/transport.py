@@ -467,6 +467,13 @@ class Transport:
         for thread in self._threads:
             thread.join(timeout=max(0.0, deadline - time.monotonic()))
 
+    def disconnect(self) -> None:
+        """Closes, and gives the groups back, which hold sockets and threads; after a failure they are left alone."""
+        self.close()
+        if self.failure is None:
+            for group in (self._group, *self._edges.values()):
+                dist.destroy_process_group(group)
+
     def _abort_edges(self) -> None:
         # What NCCL has begun with a rank that is gone would keep the device busy until a watchdog ends the process.
         for group in self._edges.values():

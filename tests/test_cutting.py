@@ -134,8 +134,10 @@ def test_what_a_cut_says_of_itself() -> None:
 # ---- measuring
 
 
-def measure(module: LightningModule, loaders: Any, balance: str = "time") -> list[float] | None:
-    costs = measured_costs(module, find_network(module), loaders, balance, Precision(), CPU)
+def measure(
+    module: LightningModule, loaders: Any, balance: str = "time", device: torch.device = CPU
+) -> list[float] | None:
+    costs = measured_costs(module, find_network(module), loaders, balance, Precision(), device)
     return costs.seconds if isinstance(costs, Profile) else costs
 
 
@@ -199,6 +201,15 @@ class NeverCalls(Classifier):
         return batch[0].mean()  # type: ignore[no-any-return]
 
 
+class TooLarge(Classifier):
+    """A module that does not fit on a device, for which the device "meta" stands."""
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        if args[0] == torch.device("meta"):
+            raise torch.OutOfMemoryError("out of memory")
+        return super().to(*args, **kwargs)
+
+
 class Fails(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         raise ArithmeticError("bang")
@@ -226,6 +237,15 @@ def test_what_cannot_be_measured_is_cut_by_its_parameters_with_a_warning(
     with pytest.warns(UserWarning, match=f"could not be measured for balance='time' .{why}.*Give `split_points`"):
         assert measure(module, SourceLoader(data)) is None
     assert not {"forward", "log"} & (vars(module).keys() | vars(module.net).keys())
+
+
+def test_a_network_that_does_not_fit_on_the_device_is_cut_by_its_parameters_with_a_warning() -> None:
+    module = TooLarge("mlp")
+    with pytest.warns(
+        UserWarning, match="could not be measured .*OutOfMemoryError: out of memory.*Give `split_points`"
+    ):
+        assert measure(module, SourceLoader(loader("mlp")), device=torch.device("meta")) is None
+    assert {parameter.device.type for parameter in module.parameters()} == {"cpu"}
 
 
 def test_a_network_that_is_not_what_was_traced_ends_the_run() -> None:

@@ -127,6 +127,19 @@ def test_undoing_gives_an_attribute_of_the_instance_back() -> None:
     assert vars(module)["log"] is own
 
 
+def test_an_example_input_is_hidden_with_a_warning() -> None:
+    module = pl.LightningModule()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _lightning.hide_example_input(module)()
+    module.example_input_array = torch.ones(2)
+    with pytest.warns(UserWarning, match="`example_input_array` is not used in this fit.*Leave the attribute out"):
+        undo = _lightning.hide_example_input(module)
+    assert module.example_input_array is None
+    undo()
+    assert torch.equal(module.example_input_array, torch.ones(2))
+
+
 def test_metrics_do_not_sync() -> None:
     module = Classifier()
     module.metric = Accuracy("multiclass", num_classes=3)

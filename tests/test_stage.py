@@ -233,6 +233,21 @@ def test_memory_is_not_used_again_for_other_parameters() -> None:
     assert [parameter.grad is None for parameter in module.parameters()] == [False] * 4
 
 
+def test_what_a_validation_stashes_in_inference_mode_can_be_trained() -> None:
+    module = nn.Linear(3, 3)
+    stage, optimizer = Stage(module, 1), torch.optim.SGD(module.parameters(), lr=0.1)
+    for batch in range(6):
+        optimizer.zero_grad()
+        output = stage.forward(torch.ones(2, 3), received=False)
+        if len(stage) > 1:
+            stage.backward([torch.ones_like(output)])
+        with torch.inference_mode(batch < 3):
+            stage.stash()
+        assert not module.weight.is_inference()
+        optimizer.step()
+        stage.stepped()
+
+
 @pytest.mark.parametrize("where", ["forward", "stash", "stepped"])
 def test_weights_that_change_too_early_are_refused(where: str) -> None:
     module = nn.Linear(2, 1)

@@ -23,10 +23,10 @@ from recipes.benchmarks.devices import SAMPLES, Times
 from recipes.benchmarks.parts import (
     MICROBATCHES,
     ON_CPU,
-    ON_CUDA,
     ON_DEVICES,
     Plan,
     backend_for,
+    on_cuda,
     run_devices,
     run_work,
 )
@@ -102,7 +102,9 @@ def chosen(options: argparse.Namespace) -> dict[str, list[str]]:
     parts = [name for name in options.only if name in PARTS]
     if not parts:
         parts = ["work"] if works else ["work", "devices"] if contenders else list(PARTS)
-    everybody = ON_CUDA if options.accelerator == "cuda" else ON_CPU
+    everybody = ON_CPU
+    if options.accelerator == "cuda":
+        everybody = on_cuda(torch.cuda.device_count() < options.processes)
     return {
         "parts": parts,
         "works": works or (QUICK_WORKS if options.quick else list(WORKS)),

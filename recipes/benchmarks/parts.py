@@ -24,8 +24,17 @@ _ALONE = {"backprop": "one device alone", "trainer": "one device alone, Trainer"
 
 #: Who competes where: the one-process execution is a question of GPUs.
 ON_CPU = [name for name in KINDS if name not in ("trainer", "ddg-one-process")]
-ON_CUDA = list(KINDS)
 ON_DEVICES = ["backprop", "trainer", "gpipe", "1f1b", "interleaved", "zb", "zbv", "ddg", "ddg-bare"]
+
+
+def on_cuda(shared: bool) -> list[str]:
+    """Who trains the works on GPUs.
+
+    Args:
+        shared: Whether processes share them. NCCL does not connect such, and gloo, which then does, sends nothing from
+            a GPU by itself: torch's pipelines cannot take part.
+    """
+    return [name for name, kind in KINDS.items() if not (shared and (kind.family or name == "naive"))]
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -162,3 +163,18 @@ def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path: Path) -> None:
     torch.save(saved, path)
     with pytest.raises(AssertionError, match=r"parameter groups of sizes \[12\], this module's has \[13\]. Resume"):
         run_ranks(fit, 2, 2, 2, 2, str(path), None)
+
+
+def held_after_fits(path: str) -> list[tuple[int, int]]:
+    held = []
+    for _ in range(3):
+        fit(2, 2, 1, None, path, "mlp")
+        gc.collect()
+        held.append((len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))))
+    return held
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="open files and threads are counted in Linux's /proc")
+def test_fits_and_saves_leave_no_sockets_and_no_threads_behind(tmp_path: Path) -> None:
+    for held in run_ranks(held_after_fits, 2, str(tmp_path / "a.ckpt")):
+        assert held[2] == held[1]

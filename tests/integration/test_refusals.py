@@ -11,10 +11,12 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 
 from lightning_ddg import DDGMixin, DDGStrategy, Staleness
+from lightning_ddg.refusals import check_backend, check_recurrent
 from tests.harness import run_ranks, run_ranks_raw
 from tests.networks import BEFORE_2_6, Classifier, ManualClassifier, loader, quiet_trainer
 
@@ -43,6 +45,12 @@ ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"timeout": 30}, ValueError, "timeout=30 is not a limit"),
     ({"compile": "inductor"}, TypeError, "compile='inductor' is neither a bool nor a dictionary.*Use True"),
     ({"compile": True, "num_stages": 1}, ValueError, r"num_stages=1 cuts nothing.*self.net.compile\(\)"),
+    (
+        {"compile": {"mode": "max-autotune"}},
+        ValueError,
+        "'max-autotune'.* records CUDA graphs.*Use mode='max-autotune-no-",
+    ),
+    ({"compile": {"options": {"triton.cudagraphs": True}}}, ValueError, "triton.cudagraphs.* records CUDA graphs"),
     ({"staleness": {"shrink": 0.5}}, TypeError, "staleness=.*'shrink': 0.5.* is no Staleness. Use lightning_ddg.Stal"),
     ({"recompute": 1}, TypeError, "recompute=1 is not a bool. Use True or False"),
     (
@@ -92,6 +100,33 @@ def test_todays_weights_in_a_backward_of_casts() -> None:
     with pytest.raises(ValueError, match="stash=False .*precision='bf16-mixed' keeps copies.*Use recompute=True"):
         fit(False)
     fit(True)
+
+
+def test_nccl_between_processes_that_share_a_device() -> None:
+    device = torch.device("cuda", 0)
+    with pytest.raises(
+        ValueError, match="process_group_backend='nccl' cannot .* share a device.*cuda:0, cuda:0.*'gloo'"
+    ):
+        check_backend("nccl", [device, device])
+    check_backend("nccl", [device, torch.device("cuda", 1)])
+    check_backend("gloo", [device, device])
+    shared = DDGStrategy(parallel_devices=[device, device])
+    assert shared._get_process_group_backend() == "gloo"
+    shared.parallel_devices = [device]
+    shared.cluster_environment = LightningEnvironment()
+    assert shared._get_process_group_backend() == "nccl"
+
+
+def test_todays_weights_in_recurrent_layers_on_a_gpu() -> None:
+    rule, device = Staleness(stash=False), torch.device("cuda", 0)
+    segments = [nn.Linear(2, 2), nn.Sequential(nn.LSTM(2, 2))]
+    with pytest.raises(
+        ValueError, match=r"stash=False .* on cuda:0 LSTM keeps them .*Leave stash=False out, or train on"
+    ):
+        check_recurrent(rule, segments, device)
+    check_recurrent(rule, segments, torch.device("cpu"))
+    check_recurrent(rule, segments[:1], device)
+    check_recurrent(Staleness(), segments, device)
 
 
 class Penalised(Classifier):

@@ -369,6 +369,11 @@ def test_a_busy_machine_is_named() -> None:
 
 
 def test_only_leaves_what_is_named() -> None:
+    on_gpus = parse([])
+    on_gpus.accelerator, on_gpus.processes = "cuda", 1 + torch.cuda.device_count()
+    assert set(chosen(on_gpus)["contenders"]) == {"backprop", "ddp", "trainer", "ddg-one-process", "ddg", "ddg-bare"}
+    on_gpus.processes = torch.cuda.device_count()
+    assert chosen(on_gpus)["contenders"] == list(KINDS)
     everything = chosen(parse([]))
     assert everything["parts"] == ["work", "devices", "cost"]
     assert everything["works"] == list(WORKS)
