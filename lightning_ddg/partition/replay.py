@@ -320,7 +320,8 @@ class _Part:
             args, kwargs = known((args, kwargs))
         outer, self._inside = self._inside, self._names[position]
         with calls_left(self._modules[position]):
-            output = self._layers[position - self._start](*args, **kwargs)
+            # Not the layer's own `__call__`: if it has one, as Hugging Face's that checkpoint, this is inside it.
+            output = nn.Module.__call__(self._layers[position - self._start], *args, **kwargs)
         self._inside = outer
         if self._stop < len(self._names):
             shape, tensors = flatten(output)

@@ -234,7 +234,8 @@ class _Watch:
             def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
                 args, kwargs = self._called(index, args, kwargs)
                 with calls_left(module), parameters_replaced(own_slots[index]):
-                    return self._returned(index, module(*args, **kwargs))
+                    # As in :mod:`~lightning_ddg.partition.replay`: this is inside the layer's own `__call__`, if any.
+                    return self._returned(index, nn.Module.__call__(module, *args, **kwargs))
 
             return run
 

@@ -10,6 +10,7 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import combinations, pairwise
 from typing import Any, NamedTuple
 
@@ -642,6 +643,46 @@ class Checkpointed(nn.Module):
         for block in self.blocks:
             x = checkpoint(block, x, use_reentrant=self.reentrant)
         return checkpoint(lambda h: (h * self.gain).sin(), x, use_reentrant=False)  # type: ignore[no-any-return]
+
+
+class CheckpointsItself(nn.Module):
+    """A block whose call checkpoints it, as in older versions of Hugging Face's library."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.dropout = nn.Linear(4, 4), nn.Dropout(0.2)
+        self.depth = self.deepest = 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.depth += 1
+        self.deepest = max(self.deepest, self.depth)
+        try:
+            return checkpoint(partial(super().__call__, **kwargs), *args, use_reentrant=False)
+        finally:
+            self.depth -= 1
+
+    def forward(self, x: Tensor, gain: float) -> Tensor:
+        return self.dropout(self.linear(x).tanh()) * gain  # type: ignore[no-any-return]
+
+
+class CheckpointingBlocks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(CheckpointsItself() for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x, gain=2.0)
+        return x
+
+
+def test_a_layer_that_checkpoints_itself_does_so_once() -> None:
+    ours = made(CheckpointingBlocks)
+    theirs = copy.deepcopy(ours)
+    call = (torch.randn(2, 4, dtype=torch.float64),), {}
+    chain = ReplayedChain(ours, "net", call)
+    assert_same_step(chain, [1, 3], call, ours, theirs)
+    assert [block.deepest for block in ours.blocks] == [1] * 4
 
 
 def test_checkpoints_around_layers() -> None:
