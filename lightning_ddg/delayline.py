@@ -80,6 +80,8 @@ class DelayLine:
         with parameters_replaced(self._predicted):
             run()
         self._predicted = []
+        for line in self._lines:
+            line.pending |= line.delay == 0
         for line, before in zip(delayed, accumulated, strict=True):
             # Once for each boundary that the gradient would cross.
             line.queue.append(shrunk(_take(line.parameters), self._shrink**line.delay))

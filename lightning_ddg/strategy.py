@@ -212,6 +212,8 @@ class DDGStrategy(ParallelStrategy):
         self._whole_step = False
         self._answered = False
         self._stepped = False
+        # The most batches whose gradients were added up for one step, and how many have been since the last.
+        self._accumulated, self._pending = 1, 0
         self._outside_shared = True
         self._foreign_grads_checked = False
         self._clip_again: Callable[[], object] | None = None
@@ -843,6 +845,7 @@ class DDGStrategy(ParallelStrategy):
                 check_foreign_grads(module, self._owner, self.num_stages)
 
         self._execution.backward(run)
+        self._pending += 1
         closure_loss = plugin.post_backward(closure_loss, module)
         self.post_backward(closure_loss)
         return closure_loss
@@ -860,13 +863,14 @@ class DDGStrategy(ParallelStrategy):
 
     def _after_step(self) -> None:
         self._stepped = True
+        self._accumulated, self._pending = max(self._accumulated, self._pending), 0
         if self._execution is not None:
             self._execution.stepped()
         if self._transport is not None and self._seam is not None:
             self._weights_complete, self._seam.stale = False, True
 
     def drain(self, when: str, batch_idx: int = 0) -> None:
-        """Applies the gradients in flight, one step each, if this is when they shall be.
+        """Applies the gradients in flight, if this is when they shall be: as many a step as before.
 
         Args:
             when: ``"epoch"`` or ``"fit"``: what has just ended.
@@ -881,16 +885,23 @@ class DDGStrategy(ParallelStrategy):
         with ExitStack() as undo:
             for optimizer in self.optimizers:
                 undo.callback(keep_options(optimizer))
+            if not module.automatic_optimization:
+                self._drain_manually(execution)
             while execution.waiting:
-                if module.automatic_optimization:
-                    self._drain_automatically(module, execution, batch_idx)
-                else:
-                    (optimizer,) = self.optimizers
-                    optimizer.zero_grad()
-                    execution.drain()
-                    if self._clip_again is not None:
-                        self._clip_again()
-                    optimizer.step()
+                self._drain_automatically(module, execution, batch_idx)
+
+    def _drain_manually(self, execution: Execution) -> None:
+        (optimizer,) = self.optimizers
+        # What has been added up since the last step is part of the first of these.
+        while execution.waiting or self._pending:
+            if not self._pending:
+                optimizer.zero_grad()
+            for _ in range(max(1, self._accumulated - self._pending)):
+                if not execution.drain():
+                    break
+            if self._clip_again is not None:
+                self._clip_again()
+            optimizer.step()
 
     def _drain_automatically(self, module: LightningModule, execution: Execution, batch_idx: int) -> None:
         epoch, optimizer = module.trainer.current_epoch, self._lightning_optimizers[0]

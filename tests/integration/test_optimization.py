@@ -63,13 +63,24 @@ class ZeroingGradients(Classifier):
 
 
 class ManualAccumulation(ManualClassifier):
+    last_too = False
+
     def training_step(self, batch: Any, batch_idx: int) -> None:
         optimizer = self.optimizers()
         self.manual_backward(nn.functional.cross_entropy(self.net(batch[0]), batch[1]) / 2)
-        if batch_idx % 2:
+        if batch_idx % 2 or (self.last_too and self.trainer.is_last_batch):
             self.clip_gradients(optimizer, 0.1, "norm")
             optimizer.step()
             optimizer.zero_grad()
+
+
+class WithoutSchedule(Classifier):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+
+
+class ManualAsLightningDoes(ManualAccumulation, WithoutSchedule):
+    last_too = True
 
 
 class ManualWithoutLightning(ManualClassifier):
@@ -254,6 +265,8 @@ CASES: dict[str, Case] = {
     "gradient norms": (lambda: Norms("mlp", "sgd"), {"logger": False}, []),
     "zeroing gradients": (lambda: ZeroingGradients("mlp", "adamw_fused"), {}, []),
     "manual accumulation": (lambda: ManualAccumulation("mlp", "nesterov"), {}, []),
+    "manual accumulation, the last batch too": (ManualAsLightningDoes, {}, []),
+    "the same automatically": (WithoutSchedule, {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1}, []),
     "manual without Lightning's step": (lambda: ManualWithoutLightning("mlp", "nesterov"), {}, []),
     "detect anomaly": (lambda: Classifier("mlp", "sgd"), {"detect_anomaly": True}, []),
     "deterministic": (lambda: Classifier("convnet", "sgd"), {"deterministic": True}, []),
@@ -317,6 +330,12 @@ def test_executions_agree(name: str, ranks: list[list[Trained]], alone: dict[str
     assert same_optimizer_state(first.optimizer, expected.optimizer)
     for value in expected.state.values():
         assert torch.isfinite(value).all()
+
+
+def test_accumulating_by_hand_is_accumulating(alone: dict[str, Trained]) -> None:
+    by_hand, automatic = alone["manual accumulation, the last batch too"], alone["the same automatically"]
+    assert by_hand.steps == automatic.steps
+    assert largest_difference(by_hand.state, automatic.state) <= 1e-12
 
 
 def same_optimizer_state(a: Any, b: Any) -> bool:
