@@ -12,7 +12,17 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from recipes.study.methods import METHODS
-from recipes.study.summary import Contender, Difference, Runs, Setup, best, by_setup, difference, mean_sd, pooled
+from recipes.study.summary import (
+    Contender,
+    Difference,
+    Runs,
+    Setup,
+    best,
+    by_setup,
+    difference,
+    difference_over_all,
+    mean_sd,
+)
 
 BACKPROP = Contender("backprop", 1)
 BEST = ("method", "K", "seeds", "best test accuracy", "minus backprop", "time on K devices", "speed-up")
@@ -75,7 +85,7 @@ def course_rows(contenders: Mapping[Contender, Runs]) -> tuple[list[str], list[t
 def findings(setups: Mapping[Setup, Mapping[Contender, Runs]]) -> list[str]:
     """Says in a sentence for each contender whether it reaches backpropagation's best test accuracy.
 
-    First setup by setup, then over all of them, where more pairs of runs can show smaller differences.
+    First setup by setup, then over all of them together.
     """
     said = []
     for setup, contenders in setups.items():
@@ -84,10 +94,9 @@ def findings(setups: Mapping[Setup, Mapping[Contender, Runs]]) -> list[str]:
             if contender != BACKPROP:
                 said.append(sentence(setup.title, contender, difference(best(runs), reference)))
     if len(setups) > 1:
-        reference = pooled(setups, BACKPROP)
         for contender in dict.fromkeys(one for contenders in setups.values() for one in contenders):
             if contender != BACKPROP:
-                said.append(sentence("All together", contender, difference(pooled(setups, contender), reference)))
+                said.append(sentence("All together", contender, difference_over_all(setups, contender, BACKPROP)))
     return said
 
 

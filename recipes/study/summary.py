@@ -83,12 +83,6 @@ class Difference(NamedTuple):
         return None if self.half is None else abs(self.mean) <= self.half
 
 
-def pooled(setups: Mapping[Setup, Mapping[Contender, Runs]], contender: Contender) -> dict[tuple[Setup, int], float]:
-    """A contender's best test accuracies of all setups, by setup and seed."""
-    accuracies = {setup: best(contenders[contender]) for setup, contenders in setups.items() if contender in contenders}
-    return {(setup, seed): value for setup, seeds in accuracies.items() for seed, value in seeds.items()}
-
-
 def difference(ours: Mapping[Any, float], theirs: Mapping[Any, float]) -> Difference | None:
     """Compares values with the same key, such as a seed; ``None`` where no key is common to both."""
     values = [ours[key] - theirs[key] for key in ours if key in theirs]
@@ -99,3 +93,17 @@ def difference(ours: Mapping[Any, float], theirs: Mapping[Any, float]) -> Differ
         return Difference(mean, None)
     student = _STUDENT[min(len(values) - 1, len(_STUDENT)) - 1]
     return Difference(mean, student * deviation / sqrt(len(values)))
+
+
+def difference_over_all(
+    setups: Mapping[Setup, Mapping[Contender, Runs]], ours: Contender, theirs: Contender
+) -> Difference | None:
+    """Compares two contenders over all setups: a seed counts once, by the mean of its differences in all setups.
+
+    Runs of one seed have their images and augmentation in common, and are not independent of each other. ``None`` where
+    there is no seed with which both have been run in every setup that has both.
+    """
+    pairs = [(best(all_[ours]), best(all_[theirs])) for all_ in setups.values() if ours in all_ and theirs in all_]
+    seeds = set.intersection(*({*mine} & {*other} for mine, other in pairs)) if pairs else set()
+    means = {seed: fmean(mine[seed] - other[seed] for mine, other in pairs) for seed in seeds}
+    return difference(means, dict.fromkeys(means, 0.0))

@@ -90,11 +90,16 @@ def test_sentences_say_which_way_it_falls() -> None:
     assert "by -9.67 ± 1.43 points of best test accuracy: beyond what seeds explain" in four
 
 
-def test_a_sentence_over_all_setups_pairs_runs_within_each() -> None:
-    *_, two, four = findings(by_setup([*make_rows(), *make_rows(optimizer="adam")]))
-    # Six differences, twice -1, 1 and 0 points: their deviation is 0.894, and t has five degrees of freedom.
-    assert two.startswith("All together: DDG, K = 2, differs from backpropagation by +0.00 ± 0.94 points")
+def test_a_sentence_over_all_setups_counts_each_seed_once() -> None:
+    other = {**BEST, Contender("ddg", 2): (0.61, 0.63, 0.68)}
+    *_, two, four = findings(by_setup([*make_rows(), *make_rows(other, optimizer="adam")]))
+    # By setup -1, 1, 0 and 1, 1, 4 points, by seed 0, 1 and 2: a deviation of 1, and t has two degrees of freedom.
+    assert two.startswith("All together: DDG, K = 2, differs from backpropagation by +1.00 ± 2.48 points")
     assert "All together: DDG, K = 4" in four
+    missing = {contender: accuracies[:2] for contender, accuracies in other.items()}
+    *_, two, _ = findings(by_setup([*make_rows(), *make_rows(missing, optimizer="adam")]))
+    # The third seed is there in one setup only: 0 and 1 remain.
+    assert two.startswith("All together: DDG, K = 2, differs from backpropagation by +0.50 ± 6.35 points")
 
 
 def test_too_few_runs_are_no_verdict() -> None:
