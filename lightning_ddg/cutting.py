@@ -38,6 +38,7 @@ from lightning_ddg.partition import (
     parameter_costs,
     stage_memory,
 )
+from lightning_ddg.partition.untouched import untouched
 from lightning_ddg.refusals import no_call_of
 from lightning_ddg.seam import Seam, StepDone
 
@@ -283,7 +284,7 @@ def call_of_network(
     seam = Seam(target, {})
     unmute = _lightning.mute_logging(module)
     try:
-        with seam.handled_by(capture), context(), torch.enable_grad():
+        with untouched(module.modules()), seam.handled_by(capture), context(), torch.enable_grad():
             module.training_step(*_lightning.step_arguments(module.training_step, batch))
     except StepDone as done:
         return cast(tuple[tuple[Any, ...], dict[str, Any]], done.value)

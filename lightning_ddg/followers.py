@@ -1,4 +1,4 @@
-"""Frozen copies of the network's layers outside it, as a mean teacher is; what counts as one may be changed here.
+"""Copies of the network's layers outside it, as a mean teacher is; what counts as one may be changed here.
 
 A process has the current weights of its own stage only. A copy that is updated by hand while training would follow
 weights of the other stages that have long moved on, and nothing would look wrong.
@@ -53,15 +53,27 @@ class Followers:
             for name, parameter in target.named_parameters()
             if id(parameter) in stage_of
         ]
-        self._watched: list[tuple[Tensor, str, str, int]] = [
+        self._watched: list[tuple[nn.Parameter, str, str, int]] = [
             (copy, copy_name, name, stage)
             for copy_name, copy in root.named_parameters()
-            if id(copy) not in inside and not copy.requires_grad
+            if id(copy) not in inside
             for ending, name, shape, stage in originals
             if copy_name.endswith(ending) and copy.shape == shape
         ]
+        # Those that get gradients are layers in their own right, of a shape and a name that are the same by chance.
+        self._trained: set[int] = set()
+        copies = [copy for copy, _, _, _ in self._watched if copy.requires_grad]
+        self._handles = [
+            copy.register_post_accumulate_grad_hook(lambda copy: self._trained.add(id(copy)))  # type: ignore[no-untyped-call]
+            for copy in copies
+        ]
         self._marks = 0
         self._before: list[_State] = []
+
+    def forget(self) -> None:
+        """Takes the hooks away."""
+        for handle in self._handles:
+            handle.remove()
 
     def mark(self, look: bool = False) -> None:
         """Notes what the copies are now.
@@ -81,9 +93,9 @@ class Followers:
             RuntimeError: Naming the copy, its original and the stage that trains it.
         """
         for before, (copy, copy_name, name, stage) in zip(self._before, self._watched, strict=True):
-            if before != _State.of(copy, before.values is not None):
+            if id(copy) not in self._trained and before != _State.of(copy, before.values is not None):
                 raise RuntimeError(
-                    f"The frozen parameter {copy_name!r} changes while training. It is a copy of {name!r}, whose"
+                    f"The parameter {copy_name!r} changes without a gradient. It is a copy of {name!r}, whose"
                     f" current values are on stage {stage}, in another process, so that it would follow old ones."
                     " Train in one process (`devices=1`), or, if the average is for evaluation only, use Lightning's"
                     " `WeightAveraging` callback."

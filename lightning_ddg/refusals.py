@@ -7,6 +7,7 @@ one when the thing it refuses works.
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
+from torch.utils.data import DistributedSampler
 
 from lightning_ddg.partition import Network
 from lightning_ddg.partition.replay import ReplayedChain
@@ -409,6 +411,71 @@ def check_step(network: Network, module: Any, calls: int, output: Any, backward_
             f"{step} ended without `self.manual_backward(loss)`, which every batch needs once. Call it exactly once,"
             " and not `loss.backward()`."
         )
+
+
+def check_one_step(number: int, before: int | None, optimizers: Sequence[Optimizer]) -> None:
+    """Refuses an optimizer whose step runs the training step several times, as sharpness-aware minimisation does.
+
+    Args:
+        number: Of the batch whose training step is about to run.
+        before: Of that whose training step ran before it.
+        optimizers: There is one.
+
+    Raises:
+        RuntimeError: Naming the optimizer.
+    """
+    if number == before:
+        names = ", ".join(type(optimizer).__name__ for optimizer in optimizers)
+        raise RuntimeError(
+            f"{names} runs the training step a second time for the same batch (number {number}), but in stages a batch"
+            " has one forward and one backward. Use an optimizer that calls its closure once."
+        )
+
+
+def check_sampler(loader: Any) -> None:
+    """Refuses a sampler that would leave out a part of the data: one process reads for all.
+
+    Raises:
+        ValueError: Naming the number of replicas.
+    """
+    samplers = (getattr(loader, "sampler", None), getattr(getattr(loader, "batch_sampler", None), "sampler", None))
+    for sampler in samplers:
+        if isinstance(sampler, DistributedSampler) and sampler.num_replicas > 1:
+            raise ValueError(
+                f"A data loader has a {type(sampler).__name__} with num_replicas={sampler.num_replicas}, which gives"
+                " each process a part of the data, but here one process reads for all stages. Leave the sampler out"
+                " (shuffle=True), or give it num_replicas=1, rank=0."
+            )
+
+
+def warn_of_kept_tensors(segment: nn.Module, stage: int) -> None:
+    """Warns of tensors that a forward has left on layers: the loss, in another process, does not see them.
+
+    Args:
+        segment: The layers of a stage before the last, after a training forward.
+        stage: Its number.
+    """
+    kept = [
+        f"{name}.{attribute}".lstrip(".")
+        for name, module in segment.named_modules()
+        for attribute, value in vars(module).items()
+        # What a hook makes of other parameters before each forward is no result of it, nor is an RNN's list of them.
+        if attribute != "_flat_weights" and not {f"{attribute}_g", f"{attribute}_orig"} & module._parameters.keys()
+        if any(isinstance(item, Tensor) and item.grad_fn is not None for item in _items(value))
+    ]
+    if kept:
+        warnings.warn(
+            f"Stage {stage} leaves tensors with gradients in attributes of its layers ({', '.join(kept[:3])}"
+            f"{', ...' if len(kept) > 3 else ''}). The loss is computed in another process, which does not see them: if"
+            " it uses them, return them from the network's forward, or train in one process (`devices=1`).",
+            stacklevel=2,
+        )
+
+
+def _items(value: Any) -> Iterable[Any]:
+    if type(value) is dict:
+        return value.values()
+    return value if isinstance(value, list | tuple) else [value]
 
 
 def check_foreign_grads(root: nn.Module, owner: Mapping[str, int], stage: int) -> None:

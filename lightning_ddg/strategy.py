@@ -69,9 +69,11 @@ from lightning_ddg.refusals import (
     check_memory_limit,
     check_no_memory_limit,
     check_not_started,
+    check_one_step,
     check_optimizers,
     check_precision,
     check_recurrent,
+    check_sampler,
     check_stages,
     check_staleness,
     check_started,
@@ -79,6 +81,7 @@ from lightning_ddg.refusals import (
     check_ties_outside,
     check_timeout,
     check_world_size,
+    warn_of_kept_tensors,
 )
 from lightning_ddg.rng import seeded
 from lightning_ddg.schedule import delay, rank_of_stage, seed_of, stage_of_rank
@@ -194,6 +197,8 @@ class DDGStrategy(ParallelStrategy):
         self._weights_complete = True
         self._gathered: dict[str, Any] | None = None
         self._failure: str | None = None
+        # Over all runs, or each prediction would draw what the one before it drew.
+        self._evaluations = 0
 
     def _begin(self) -> None:
         """The state of one run, from `setup_environment` to `teardown`; what is set elsewhere outlives it."""
@@ -207,7 +212,8 @@ class DDGStrategy(ParallelStrategy):
         self._epoch_end = EpochEnd(self)
         self._seed = 0
         self._draws = (0, 0)
-        self._evaluations = 0
+        self._trained_batch: int | None = None
+        self._kept_checked = False
         self._backward_ran = False
         self._whole_step = False
         self._answered = False
@@ -628,6 +634,7 @@ class DDGStrategy(ParallelStrategy):
             return
         owned = [(parameter, self._owner[name]) for name, parameter in module.named_parameters()]
         self._followers = Followers(module, target, [pair for pair in owned if pair[1] != self.stage])
+        self._undo.callback(self._followers.forget)
 
     def _keep_own_parameters(self) -> None:
         if self._one_process:
@@ -719,6 +726,7 @@ class DDGStrategy(ParallelStrategy):
             return SourceLoader(dataloader)
         assert self._transport is not None
         transport = self._transport
+        check_sampler(dataloader)
         if not self._reads:
             length = transport.take(self._reading_rank, Kind.FLAG)
             return RemoteLoader(dataloader, length, lambda: bool(transport.take(self._reading_rank, Kind.FLAG)))
@@ -782,6 +790,10 @@ class DDGStrategy(ParallelStrategy):
             # The weights are an average by now; gradients that were not drained before have come too late.
             self._execution.clear()
         output = self._train_one_batch(self.lightning_module, *args, **kwargs)
+        if self.stage is not None and self.stage < self.num_stages and not self._kept_checked:
+            # Once is enough: it is in the nature of the layers.
+            self._kept_checked = True
+            warn_of_kept_tensors(self._segments[self.stage - 1], self.stage)
         if skips:
             self._execution.skip()
             for parameter in self.lightning_module.parameters():
@@ -790,7 +802,10 @@ class DDGStrategy(ParallelStrategy):
 
     def _train_one_batch(self, module: LightningModule, *args: Any, **kwargs: Any) -> Any:
         assert self._execution is not None and self._seam is not None
-        self._draws = (0, _lightning.batch_number(module.trainer))
+        number = _lightning.batch_number(module.trainer)
+        check_one_step(number, self._trained_batch, self.optimizers)
+        self._trained_batch = number
+        self._draws = (0, number)
         self._backward_ran = self._answered = False
         if self._followers is not None:
             self._followers.mark()
@@ -967,6 +982,7 @@ class DDGStrategy(ParallelStrategy):
 
     def on_train_start(self) -> None:
         assert self.lightning_module is not None
+        self._trained_batch = None
         if self._execution is not None:
             self._execution.begin(self.lightning_module.trainer.global_step)
         if self._decisions is not None:
@@ -1041,10 +1057,19 @@ class DDGStrategy(ParallelStrategy):
             # Once more: a callback may have exchanged the weights, for their average, since the validation started.
             self._share_what_trains_outside()
             self._outside_shared = True
+        self._next_evaluation()
+        with self._seeded(0, libraries=True), self._seam.handled_by(self._evaluate):
+            yield
+
+    def _evaluate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        assert self._execution is not None
+        # A step may call the network several times, for the sake of its random draws.
+        self._next_evaluation()
+        return self._execution.evaluate(args, kwargs)
+
+    def _next_evaluation(self) -> None:
         self._draws = (1, self._evaluations)
         self._evaluations += 1
-        with self._seeded(0, libraries=True), self._seam.handled_by(self._execution.evaluate):
-            yield
 
     # ---- collectives of Lightning
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import warnings
 from collections.abc import Callable
@@ -153,6 +154,47 @@ class Touching(Classifier):
         output = self.net(batch[0] + torch.rand_like(batch[0]))
         raise AssertionError("the step ends at the network's call")
         return output
+
+
+class Counting(nn.Module):
+    """Counts its calls and goes by the count, as a layer with a warm-up does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x * min(1.0, self.calls / 10)
+
+
+class Normalised(Classifier):
+    """Normalises and mixes before it calls a network with a layer that counts."""
+
+    def __init__(self) -> None:
+        super().__init__("mlp")
+        self.net.insert(1, Counting())
+        self.norm = nn.BatchNorm1d(6).double()
+        self.draws = np.random.default_rng(0), random.Random(0), torch.Generator()
+        self.numpy, self.python, self.torch = self.draws
+        self.steps = 0
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.steps += 1
+        x = self.norm(batch[0]) * self.numpy.random() * self.python.random()
+        return super().training_step((x + torch.rand(6, generator=self.torch), batch[1]), batch_idx)
+
+
+def test_measuring_leaves_no_trace_outside_the_network_nor_in_its_counters() -> None:
+    module = Normalised()
+    before = copy.deepcopy((state_of(module), module.numpy.bit_generator.state, module.python.getstate()))
+    generator = module.torch.get_state()
+    assert measure(module, SourceLoader(loader("mlp"))) is not None
+    state, numpy_state, python_state = before
+    assert all(torch.equal(state[name], value) for name, value in state_of(module).items())
+    assert (module.numpy.bit_generator.state, module.python.getstate()) == (numpy_state, python_state)
+    assert torch.equal(module.torch.get_state(), generator)
+    assert (module.steps, module.net[1].calls) == (0, 0)
 
 
 @pytest.mark.parametrize("balance", ["time", "flops"])

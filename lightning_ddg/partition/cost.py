@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_ddg.messages import map_tensors, tensors_of
 from lightning_ddg.partition.chain import Layers
+from lightning_ddg.partition.untouched import untouched
 
 
 def parameter_costs(chain: Layers) -> list[float]:
@@ -385,21 +386,7 @@ def _no_garbage_collection() -> Iterator[None]:
 
 @contextmanager
 def _no_trace(layers: Sequence[nn.Module], devices: Sequence[torch.device]) -> Iterator[None]:
-    """Compute gradients whatever the caller's mode, then put buffers and torch's generators back."""
-    tables = {id(module): module._buffers for layer in layers for module in layer.modules()}
-    saved = [
-        (table, {name: (buffer, None if buffer is None else buffer.detach().clone()) for name, buffer in table.items()})
-        for table in tables.values()
-    ]
-    try:
-        with torch.random.fork_rng(devices), torch.inference_mode(False), torch.enable_grad():
-            yield
-    finally:
-        with torch.no_grad():
-            for table, buffers in saved:
-                # A forward may also have bound another tensor to the name, or added a name.
-                table.clear()
-                for name, (buffer, value) in buffers.items():
-                    table[name] = buffer
-                    if buffer is not None and value is not None:
-                        buffer.copy_(value)
+    """Compute gradients whatever the caller's mode, then put the modules and torch's generators back."""
+    modules = (module for layer in layers for module in layer.modules())
+    with untouched(modules), torch.random.fork_rng(devices), torch.inference_mode(False), torch.enable_grad():
+        yield

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import linecache
+import operator
 import random
 import sys
 import traceback
@@ -66,6 +67,36 @@ class Recording:
     def holds(self) -> bool:
         """Whether a run today would record the same."""
         return all(_same(getattr(module, name, None), value) for module, name, value in self.reads)
+
+
+def _ordinary(operation: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    # For an operator as it is fx writes `x += y`, which would change what else has the name of an integer.
+    def run(value: Any, other: Any) -> Any:
+        return operation(value, other)
+
+    run.__name__ = run.__qualname__ = f"in_place_{operation.__name__}"
+    return run
+
+
+class _Proxy(fx.Proxy):
+    """A proxy that records `x += y` as what it is: fx's own has no such methods, and Python would take `x = x + y`."""
+
+    @classmethod
+    def learn(cls, operation: Callable[[Any, Any], Any]) -> None:
+        """Add the method of an operator, such as ``operator.iadd``."""
+        function = _ordinary(operation)
+
+        def method(self: _Proxy, other: Any) -> Any:
+            return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+        setattr(cls, f"__{operation.__name__}__", method)
+
+
+for _operation in (
+    *(operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow),
+    *(operator.imatmul, operator.iand, operator.ior, operator.ixor, operator.ilshift, operator.irshift),
+):
+    _Proxy.learn(_operation)
 
 
 class Untraceable(BaseException):
@@ -195,7 +226,7 @@ class _Tracer(fx.Tracer):
 
         def placeholder() -> fx.Proxy:
             self.inputs.append(self.create_node("placeholder", f"input_{len(self.inputs)}", (), {}))
-            return fx.Proxy(self.inputs[-1], self)
+            return self.proxy(self.inputs[-1])
 
         args, kwargs = self._call(placeholder)
 
@@ -203,6 +234,10 @@ class _Tracer(fx.Tracer):
             return self._forward(*args, **kwargs)
 
         return run, []
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """Make what stands for a node while the forward runs."""
+        return _Proxy(node, self)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         """Record also whether gradients are switched off there."""

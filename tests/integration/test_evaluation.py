@@ -176,6 +176,34 @@ def test_a_fit_after_an_evaluation_measures_its_cut() -> None:
     assert strategy._cut.split_points == points
 
 
+class MonteCarlo(Classifier):
+    """Leaves dropout on and calls the network several times, as Monte Carlo dropout does."""
+
+    def __init__(self) -> None:
+        super().__init__("mlp")
+        self.net.insert(2, nn.Dropout(0.5))
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.net.train()
+        return torch.stack([self.net(batch[0]) for _ in range(4)])
+
+
+def predict_twice(devices: int) -> list[Tensor]:
+    warnings.simplefilter("ignore")
+    pl.seed_everything(3)
+    trainer = quiet_trainer(devices=devices, strategy=DDGStrategy(num_stages=2, split_points=["net.3"]))
+    data = loader("mlp", 8, 4)
+    return [torch.cat(trainer.predict(MonteCarlo(), data), 1) for _ in range(2)]  # type: ignore[arg-type]
+
+
+def test_every_call_in_an_evaluation_draws_anew_and_alike_in_all_executions() -> None:
+    first, second = predict_twice(1)
+    draws = [*first, *second]
+    assert all(not torch.equal(a, b) for i, a in enumerate(draws) for b in draws[:i])
+    for rank in run_ranks(predict_twice, 2, 2):
+        torch.testing.assert_close(rank, [first, second], rtol=0, atol=1e-12)
+
+
 def fit_then_anything(devices: int) -> Any:
     """One script, one module: every command of a Trainer, then one without the strategy, then with it again."""
     warnings.simplefilter("ignore")

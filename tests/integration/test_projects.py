@@ -725,14 +725,18 @@ class MeanTeacher(Distillation):
     def __init__(self, when: str, how: str = "in place") -> None:
         super().__init__()
         self.student = small_convnet()
-        self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+        # Some leave the copy as it is, and nothing computes a gradient for it.
+        self.teacher = copy.deepcopy(self.student).requires_grad_(how == "wanting gradients")
         self.when, self.how = when, how
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.student(x)  # type: ignore[no-any-return]
 
     def follow(self, when: str) -> None:
         if when != self.when:
             return
         for average, parameter in zip(self.teacher.parameters(), self.student.parameters(), strict=True):
-            if self.how == "in place":
+            if self.how in ("in place", "wanting gradients"):
                 with torch.no_grad():
                     average.mul_(0.9).add_(parameter, alpha=0.1)
             elif self.how == "data":
@@ -760,12 +764,19 @@ def fit_mean_teacher(when: str, how: str, devices: int) -> tuple[bool, str]:
 
 
 @pytest.mark.parametrize(
-    ("when", "how"), [("batch", "in place"), ("epoch", "in place"), ("batch", "data"), ("epoch", "new data")]
+    ("when", "how"),
+    [
+        ("batch", "in place"),
+        ("epoch", "in place"),
+        ("batch", "data"),
+        ("epoch", "new data"),
+        ("batch", "wanting gradients"),
+    ],
 )
 def test_a_mean_teacher_trains_in_one_process_and_is_refused_in_several(when: str, how: str) -> None:
     assert run_ranks(fit_mean_teacher, 1, when, how, 1)[0] == (True, "")
     for _, error in run_ranks(fit_mean_teacher, 2, when, how, 2):
-        assert "'teacher.0.weight' changes while training. It is a copy of 'student.0.weight'" in error
+        assert "'teacher.0.weight' changes without a gradient. It is a copy of 'student.0.weight'" in error
         assert "stage 1" in error
         assert "`devices=1`" in error
 

@@ -14,11 +14,12 @@ import torch
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_ddg import DDGMixin, DDGStrategy, Staleness
 from lightning_ddg.refusals import check_backend, check_recurrent
 from tests.harness import run_ranks, run_ranks_raw
-from tests.networks import BEFORE_2_6, Classifier, ManualClassifier, loader, quiet_trainer
+from tests.networks import BEFORE_2_6, Classifier, ManualClassifier, dataset, loader, quiet_trainer
 
 ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"num_stages": 0}, ValueError, "num_stages=0 is not a number of stages. Use a positive integer or 'auto'"),
@@ -127,6 +128,75 @@ def test_todays_weights_in_recurrent_layers_on_a_gpu() -> None:
     check_recurrent(rule, segments, torch.device("cpu"))
     check_recurrent(rule, segments[:1], device)
     check_recurrent(Staleness(), segments, device)
+
+
+class ClosesTwice(torch.optim.SGD):
+    """Runs its closure twice, as sharpness-aware minimisation does."""
+
+    def step(self, closure: Any = None) -> Any:
+        closure()
+        return super().step(closure)
+
+
+class TwiceTrained(Classifier):
+    def configure_optimizers(self) -> Any:
+        return ClosesTwice(self.parameters(), lr=0.1)
+
+
+def test_an_optimizer_that_runs_the_step_twice() -> None:
+    trainer = quiet_trainer(devices=1, strategy=DDGStrategy(2, balance="parameters"), max_epochs=1)
+    with pytest.raises(RuntimeError, match="ClosesTwice runs the training step a second time .*number 0.*once"):
+        trainer.fit(TwiceTrained("mlp"), loader("mlp"))
+
+
+def fit_with_a_sampler(replicas: int) -> str:
+    data = dataset("mlp", 8)
+    sampler = DistributedSampler(data, replicas, 0)
+    try:
+        trainer = quiet_trainer(devices=2, strategy=DDGStrategy(balance="parameters"), max_epochs=1)
+        trainer.fit(Classifier("mlp"), DataLoader(data, 4, sampler=sampler))
+    except ValueError as error:
+        return str(error)
+    return "trained"
+
+
+def test_a_sampler_that_leaves_data_out() -> None:
+    for message in run_ranks(fit_with_a_sampler, 2, 2):
+        assert re.search("DistributedSampler with num_replicas=2.*Leave the sampler out .shuffle=True", message)
+    assert run_ranks(fit_with_a_sampler, 2, 1) == ["trained"] * 2
+
+
+class KeepsLoss(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6).double()
+        self.seen: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x).tanh()
+        self.aux = y.square().mean()
+        self.seen = [y.detach()]
+        return y  # type: ignore[no-any-return]
+
+
+def fit_with_kept_loss() -> list[str]:
+    module = Classifier("mlp")
+    module.net.insert(0, KeepsLoss())
+    module.net.insert(1, nn.utils.weight_norm(nn.Linear(6, 6).double()))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        strategy = DDGStrategy(split_points=["net.4"])
+        quiet_trainer(devices=2, strategy=strategy, max_epochs=1).fit(module, loader("mlp"))
+    return [str(one.message) for one in caught if "leaves tensors" in str(one.message)]
+
+
+def test_a_loss_that_a_layer_keeps_to_itself() -> None:
+    last, first = run_ranks(fit_with_kept_loss, 2)
+    assert last == []
+    (message,) = first
+    assert re.search(
+        r"Stage 1 leaves tensors .*attributes of its layers \(\S*net.0.aux\).*return them from the", message
+    )
 
 
 class Penalised(Classifier):

@@ -66,6 +66,24 @@ def test_segments_share_the_modules_and_keep_all_names() -> None:
     assert chain.segment(0, 1).model.positions is network.positions
 
 
+def test_what_is_changed_in_place_is_changed_in_place() -> None:
+    class InPlace(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.a(x)
+            left, same = hidden[:, :2], hidden
+            left += 1.0
+            same *= 2.0
+            size = before = hidden.shape[0]
+            size += 3
+            hidden = self.b(hidden)
+            hidden -= before
+            hidden /= size
+            return self.c(hidden)
+
+    network = InPlace()
+    assert_same(network, TracedChain(network, ""), X)
+
+
 def test_a_module_called_twice_has_two_labels_and_stays_in_one_stage() -> None:
     class Twice(Net):
         def forward(self, x: Tensor) -> Tensor:
