@@ -152,6 +152,10 @@ def main(arguments: Sequence[str]) -> None:
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
     report: dict[str, Any] = {"settings": settings, "works": [], "devices": [], "cost": None}
     report["machine"] = machine.describe(options.accelerator)
+    if options.json:
+        # Before anything is measured: a path that cannot be written to shall not cost a run.
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.touch()
     try:
         measure(options, report, progress)
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from recipes.benchmarks import cost, machine, report, rounds
-from recipes.benchmarks.__main__ import chosen, parse
+from recipes.benchmarks.__main__ import chosen, main, parse
 from recipes.benchmarks.contenders import KINDS, Job, Outcome, run
 from recipes.benchmarks.parts import Plan, run_work
 from recipes.benchmarks.pictures import draw
@@ -382,3 +383,14 @@ def test_only_leaves_what_is_named() -> None:
     assert (some["parts"], some["works"], some["contenders"]) == (["work"], ["mlp"], ["ddg", "naive"])
     assert chosen(parse(["--only", "devices", "ddg"]))["devices"] == ["ddg"]
     assert chosen(parse(["--only", "cost"]))["parts"] == ["cost"]
+
+
+def test_results_are_written_to_a_new_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "new" / "results.json"
+
+    def measure(*args: object) -> None:
+        assert path.exists(), "before anything is measured"
+
+    monkeypatch.setattr("recipes.benchmarks.__main__.measure", measure)
+    main(["--quick", "--json", str(path)])
+    assert json.loads(path.read_text())["settings"]["quick"] is True
