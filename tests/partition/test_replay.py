@@ -29,6 +29,8 @@ from lightning_ddg.stage import Stage
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
+BEFORE_5_23 = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23)
+
 transformers.logging.set_verbosity_error()
 
 
@@ -344,6 +346,8 @@ def assert_same_step(chain: ReplayedChain, cut: Sequence[int], call: Call, ours:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_cut_network_is_the_uncut_network(name: str) -> None:
+    if name == "OPT" and BEFORE_5_23:
+        pytest.skip("this version draws a random number for each layer, even where none is dropped")
     family = FAMILIES[name]
     ours = made(family.make)
     theirs = copy.deepcopy(ours)
@@ -625,6 +629,11 @@ def test_checkpointed_layers(reentrant: bool) -> None:
     call = language(3, 6)
     chain = ReplayedChain(ours, "net", call)
     theirs.config.use_cache = False
+    if reentrant and BEFORE_5_23:
+        # The checkpoint is then around what a stage takes over, and no longer inside it.
+        with pytest.raises(RuntimeError, match="as a reentrant checkpoint does.*Use `use_reentrant=False`"):
+            assert_same_step(chain, [2, 4], call, ours, theirs)
+        return
     assert_same_step(chain, [2, 4], call, ours, theirs)
 
 
