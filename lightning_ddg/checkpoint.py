@@ -79,8 +79,9 @@ def keep_only(optimizer: Optimizer, own: Iterable[nn.Parameter]) -> None:
     kept = {id(parameter) for parameter in own}
     for group in optimizer.param_groups:
         group["params"] = [parameter for parameter in group["params"] if id(parameter) in kept]
-    for parameter in [parameter for parameter in optimizer.state if id(parameter) not in kept]:
-        del optimizer.state[parameter]
+    # An optimizer may have a state of its own beside, under another key.
+    for key in [key for key in optimizer.state if isinstance(key, Tensor) and id(key) not in kept]:
+        del optimizer.state[key]
 
 
 def keep_options(optimizer: Optimizer) -> Callable[[], None]:
@@ -133,8 +134,8 @@ def _full_indices(groups: Sequence[Sequence[nn.Parameter]]) -> dict[int, int]:
     return {id(parameter): index for index, parameter in enumerate(flat)}
 
 
-def stage_optimizer_state(optimizer: Optimizer, groups: Sequence[Sequence[nn.Parameter]]) -> dict[int, Any]:
-    """State of a stage's optimizer by the indices of the whole module.
+def stage_optimizer_state(optimizer: Optimizer, groups: Sequence[Sequence[nn.Parameter]]) -> dict[Any, Any]:
+    """State of a stage's optimizer by the indices of the whole module; what belongs to no parameter keeps its key.
 
     Args:
         optimizer: The optimizer after :func:`keep_only`.
@@ -143,19 +144,23 @@ def stage_optimizer_state(optimizer: Optimizer, groups: Sequence[Sequence[nn.Par
     full = _full_indices(groups)
     local = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state = optimizer.state_dict()["state"]
-    return {full[id(local[index])]: value for index, value in state.items()}
+    return {full[id(local[key])] if isinstance(key, int) else key: value for key, value in state.items()}
 
 
 def full_optimizer_state(
-    optimizer: Optimizer, groups: Sequence[Sequence[nn.Parameter]], states: Iterable[Mapping[int, Any]]
+    optimizer: Optimizer, groups: Sequence[Sequence[nn.Parameter]], states: Sequence[Mapping[Any, Any]]
 ) -> dict[str, Any]:
-    """The state dict of the user's optimizer over the whole module, from the states of all stages."""
-    merged = {index: value for state in states for index, value in state.items()}
+    """The state dict of the user's optimizer over the whole module, from the states of all stages.
+
+    What belongs to no parameter is taken from the first of them.
+    """
+    merged = {key: value for state in reversed(states) for key, value in state.items()}
+    by_index = {key: merged.pop(key) for key in sorted(key for key in merged if isinstance(key, int))}
     param_groups, start = [], 0
     for group, parameters in zip(optimizer.state_dict()["param_groups"], groups, strict=True):
         param_groups.append({**group, "params": list(range(start, start + len(parameters)))})
         start += len(parameters)
-    return {"state": dict(sorted(merged.items())), "param_groups": param_groups}
+    return {"state": {**by_index, **merged}, "param_groups": param_groups}
 
 
 def local_optimizer_state(
@@ -174,7 +179,7 @@ def local_optimizer_state(
         )
     position = {id(parameter): index for group in groups for index, parameter in enumerate(group)}
     local_groups: list[dict[str, Any]] = []
-    state: dict[int, Any] = {}
+    state: dict[Any, Any] = {key: value for key, value in state_dict["state"].items() if not isinstance(key, int)}
     start = 0
     for saved_group, group in zip(state_dict["param_groups"], optimizer.param_groups, strict=True):
         indices: list[int] = []
