@@ -5,10 +5,10 @@ Importing the package registers the strategies. Public names only; what they do 
 
 from lightning.pytorch.strategies import StrategyRegistry
 
-from lightning_ddg.mixin import DDGMixin
-from lightning_ddg.monitor import DDGMonitor
-from lightning_ddg.staleness import Staleness
-from lightning_ddg.strategy import DDGStrategy
+from lightning_ddg.core.staleness import Staleness
+from lightning_ddg.observe.monitor import DDGMonitor
+from lightning_ddg.plugin.mixin import DDGMixin
+from lightning_ddg.plugin.strategy import DDGStrategy
 from lightning_ddg.version import __version__
 
 __all__ = ["DDGMixin", "DDGMonitor", "DDGStrategy", "Staleness", "__version__"]

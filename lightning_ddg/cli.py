@@ -23,9 +23,9 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.cli import ArgsType, LightningCLI
 from lightning.pytorch.loggers.logger import DummyLogger
 
-from lightning_ddg.cutting import copies_kept
-from lightning_ddg.planning import NUM_STAGES, Plan, plan_module
-from lightning_ddg.timeline import check_picture
+from lightning_ddg.planning.plan import NUM_STAGES, Plan, plan_module
+from lightning_ddg.planning.timeline import check_picture
+from lightning_ddg.plugin.measure import copies_kept
 
 __all__ = ["main"]
 

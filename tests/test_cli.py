@@ -17,8 +17,8 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_ddg import planning
 from lightning_ddg.cli import main
+from lightning_ddg.planning import plan as planning
 from recipes.digits import DigitsData, DigitsModule
 from tests.test_planning import Winding
 

@@ -34,12 +34,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_ddg import DDGStrategy
-from lightning_ddg.partition import find_network
-from lightning_ddg.pipeline import Pipeline
-from lightning_ddg.schedule import delay, stage_of_rank
-from lightning_ddg.seam import StepDone
-from lightning_ddg.stage import Stage
-from lightning_ddg.transport import Transport
+from lightning_ddg.comm.mailbox import Transport
+from lightning_ddg.core.pipeline import Pipeline
+from lightning_ddg.core.schedule import delay, stage_of_rank
+from lightning_ddg.core.stage import Stage
+from lightning_ddg.network.find import find_network
+from lightning_ddg.plugin.redirection import StepDone
 from recipes.benchmarks.workers import TIMEOUT
 from recipes.benchmarks.works import Batch, Cuts, Work, make, positional_segments, segments, sgd
 

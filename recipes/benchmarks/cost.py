@@ -23,8 +23,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from lightning_ddg.partition import find_network, measure_profile, stage_memory
-from lightning_ddg.schedule import delay, stage_of_rank
+from lightning_ddg.core.schedule import delay, stage_of_rank
+from lightning_ddg.network.cut import stage_memory
+from lightning_ddg.network.find import find_network
+from lightning_ddg.network.profile import measure_profile
 from recipes.benchmarks.contenders import KINDS, Job, Laps, own_stage, run
 from recipes.benchmarks.workers import Crew, WorkerError
 from recipes.benchmarks.works import Batch, Work, make, random_values, segments, sgd

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
-from lightning_ddg.predict import predict
+from lightning_ddg.planning.simulate import predict
 from recipes.benchmarks.works import Batch, Work
 
 #: Samples of a batch: as many as the most micro-batches that are tried.

@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from lightning_ddg.link import measure_link
-from lightning_ddg.transport import Transport
+from lightning_ddg.comm.link import measure_link
+from lightning_ddg.comm.mailbox import Transport
 
 
 def measure(rank: int, port: int, repeats: int, results: SimpleQueue[list[float]]) -> None:

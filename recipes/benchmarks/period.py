@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_ddg import DDGMonitor
-from lightning_ddg.predict import predict
+from lightning_ddg.planning.simulate import predict
 from recipes.gpt import GPT
 from recipes.resnet_cifar import CifarResNet
 

@@ -16,17 +16,11 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from lightning_ddg.link import SECONDS_PER_BYTE
-from lightning_ddg.messages import flatten, tensors_of, unflatten
-from lightning_ddg.partition import (
-    Network,
-    best_stages,
-    cut_at,
-    find_network,
-    forbidden_cuts,
-    measure_profile,
-    stage_seconds,
-)
+from lightning_ddg.core.tensors import flatten, tensors_of, unflatten
+from lightning_ddg.network.cut import best_stages, cut_at, forbidden_cuts, stage_seconds
+from lightning_ddg.network.find import Network, find_network
+from lightning_ddg.network.profile import measure_profile
+from lightning_ddg.planning.simulate import SECONDS_PER_BYTE
 from recipes.gpt import GPT
 from recipes.resnet_cifar import CifarResNet
 
@@ -83,7 +77,8 @@ class Positional(nn.Module):
 
     Args:
         segment: Takes the nest of values that the segment before it returns; the first, the network's input.
-        structure: That nest without its tensors, from :func:`~lightning_ddg.messages.flatten`; ``None`` for the first.
+        structure: That nest without its tensors, from :func:`~lightning_ddg.core.tensors.flatten`; ``None`` for the
+        first.
         copies: Whether to return copies: torch's zero-bubble schedules detach in place what a stage returns, which may
             be what its last layer needs again in the second half of its backward.
     """

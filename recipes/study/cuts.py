@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from lightning_ddg import DDGStrategy
-from lightning_ddg.planning import backward_with_forward
-from lightning_ddg.predict import Work, simulate
+from lightning_ddg.planning.plan import backward_with_forward
+from lightning_ddg.planning.simulate import Work, simulate
 from recipes.study.fit import make_data, make_module, make_trainer
 from recipes.study.grid import Recipe, Settings
 

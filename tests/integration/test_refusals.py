@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_ddg import DDGMixin, DDGStrategy, Staleness
-from lightning_ddg.refusals import check_backend, check_recurrent
+from lightning_ddg.plugin.refusals import check_backend, check_recurrent
 from tests.harness import run_ranks, run_ranks_raw
 from tests.networks import BEFORE_2_6, Classifier, ManualClassifier, dataset, loader, quiet_trainer
 

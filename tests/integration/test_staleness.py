@@ -15,7 +15,7 @@ import torch
 
 from lightning_ddg import DDGMonitor, DDGStrategy, Staleness
 from lightning_ddg.cli import main
-from tests import staleness_reference as reference
+from tests.core import staleness_reference as reference
 from tests.harness import run_ranks
 from tests.networks import (
     OPTIMIZERS,

@@ -1,0 +1,92 @@
+"""What a message is: a nest of tensors and Python values, taken apart into a description and bytes, and back.
+
+Every tensor travels with its shape, strides, dtype, whether it is on the CPU, where it then stays, and whether it wants
+a gradient. A new kind of value needs no change
+here as long as it pickles; the order in which messages travel is :mod:`~lightning_ddg.comm.mailbox`'s business.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_ddg.core.tensors import TensorSpec, flatten, spec_of, unflatten
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill their memory without holes or overlaps, in any order of the dimensions."""
+    if tensor.numel() == 0:
+        return True
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size == 1:
+            continue
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """A flat ``uint8`` view of a dense tensor's memory, shape ``(numel * itemsize,)``."""
+    tensor = tensor.detach()
+    if tensor.is_conj() or tensor.is_neg():
+        tensor = tensor.resolve_conj().resolve_neg()
+    return torch.as_strided(tensor, (tensor.numel(),), (1,)).view(torch.uint8)
+
+
+class Packed(NamedTuple):
+    """A message ready to travel: ``meta`` describes it, ``payload`` are its tensors, dense, in that order."""
+
+    meta: bytes
+    payload: list[Tensor]
+
+
+def pack(value: Any, *, payload: bool = True, snapshot: bool = False) -> Packed:
+    """Prepares a nest for sending.
+
+    Args:
+        value: The nest.
+        payload: ``False`` sends the description only: the receiver gets zeros of the same shapes and dtypes.
+        snapshot: Copies the tensors, so that the originals may be modified while the message is on its way.
+    """
+    if isinstance(value, Tensor) and value.layout is torch.strided and not value.is_quantized:
+        structure, tensors = None, [value]
+    else:
+        structure, tensors = flatten(value)
+    dense = [tensor if is_dense(tensor) else tensor.contiguous() for tensor in tensors]
+    meta = _meta(structure, tuple(spec_of(tensor) for tensor in dense), payload)
+    if snapshot and payload:
+        dense = [tensor.detach().clone() for tensor in dense]
+    return Packed(meta, dense if payload else [])
+
+
+# Training sends the same few descriptions over and over.
+@lru_cache(maxsize=256)
+def _meta(structure: bytes | None, specs: tuple[TensorSpec, ...], payload: bool) -> bytes:
+    return pickle.dumps((structure, list(specs), payload), pickle.HIGHEST_PROTOCOL)
+
+
+class Description(NamedTuple):
+    """What :attr:`Packed.meta` says."""
+
+    structure: bytes | None
+    specs: list[TensorSpec]
+    payload: bool
+
+
+def describe(meta: bytes | memoryview) -> Description:
+    """Reads :attr:`Packed.meta`."""
+    return Description(*pickle.loads(meta))
+
+
+def unpack(description: Description, tensors: Sequence[Tensor]) -> Any:
+    """Puts the value of a received message together from its tensors, marking those that want a gradient."""
+    for spec, tensor in zip(description.specs, tensors, strict=True):
+        tensor.requires_grad_(spec.requires_grad)
+    return tensors[0] if description.structure is None else unflatten(description.structure, tensors)

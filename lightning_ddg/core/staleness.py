@@ -1,0 +1,165 @@
+"""The update rules of the family of delayed gradients: their options and formulas, and what they make of weights.
+
+:class:`Staleness` is what a user may choose; the defaults are the paper's algorithm. Change a formula here only
+together with its source, `docs/staleness.md` and its test. How a rule is carried out by a stage is in
+:mod:`~lightning_ddg.core.stale_stage` and :mod:`~lightning_ddg.core.delay_line`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Staleness:
+    """How a stage uses a gradient that is ``d(k) = K - k`` batches old. The defaults change nothing.
+
+    Attributes:
+        stash: Whether a backward uses the weights of its forward. ``False``: what the forward has computed is used as
+            it is, but with today's weights, as the DDG authors' released code does; with the strategy's
+            ``recompute=True`` the forward is run again with today's weights (Features Replay, arXiv 1807.04511).
+        shrink: Factor ``0 < beta <= 1`` of a gradient at each boundary it crosses, so that stage ``k`` gets its own
+            times ``beta ** (K - k)`` (gradient shrinking, arXiv 1906.09108).
+        slow_start: Number ``T`` of optimizer steps in which late stages learn more slowly: in step ``t`` the update of
+            stage ``k`` is multiplied by ``d(k) ** -(1 - t / T)`` (PipeMare's T1, arXiv 1910.05124).
+        predict: Whether a forward runs on the weights that are expected at its backward (linear weight prediction in
+            the weight-difference form, arXiv 2003.11666).
+
+    Raises:
+        TypeError: If a value has another type.
+        ValueError: If a value has no meaning; the message names it and the remedy.
+    """
+
+    stash: bool = True
+    shrink: float = 1.0
+    slow_start: int = 0
+    predict: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("stash", "predict"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}={getattr(self, name)!r} is not a bool. Use True or False.")
+        if isinstance(self.shrink, bool) or not isinstance(self.shrink, float | int):
+            raise TypeError(f"shrink={self.shrink!r} is not a number. Use one above 0 and up to 1, such as 0.5.")
+        if not 0 < self.shrink <= 1:
+            raise ValueError(
+                f"shrink={self.shrink!r} is not a factor that shrinks. Use one above 0 and up to 1; 1 leaves gradients"
+                " as they are."
+            )
+        if isinstance(self.slow_start, bool) or not isinstance(self.slow_start, int):
+            raise TypeError(f"slow_start={self.slow_start!r} is not a number of steps. Use an integer; 0 is none.")
+        if self.slow_start < 0:
+            raise ValueError(f"slow_start={self.slow_start!r} is not a number of steps. Use 0 (none) or more.")
+        if self.predict and not self.stash:
+            raise ValueError(
+                "predict=True predicts the weights that a backward will use, but with stash=False it uses those there"
+                " are then. Leave out one of the two."
+            )
+
+
+def shrunk(grads: Sequence[Tensor | None], factor: float) -> list[Tensor | None]:
+    """Gradients times a factor; ``None`` stays ``None``."""
+    return list(grads) if factor == 1 else [None if grad is None else grad * factor for grad in grads]
+
+
+def slow_start_factor(delay: int, step: int, slow_start: int) -> float:
+    """What the update of a stage is multiplied by: ``delay ** -(1 - step / slow_start)``, and 1 afterwards.
+
+    PipeMare (arXiv 1910.05124), technique T1: a learning rate divided by the delay to the power of ``p``, with ``p``
+    going from 1 to 0.
+
+    Args:
+        delay: ``d(k)`` in batches.
+        step: Optimizer steps before this one, those of the warm-up included.
+        slow_start: ``T``.
+    """
+    return 1.0 if delay < 2 or step >= slow_start else float(delay ** (step / slow_start - 1))
+
+
+class Updates:
+    """The optimizer steps of one stage under a rule: makes them smaller, and remembers where they lead.
+
+    :meth:`before` and :meth:`after` enclose a step. What is added to a step by hooks before it counts as part of it.
+
+    Args:
+        rule: The rule.
+        delay: ``d(k)`` of the stage, in batches.
+    """
+
+    def __init__(self, rule: Staleness, delay: int) -> None:
+        self._rule, self._delay = rule, delay
+        self._step = 0
+        self._batches = 0
+        self._old: dict[nn.Parameter, Tensor] = {}
+        self._velocity: dict[nn.Parameter, Tensor] = {}
+        self._horizon = 0.0
+
+    def begin(self, step: int) -> None:
+        """Says that a run begins, with the step of that number."""
+        self._step = step
+        self.forget()
+
+    def forget(self) -> None:
+        """Forgets where the last step led: what comes next does not go on from there."""
+        self._batches = 0
+        self._old, self._velocity = {}, {}
+
+    @property
+    def _wants_old(self) -> bool:
+        return (self._rule.predict and self._delay > 0) or self._factor != 1
+
+    def before(self, parameters: Sequence[nn.Parameter], old: Sequence[Tensor] | None = None) -> None:
+        """Remembers weights that a step may change.
+
+        Args:
+            parameters: The parameters.
+            old: Memory with their values that nobody writes to before :meth:`after`; by default, the values of those
+                that are trained are copied.
+        """
+        if self._wants_old:
+            if old is None:
+                parameters = [parameter for parameter in parameters if parameter.requires_grad]
+                old = [parameter.detach().clone() for parameter in parameters]
+            self._old = dict(zip(parameters, old, strict=True))
+
+    @torch.no_grad()
+    def after(self, drained: bool = False) -> None:
+        """Applies the rule to what a step has changed.
+
+        Args:
+            drained: Whether the step belongs to no iteration, because its gradient was drained: it is not counted, and
+                the batches that follow have as many batches before their first update as after a start.
+        """
+        old, self._old = self._old, {}
+        factor = self._factor
+        if factor != 1:
+            for parameter, before in old.items():
+                # w_step + (1 - s) (w_old - w_step) = w_old + s (w_step - w_old)
+                parameter.lerp_(before, 1 - factor)
+        self._velocity = {}
+        if self._rule.predict and not drained and self._batches:
+            self._velocity = {parameter: parameter - before for parameter, before in old.items()}
+            self._horizon = self._delay / self._batches
+        self._batches = 0
+        self._step += not drained
+
+    def count_batch(self) -> None:
+        """Says that a batch's forward has run."""
+        self._batches += 1
+
+    def ahead(self, parameter: nn.Parameter) -> Tensor | None:
+        """How far a parameter is expected to move until the backward of the next forward; ``None`` if not at all.
+
+        It is ``d(k) / n * v``, with ``v`` the change by the last step, which ``n`` batches went into: ``d(k)`` batches
+        further on the line through the weights before and after it.
+        """
+        velocity = self._velocity.get(parameter)
+        return None if velocity is None else velocity * self._horizon
+
+    @property
+    def _factor(self) -> float:
+        return slow_start_factor(self._delay, self._step, self._rule.slow_start)

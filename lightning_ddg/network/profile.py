@@ -1,0 +1,392 @@
+"""What each layer of a chain costs: parameters, FLOPs, or measured seconds.
+
+A new measure is a new function here; it returns one number per layer and leaves no trace on the network.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from lightning_ddg.core.tensors import map_tensors, tensors_of
+from lightning_ddg.network.layers import Layers
+from lightning_ddg.network.restore import untouched
+
+
+def parameter_costs(chain: Layers) -> list[float]:
+    """Return the number of parameters of each layer; a shared one counts where it is used first."""
+    counted: set[int] = set()
+    costs = []
+    for layer in _layers(chain):
+        new = [parameter for parameter in layer.parameters() if id(parameter) not in counted]
+        counted.update(map(id, new))
+        costs.append(float(sum(parameter.numel() for parameter in new)))
+    return costs
+
+
+def flop_costs(chain: Layers, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[float]:
+    """Return the FLOPs of each layer's forward and backward, plus one, so that no layer is free.
+
+    Counted by ``torch.utils.flop_counter``: matrix products, convolutions and attention; element-wise work counts zero.
+
+    Args:
+        chain: The layers, in the mode (train or eval) and on the device they are to be costed in.
+        args: Positional arguments of the network's call, on the same device.
+        kwargs: Keyword arguments of the network's call.
+    """
+
+    layers = _layers(chain)
+    with _no_trace(layers, _cuda_devices(layers, args, kwargs)), FlopCounterMode(display=False) as counter:
+
+        def clock() -> float:
+            return float(counter.get_total_flops())
+
+        forward, backward = _pass_through(layers, args, kwargs, nullcontext, clock)
+    return [there + back + 1.0 for there, back in zip(forward, backward, strict=True)]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What each of the L layers costs, measured on one batch.
+
+    Attributes:
+        forward: Seconds of each layer's forward.
+        backward: Seconds of each layer's backward.
+        crossing: Bytes that cross a cut just before each layer, on their way forward; 0 before the first, as its stage
+            reads the batch itself.
+        crossing_grad: Bytes of the gradients that come back across that cut.
+        activations: Bytes that are kept for a backward, for one batch, by the layer that made them: what a layer
+            receives is counted with an earlier one, what the network returns with its last.
+        parameters: Bytes of each layer's trainable parameters; a shared one counts where it is used first.
+        frozen: Bytes of each layer's other parameters and its buffers, counted likewise; empty if there are none.
+        recompute: Whether a stage with a delay keeps no activations of batches in flight, and runs its forward again.
+        stash: Whether a stage with a delay keeps the weights of batches in flight.
+    """
+
+    forward: list[float]
+    backward: list[float]
+    crossing: list[int]
+    crossing_grad: list[int]
+    activations: list[int]
+    parameters: list[int]
+    frozen: Sequence[int] = ()
+    recompute: bool = False
+    stash: bool = True
+
+    @property
+    def seconds(self) -> list[float]:
+        """Seconds of each layer's forward and backward, each done once."""
+        return [forward + backward for forward, backward in zip(self.forward, self.backward, strict=True)]
+
+
+def measure_profile(
+    chain: Layers,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    *,
+    repeats: int = 5,
+    context: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> Profile:
+    """Measure every layer: the median seconds after one warm-up, and the bytes it makes, keeps and passes on.
+
+    A repeat is what training does with a batch: forward through all layers, then backward through all, with the clock
+    read in between. So layers find caches and memory as they will, and a busy moment of the machine is spread over
+    them. If the activations of the whole network do not fit into the device's memory, the backward of each layer comes
+    right after its forward instead.
+
+    Args:
+        chain: The layers, in the mode (train or eval) and on the device they are to be costed in.
+        args: Positional arguments of the network's call, on the same device.
+        kwargs: Keyword arguments of the network's call.
+        repeats: How many times each layer is measured.
+        context: Entered around each forward, e.g. autocast.
+
+    Raises:
+        ValueError: ``repeats`` is below 1.
+    """
+    if repeats < 1:
+        raise ValueError(f"repeats={repeats}: measure each layer at least once.")
+    layers = _layers(chain)
+    devices = _cuda_devices(layers, args, kwargs)
+
+    def clock() -> float:
+        for device in devices:
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    def measure() -> tuple[list[float], list[float]]:
+        # Layer by layer, a device can measure a network that it cannot train.
+        with suppress(torch.OutOfMemoryError):
+            return _train_through(layers, args, kwargs, context, clock)
+        return _pass_through(layers, args, kwargs, context, clock)
+
+    memory = _Memory(layers)
+    with _no_trace(layers, devices), _no_garbage_collection():
+        _pass_through(layers, args, kwargs, context, clock, memory)
+        memory.returned()
+        measure()
+        rounds = [measure() for _ in range(repeats)]
+    # A clock that is too coarse to see a layer must not make it free.
+    forward, backward = (
+        [max(median(seconds), 1e-9) for seconds in zip(*(parts[which] for parts in rounds), strict=True)]
+        for which in (0, 1)
+    )
+    trainable = [[p for p in layer.parameters() if p.requires_grad] for layer in layers]
+    frozen = [[t for t in (*layer.parameters(), *layer.buffers()) if not t.requires_grad] for layer in layers]
+    # What the last layer returns crosses no cut.
+    crossing, crossing_grad = memory.crossing[:-1], memory.crossing_grad[:-1]
+    sizes = _new_sizes(trainable), _new_sizes(frozen)
+    return Profile(forward, backward, crossing, crossing_grad, memory.kept, *sizes)
+
+
+class NotTheSame(RuntimeError):
+    """The layers, one after the other, do not compute what the network computes."""
+
+
+def check_same(
+    chain: Layers,
+    whole: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    context: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> None:
+    """Compare the layers, one after the other, with the network as a whole, on one batch and with the same draws.
+
+    Args:
+        chain: The layers.
+        whole: The network.
+        args: Positional arguments of its call, on the same device.
+        kwargs: Keyword arguments of its call.
+        context: Entered around each forward, e.g. autocast.
+
+    Raises:
+        NotTheSame: What they return differs by more than rounding.
+    """
+    layers = _layers(chain)
+    devices = _cuda_devices(layers, args, kwargs)
+
+    def cut(*args: Any, **kwargs: Any) -> Any:
+        value = layers[0](*args, **kwargs)
+        for layer in layers[1:]:
+            value = layer(value)
+        return value
+
+    outputs = []
+    for network in (whole, cut):
+        with _no_trace(layers, devices), torch.no_grad(), context():
+            # A copy: the network may write into its input.
+            call = map_tensors(Tensor.clone, (tuple(args), dict(kwargs)))
+            outputs.append(tensors_of(network(*call[0], **call[1])))
+    try:
+        torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-2, atol=1e-3, equal_nan=True)
+    except AssertionError as error:
+        raise NotTheSame(
+            f"The network, cut into its layers from {chain.names[0]!r} to {chain.names[-1]!r}, computes something else "
+            "than as a whole: its `forward` does what cannot be seen by tracing it. Return its layers, in the order of "
+            f"the call, from `configure_stages()`. ({str(error).strip().splitlines()[0]})"
+        ) from error
+
+
+def _layers(chain: Layers) -> list[nn.Module]:
+    return [chain.segment(position, position + 1) for position in range(len(chain))]
+
+
+def _new_sizes(groups: Sequence[Sequence[Tensor]]) -> list[int]:
+    """Bytes of the tensors of each group that no earlier group has."""
+    counted: set[int] = set()
+    sizes = []
+    for group in groups:
+        new = {id(tensor): tensor for tensor in group if id(tensor) not in counted}
+        counted.update(new)
+        sizes.append(sum(map(_bytes, new.values())))
+    return sizes
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _pass_through(
+    layers: Sequence[nn.Module],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    context: Callable[[], AbstractContextManager[object]],
+    clock: Callable[[], float],
+    memory: _Memory | None = None,
+) -> tuple[list[float], list[float]]:
+    """Pass one batch through the layers, each cut off from the one before; return what ``clock`` says of each."""
+    # The network's own inputs need no gradient.
+    call = map_tensors(Tensor.detach, (tuple(args), dict(kwargs)))
+    forward, backward = [], []
+    for layer in layers:
+        inputs = map_tensors(lambda tensor: tensor.detach().requires_grad_(_carries_grad(tensor)), call)
+        leaves = [tensor for tensor in tensors_of(inputs) if tensor.requires_grad]
+        # The layer gets a copy: it may write into its input, which autograd does not allow on a leaf.
+        layer_args, layer_kwargs = map_tensors(Tensor.clone, inputs)
+        watch = (
+            nullcontext()
+            if memory is None
+            else memory.watching(tensors_of(call), tensors_of((layer_args, layer_kwargs)))
+        )
+        start = clock()
+        with watch, context():
+            output = layer(*layer_args, **layer_kwargs)
+        forward.append(clock() - start)
+        heads = [tensor for tensor in tensors_of(output) if _carries_grad(tensor)]
+        tails = [*leaves, *(parameter for parameter in layer.parameters() if parameter.requires_grad)]
+        grads = [torch.ones_like(head) for head in heads]
+        start = clock()
+        if heads and tails:
+            # Not `backward`: it would touch `.grad` and run the hooks that wait for it.
+            torch.autograd.grad(heads, tails, grads, allow_unused=True)
+        backward.append(clock() - start)
+        if memory is not None:
+            memory.passed_on(tensors_of(output))
+        call = ((output,), {})
+    return forward, backward
+
+
+def _train_through(
+    layers: Sequence[nn.Module],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    context: Callable[[], AbstractContextManager[object]],
+    clock: Callable[[], float],
+) -> tuple[list[float], list[float]]:
+    """Train on one batch, without a step; return the seconds of each layer's forward and backward.
+
+    The backward of a layer begins when the first gradient by what it has made is there: autograd goes through the
+    layers in reverse.
+    """
+    # A copy: the network may write into its input, which is needed again. Its own inputs need no gradient.
+    call_args, call_kwargs = map_tensors(lambda tensor: tensor.detach().clone(), (tuple(args), dict(kwargs)))
+    forward: list[float] = []
+    began: dict[int, float] = {}
+
+    def note(position: int, gradient: Tensor) -> None:
+        began.setdefault(position, clock())
+
+    passed: set[tuple[int, int]] = set()
+    for position, layer in enumerate(layers):
+        start = clock()
+        with context():
+            output = layer(*call_args, **call_kwargs)
+        forward.append(clock() - start)
+        made = [tensor for tensor in tensors_of(output) if _carries_grad(tensor)]
+        for tensor in made:
+            if (id(tensor), tensor._version) not in passed:
+                tensor.register_hook(partial(note, position))  # type: ignore[no-untyped-call]
+        passed = {(id(tensor), tensor._version) for tensor in made}
+        call_args, call_kwargs = (output,), {}
+    tails = {id(p): p for layer in layers for p in layer.parameters() if p.requires_grad}
+    grads = [torch.ones_like(tensor) for tensor in made]
+    if made and tails:
+        # Not `backward`: it would touch `.grad` and run the hooks that wait for it.
+        torch.autograd.grad(made, list(tails.values()), grads, allow_unused=True)
+    backward: list[float] = []
+    ended = clock()
+    for position in range(len(layers)):
+        start = began.get(position, ended)
+        backward.append(ended - start)
+        ended = start
+    return forward, backward
+
+
+def _carries_grad(tensor: Tensor) -> bool:
+    return tensor.requires_grad and (tensor.is_floating_point() or tensor.is_complex())
+
+
+class _Memory:
+    """Adds up the bytes that layers keep for their backward and pass on, while a batch goes through them."""
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        self.kept: list[int] = []
+        self.crossing = [0]
+        self.crossing_grad = [0]
+        self._weights = {p.untyped_storage().data_ptr() for layer in layers for p in layer.parameters()}
+        # By the address of what the next layer is given: the layer that made it, and whether it is counted already.
+        self._maker: dict[int, int] = {}
+        self._counted: set[int] = set()
+        self._uncounted: dict[int, int] = {}
+
+    @contextmanager
+    def watching(self, passed: Sequence[Tensor], copies: Sequence[Tensor]) -> Iterator[None]:
+        """Count what is saved inside, with the layer that made it; ``copies`` stand for what was passed on."""
+        position = len(self.kept)
+        self.kept.append(0)
+        addresses = [(_address(original), _address(copy)) for original, copy in zip(passed, copies, strict=True)]
+        self._counted = {copy for original, copy in addresses if original in self._counted}
+        self._maker = {copy: self._maker.get(original, position) for original, copy in addresses}
+        # They stay alive until the count, so that no two are found at the same address.
+        found: dict[int, Tensor] = {}
+
+        def save(tensor: Tensor) -> Tensor:
+            if _address(tensor) not in self._weights:
+                found.setdefault(_address(tensor), tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+            yield
+        for address, tensor in found.items():
+            if address not in self._counted:
+                self.kept[self._maker.get(address, position)] += tensor.untyped_storage().nbytes()
+        self._counted |= set(found)
+
+    def passed_on(self, outputs: Sequence[Tensor]) -> None:
+        """Count what the layer gives to the next one."""
+        last = len(self.kept) - 1
+        self._maker = {address: self._maker.get(address, last) for address in map(_address, outputs)}
+        self._counted &= set(self._maker)
+        self._uncounted = {
+            _address(tensor): tensor.untyped_storage().nbytes()
+            for tensor in outputs
+            if _carries_grad(tensor) and _address(tensor) not in self._counted
+        }
+        self.crossing.append(sum(map(_bytes, outputs)))
+        self.crossing_grad.append(sum(_bytes(tensor) for tensor in outputs if _carries_grad(tensor)))
+
+    def returned(self) -> None:
+        """Count what the last layer gave, which the loss needs."""
+        for address, size in self._uncounted.items():
+            self.kept[self._maker[address]] += size
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _cuda_devices(layers: Sequence[nn.Module], args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.device]:
+    tensors = tensors_of((tuple(args), dict(kwargs)))
+    for layer in layers:
+        tensors += [*layer.parameters(), *layer.buffers()]
+    return sorted({tensor.device for tensor in tensors if tensor.is_cuda}, key=str)
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Keep Python's collector away: it comes after so many allocations, and so to the same layer in every round."""
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
+
+
+@contextmanager
+def _no_trace(layers: Sequence[nn.Module], devices: Sequence[torch.device]) -> Iterator[None]:
+    """Compute gradients whatever the caller's mode, then put the modules and torch's generators back."""
+    modules = (module for layer in layers for module in layer.modules())
+    with untouched(modules), torch.random.fork_rng(devices), torch.inference_mode(False), torch.enable_grad():
+        yield

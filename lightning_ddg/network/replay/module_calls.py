@@ -1,0 +1,108 @@
+"""Temporary changes to a network's modules while its forward runs: whose calls are taken over, what they see.
+
+Each undoes itself. What is done with an intercepted call is the caller's business.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Handler = Callable[[tuple[Any, ...], dict[str, Any]], Any]
+@contextmanager
+def calls_taken(handlers: Mapping[nn.Module, Handler]) -> Iterator[None]:
+    """Send the calls of modules to ``handler(args, kwargs)`` instead; their hooks do not fire.
+
+    Of all places this one is met by every caller, whichever way it holds the module, and leaves its class alone.
+    """
+    before = [(module, module._compiled_call_impl) for module in handlers]
+    for module, handler in handlers.items():
+        module._compiled_call_impl = _Taken(handler, module._compiled_call_impl)
+    try:
+        yield
+    finally:
+        for module, call in before:
+            _set_call(module, call)
+
+
+@contextmanager
+def calls_left(module: nn.Module) -> Iterator[None]:
+    """Let a module's calls through inside :func:`calls_taken`."""
+    taken = module._compiled_call_impl
+    assert isinstance(taken, _Taken)
+    _set_call(module, taken.before)
+    try:
+        yield
+    finally:
+        module._compiled_call_impl = taken
+
+
+class _Taken:
+    """What is called in a module's place; ``before`` is what ``nn.Module.compile`` had put there."""
+
+    def __init__(self, handler: Handler, before: Callable[..., Any] | None) -> None:
+        self._handler = handler
+        self.before = before
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._handler(args, kwargs)
+
+
+def _set_call(module: nn.Module, call: Callable[..., Any] | None) -> None:
+    if call is None:
+        # The class says None too, and so the instance is left as it was found.
+        vars(module).pop("_compiled_call_impl", None)
+    else:
+        module._compiled_call_impl = call
+
+
+def caching_configs(network: nn.Module) -> list[Any]:
+    """Return the Hugging Face configs in a network that may ask for a cache of keys and values."""
+    configs = {id(config): config for module in network.modules() for config in [getattr(module, "config", None)]}
+    return [config for config in configs.values() if hasattr(config, "use_cache")]
+
+
+@contextmanager
+def plain_calls(configs: Iterable[Any]) -> Iterator[None]:
+    """Switch off what networks do in a call beside computing their output, on which stages would have to agree.
+
+    That is the filling of caches if ``config.use_cache`` says so, and ``nn.TransformerEncoder``'s packing of padded
+    batches in evaluation.
+    """
+    caching = [config for config in configs if config.use_cache is True]
+    fast = torch.backends.mha.get_fastpath_enabled()
+    for config in caching:
+        config.use_cache = False
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for config in caching:
+            config.use_cache = True
+
+
+class _Places(pickle.Pickler):
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
+        self.tensors: list[Tensor] = []
+
+    def persistent_id(self, obj: Any) -> int | None:
+        if not isinstance(obj, Tensor):
+            return None
+        self.tensors.append(obj)
+        return 0
+
+
+def places(nest: Any) -> tuple[bytes, list[Tensor]]:
+    """Return the form of a nest and the tensor at each place, a tensor in two places twice."""
+    buffer = io.BytesIO()
+    pickler = _Places(buffer)
+    pickler.dump(nest)
+    return buffer.getvalue(), pickler.tensors

@@ -1,0 +1,240 @@
+"""A tensor that is followed through the code of a network, with or without its values.
+
+What happens to such a tensor in an operation changes here; what follows from it is decided by its :class:`Ledger`, in
+:mod:`~lightning_ddg.network.replay.survey` (with values) and :mod:`~lightning_ddg.network.replay.part` (without).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+
+class Origin(NamedTuple):
+    """Where a followed tensor comes from.
+
+    Attributes:
+        what: The first thing that it was computed from, for people.
+        computed: Whether a layer or a parameter had a part in it.
+        inputs: Which of the network's inputs had a part in it.
+    """
+
+    what: str
+    computed: bool = True
+    inputs: frozenset[int] = frozenset()
+
+
+class Ledger(Protocol):
+    """Is told what happens to the tensors that are followed."""
+
+    @property
+    def now(self) -> int:
+        """How many calls of layers have begun."""
+
+    def used(self, tensor: Tracked) -> None:
+        """An operation takes the tensor."""
+
+    def read(self, tensor: Tracked, operation: str) -> None:
+        """An operation needs the tensor's values at once: to branch on them, or to write them into another tensor."""
+
+
+class Tracked(Tensor):
+    """Looks like a tensor with ``content``'s shape and dtype, on ``device``; so does what is computed from it.
+
+    Args:
+        content: What operations are done on: a tensor with values, or one on the meta device.
+        device: The device it claims to be on.
+        ledger: Is told what happens.
+        origin: Where it comes from.
+    """
+
+    content: Tensor
+    ledger: Ledger
+    origin: Origin
+    born: int
+    #: The tensor it stands for, once that is known.
+    value: Tensor | None
+
+    @staticmethod
+    def __new__(cls, content: Tensor, device: torch.device, ledger: Ledger, origin: Origin) -> Tracked:
+        made: Tracked = Tensor._make_wrapper_subclass(
+            cls, content.shape, content.stride(), content.storage_offset(), dtype=content.dtype, device=device
+        )
+        made.content, made.ledger, made.origin = content, ledger, origin
+        made.born, made.value = ledger.now, None
+        return made
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        del tensor_contents
+        return f"Tracked({self.origin.what}, shape={tuple(self.shape)}, dtype={self.dtype})"
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        # Above autograd, so that gradients flow into the tensor it stands for.
+        if any(tensor.value is not None for tensor in followed((args, kwargs))):
+            return func(*known(args), **known(kwargs))
+        if func in _VALUES and isinstance(args[0], Tracked):
+            args[0].ledger.used(args[0])
+            args[0].ledger.read(args[0], func.__name__)
+            return func(args[0].content, *args[1:], **kwargs)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return _operate(func, args, kwargs or {})
+
+
+def followed(nest: Any) -> list[Tracked]:
+    """Return the followed tensors in a nest of tuples, lists and dicts."""
+    found = []
+    rest = [nest]
+    while rest:
+        value = rest.pop()
+        if isinstance(value, Tracked):
+            found.append(value)
+        elif isinstance(value, tuple | list):
+            rest.extend(reversed(value))
+        elif isinstance(value, dict):
+            rest.extend(reversed(value.values()))
+    return found
+
+
+def replaced(function: Callable[[Any], Any], nest: Any) -> Any:
+    """Apply a function to each value in a nest of tuples, lists and dicts."""
+    kind = type(nest)
+    # `tree_map` knows more kinds, and takes ten times as long.
+    if kind is tuple or kind is list:
+        return kind([replaced(function, value) for value in nest])
+    if kind is dict:
+        return {key: replaced(function, value) for key, value in nest.items()}
+    return tree_map(function, nest) if isinstance(nest, tuple | list | dict) else function(nest)
+
+
+def known(nest: Any) -> Any:
+    """Replace, in a nest, each followed tensor by the one it stands for, if that is known."""
+    return replaced(lambda leaf: leaf.value if isinstance(leaf, Tracked) and leaf.value is not None else leaf, nest)
+
+
+#: Methods that go past the dispatcher, straight to the memory.
+_VALUES = {Tensor.tolist, Tensor.numpy, Tensor.__array__}
+_DATA_TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+# Only shape, dtype and device of their first argument matter, and the result is known without its values.
+_TEMPLATES = {
+    getattr(torch.ops.aten, name).default
+    for name in ("zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full")
+}
+
+
+def _operate(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if func in _TEMPLATES and isinstance(args[0], Tracked):
+        like = torch.empty((), dtype=args[0].dtype, device=args[0].device).expand(args[0].shape)
+        return func(like, *args[1:], **kwargs)
+    tracked = followed((args, kwargs))
+    first = next((tensor for tensor in tracked if tensor.origin.computed), tracked[0])
+    for tensor in tracked:
+        tensor.ledger.used(tensor)
+    written = _written(func, args, kwargs)
+    if _needs_values(func, args) or any(not isinstance(tensor, Tracked) for tensor in written):
+        for tensor in tracked:
+            tensor.ledger.read(tensor, str(func).removeprefix("aten."))
+    if torch.Tag.inplace_view in func.tags:
+        return _reshaped(func, first, args, kwargs)
+    device = first.device
+    if first.content.is_meta:
+        if kwargs.get("device") is not None:
+            device, kwargs = torch.device(kwargs["device"]), {**kwargs, "device": "meta"}
+        result = None if written else _shapes_of(func, *replaced(_on_meta, (args, kwargs)))
+    else:
+        args, kwargs = replaced(lambda leaf: leaf.content if isinstance(leaf, Tracked) else leaf, (args, kwargs))
+        result = func(*args, **kwargs)
+    if written:
+        return written[0] if len(written) == 1 else tuple(written)
+    what, inputs = first.origin.what, frozenset[int]().union(*(tensor.origin.inputs for tensor in tracked))
+    origin = Origin(what, any(tensor.origin.computed for tensor in tracked), inputs)
+    return replaced(
+        lambda leaf: Tracked(leaf, device, first.ledger, origin) if isinstance(leaf, Tensor) else leaf, result
+    )
+
+
+def _reshaped(func: Any, tensor: Tracked, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tracked:
+    # Not on the content itself: others may know it by its old strides.
+    content = tensor.content.detach()
+    func(content, *args[1:], **kwargs)
+    if content.shape != tensor.shape:
+        raise RuntimeError(
+            f"{str(func).removeprefix('aten.')} changes the shape of {tensor.origin.what} in place, outside of the "
+            "network's layers, where the tensor may be absent. Use the operation that returns a new tensor."
+        )
+    tensor.content = content
+    return tensor
+
+
+_known_shapes: dict[Any, Any] = {}
+_MOST_SHAPES = 4096
+
+
+def _shapes_of(func: Any, args: Any, kwargs: Any) -> Any:
+    """Return what an operation returns on the meta device, which takes a hundred times as long as to look it up."""
+    key = (func, _key(args), _key(kwargs))
+    try:
+        result = _known_shapes.get(key)
+    except TypeError:
+        # An argument that cannot be looked up.
+        return func(*args, **kwargs)
+    if result is None:
+        if len(_known_shapes) >= _MOST_SHAPES:
+            _known_shapes.clear()
+        result = _known_shapes[key] = func(*args, **kwargs)
+    return result
+
+
+def _key(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.storage_offset(), value.dtype
+    if isinstance(value, tuple | list):
+        return tuple(map(_key, value))
+    if isinstance(value, dict):
+        return tuple((name, _key(item)) for name, item in value.items())
+    # True, 1 and 1.0 are one key, but not one argument.
+    return type(value), value
+
+
+def _needs_values(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether the result cannot be had, not even its shape, without the values."""
+    if func is torch.ops.aten.index.Tensor:
+        return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+    return bool(_DATA_TAGS & set(func.tags))
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """Return the tensors that an operation writes into."""
+    if not func._schema.is_mutable:
+        return []
+    found = []
+    for index, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[index] if index < len(args) else kwargs.get(argument.name)
+            found += [tensor for tensor in (value if isinstance(value, list) else [value]) if tensor is not None]
+    return found
+
+
+def _on_meta(leaf: Any) -> Any:
+    if isinstance(leaf, Tracked):
+        return leaf.content
+    if isinstance(leaf, Tensor):
+        return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device="meta")
+    return leaf

@@ -1,0 +1,1 @@
+"""Optional callbacks that look on while a fit trains."""

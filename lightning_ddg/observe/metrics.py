@@ -1,0 +1,450 @@
+"""What a process can say of its stages while it trains them: how long they wait, how old their gradients are.
+
+It is measured from outside, between an execution and its callers; a further figure is a further field of
+:class:`Tally`. Who gathers, logs and shows the figures is in :mod:`~lightning_ddg.observe.monitor`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import astuple, dataclass, field
+from math import isfinite
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_ddg.comm.mailbox import Kind, Transport
+from lightning_ddg.core.delay_line import DelayLine
+from lightning_ddg.core.pipeline import Pipeline
+from lightning_ddg.core.stage import Stage
+from lightning_ddg.core.staged import Lockstep
+
+Undo = Callable[[], None]
+
+# What a message makes a stage wait for. The batch, or that there is one, comes from the first stage like activations.
+_SIDES: dict[Kind, Literal["activations", "gradients"]] = {
+    Kind.ACTIVATION: "activations",
+    Kind.BATCH: "activations",
+    Kind.FLAG: "activations",
+    Kind.GRADIENT: "gradients",
+}
+
+
+# ---- mathematics
+
+
+def relative_change(now: Sequence[Tensor], then: Sequence[Tensor]) -> Tensor:
+    """``||w_t - w_{t-d}|| / ||w_t||`` over all tensors together, in the 2-norm: how far weights have moved.
+
+    Args:
+        now: The weights ``w_t``; one tensor or more.
+        then: The weights ``w_{t-d}``, of the same shapes.
+
+    Returns:
+        A tensor without dimensions; nan where both norms are zero.
+    """
+    return _norm(new.detach() - old for new, old in zip(now, then, strict=True)) / _norm(new.detach() for new in now)
+
+
+def cosine(one: Sequence[Tensor | None], other: Sequence[Tensor | None]) -> Tensor | None:
+    """The cosine of the angle between two gradients, each over all its tensors together.
+
+    Args:
+        one: A gradient, by parameter; ``None`` counts as zero.
+        other: The other, of the same shapes.
+
+    Returns:
+        A tensor without dimensions, nan where a gradient is zero; ``None`` where one of them has no tensor at all.
+    """
+    first, second = ([tensor for tensor in grads if tensor is not None] for grads in (one, other))
+    if not first or not second:
+        return None
+    products = [(_flat(a) * _flat(b)).sum() for a, b in zip(one, other, strict=True) if a is not None and b is not None]
+    dot = torch.stack(products).sum() if products else torch.zeros((), device=first[0].device)
+    return dot / (_norm(first) * _norm(second))
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    # Halves would overflow, or lose what is added last.
+    return tensor.detach().to_dense().flatten().to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _norm(tensors: Iterable[Tensor]) -> Tensor:
+    norms = [torch.linalg.vector_norm(_flat(tensor)) for tensor in tensors]
+    return cast(Tensor, torch.linalg.vector_norm(torch.stack(norms)))
+
+
+# ---- figures
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Sums over some batches of one stage; tallies can be added up.
+
+    Attributes:
+        batches: The batches whose time was measured.
+        seconds: Their time.
+        activations: The seconds of it that passed in waiting for activations, or for the batch itself.
+        gradients: The seconds of it that passed in waiting for gradients.
+        due: The batches in which a gradient was applied.
+        delay: Their delays, in batches.
+        updates: Their delays, in updates of the stage's weights.
+        norms: How often the staleness was measured.
+        staleness: The ``||w_t - w_{t-d}|| / ||w_t||``.
+        angles: How often gradients were compared.
+        cosine: The cosines between the gradient that was applied and the batch's own.
+    """
+
+    batches: float = 0.0
+    seconds: float = 0.0
+    activations: float = 0.0
+    gradients: float = 0.0
+    due: float = 0.0
+    delay: float = 0.0
+    updates: float = 0.0
+    norms: float = 0.0
+    staleness: float = 0.0
+    angles: float = 0.0
+    cosine: float = 0.0
+
+    def __add__(self, other: Tally) -> Tally:
+        return Tally(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
+
+    @property
+    def waiting(self) -> float:
+        """The share of the time that passed in waiting, in 0..1."""
+        return (self.activations + self.gradients) / self.seconds if self.seconds else 0.0
+
+    @property
+    def busy(self) -> float:
+        """Seconds per batch in which the stage did not wait."""
+        return (self.seconds - self.activations - self.gradients) / self.batches if self.batches else 0.0
+
+    def figures(self, waits: bool) -> dict[str, float]:
+        """The means, by name; what was not measured is missing.
+
+        Args:
+            waits: Whether the stage has anybody to wait for.
+        """
+        sums = {
+            "waits_activations": (self.activations, self.seconds * waits),
+            "waits_gradients": (self.gradients, self.seconds * waits),
+            "delay": (self.delay, self.due),
+            "delay_updates": (self.updates, self.due),
+            "staleness": (self.staleness, self.norms),
+            "cosine": (self.cosine, self.angles),
+        }
+        return {name: value / count for name, (value, count) in sums.items() if count}
+
+
+class Reading(NamedTuple):
+    """A stage's figures of the batches since the reading before.
+
+    Attributes:
+        stage: ``1..K``.
+        batch: Number of the last of the batches, counted through the fit.
+        step: The loggers' step of that batch; ``None`` if the fit ended before a reading was due.
+        tally: The figures.
+    """
+
+    stage: int
+    batch: int
+    step: int | None
+    tally: Tally
+
+
+# ---- measuring
+
+
+class _Clock:
+    """Marks moments of a device's work and says later what lies between them: nobody waits for the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device if device.type == "cuda" else None
+
+    def mark(self) -> Any:
+        if self._device is None:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def between(self, marks: Iterable[tuple[Any, Any]]) -> float:
+        """The seconds of all pairs of marks together."""
+        if self._device is None:
+            return float(sum(after - before for before, after in marks))
+        return float(sum(before.elapsed_time(after) for before, after in marks)) / 1e3
+
+    def has_passed(self, mark: Any) -> bool:
+        return self._device is None or bool(mark.query())
+
+    def wait_for(self, mark: Any) -> None:
+        if self._device is not None:
+            mark.synchronize()
+
+
+class _Track:
+    """Of one stage: the batches between forward and backward, and what a window of batches has shown so far."""
+
+    def __init__(self, stage: int) -> None:
+        self.stage = stage
+        self._in_flight: deque[tuple[int, int]] = deque()
+        self._updates = 0
+        self._pending = False
+        self.reset()
+
+    def reset(self) -> None:
+        # Not a tally yet: this is added to in every batch.
+        self._due = self._delay = self._age = 0
+        self.staleness: Tensor | float | None = None
+        self.cosine: Tensor | float | None = None
+
+    def backward(self, batch: int, in_flight: int, due: bool) -> None:
+        """Notes that ``batch`` went forward and that one of those ``in_flight``, itself included, may be due."""
+        self._in_flight.append((batch, self._updates))
+        # Draining, or forgetting, has made them fewer.
+        while len(self._in_flight) > in_flight:
+            self._in_flight.popleft()
+        if due:
+            oldest, updates = self._in_flight.popleft()
+            self._pending = True
+            self._due += 1
+            self._delay += batch - oldest
+            self._age += self._updates - updates
+
+    @property
+    def tally(self) -> Tally:
+        return Tally(due=self._due, delay=self._delay, updates=self._age)
+
+    def stepped(self) -> None:
+        self._updates += self._pending
+        self._pending = False
+
+
+@dataclass
+class _Window:
+    """What is measured between two readings."""
+
+    batches: int = 0
+    time: list[tuple[Any, Any]] = field(default_factory=list)
+    activations: list[tuple[Any, Any]] = field(default_factory=list)
+    gradients: list[tuple[Any, Any]] = field(default_factory=list)
+
+
+class _Closed(NamedTuple):
+    end: Any
+    batch: int
+    step: int | None
+    window: _Window
+    tracks: list[tuple[int, Tally, Tensor | float | None, Tensor | float | None]]
+
+
+class Gauge:
+    """Measures the stages of one process.
+
+    The staleness and the cosine are measured in every ``every``-th batch; the former needs a copy of the weights for
+    ``d(k)`` batches in one process, and nothing in several, where those weights are stashed anyway.
+
+    Args:
+        execution: Trains the stages.
+        transport: Connects them; ``None`` in one process.
+        optimizers: Update them.
+        device: Where they are.
+        every: Batches between two readings.
+        compare: Whether to measure the cosine; in one process only.
+    """
+
+    def __init__(
+        self,
+        execution: Pipeline | DelayLine | Lockstep,
+        transport: Transport | None,
+        optimizers: Sequence[Optimizer],
+        device: torch.device,
+        every: int,
+        compare: bool,
+    ) -> None:
+        self._execution = execution
+        self._every = every
+        self._compare = compare
+        self._clock = _Clock(device)
+        if isinstance(execution, Pipeline):
+            numbers = [execution.number]
+        else:
+            parts = execution.lines if isinstance(execution, DelayLine) else execution.stages
+            numbers = list(range(1, len(parts) + 1))
+        self._tracks = [_Track(number) for number in numbers]
+        self._kept: dict[tuple[int, int], list[Tensor]] = {}
+        self._batch = 0
+        self._in_batch = False
+        self._mark: Any = None
+        self._window = _Window()
+        self._closed: deque[_Closed] = deque()
+        self._undo: list[Undo] = [
+            replaced(execution, "backward", self._watched(execution.backward)),
+            replaced(execution, "drain", self._unwatched(execution.drain)),
+        ]
+        if transport is not None:
+            self._undo.append(replaced(transport, "take", self._timed(transport.take)))
+        self._undo += [optimizer.register_step_post_hook(self._stepped).remove for optimizer in optimizers]
+
+    def detach(self) -> None:
+        """Steps aside."""
+        while self._undo:
+            self._undo.pop()()
+
+    def begin(self, batch: int, counts: bool) -> None:
+        """Says that a batch begins.
+
+        Args:
+            batch: Its number in the fit.
+            counts: Whether its time counts, as the pipeline has been filled.
+        """
+        self._batch, self._in_batch = batch, True
+        if not counts:
+            self._mark = None
+        elif self._mark is None:
+            self._mark = self._clock.mark()
+
+    def end(self, step: int) -> list[Reading]:
+        """Says that the batch has ended; returns the readings that have become known.
+
+        Args:
+            step: The loggers' step of the batch.
+        """
+        self._count()
+        self._in_batch = False
+        if self._is_read:
+            self._close(step)
+        readings = []
+        while self._closed and self._clock.has_passed(self._closed[0].end):
+            readings += self._read(self._closed.popleft())
+        return readings
+
+    def pause(self) -> None:
+        """Says that the time that follows is no time of training, until a batch begins that counts."""
+        self._count()
+        self._mark = None
+
+    def finish(self) -> list[Reading]:
+        """Returns the readings that are left; the last of each stage is of fewer batches, and has no step."""
+        self.pause()
+        self._close(None)
+        self._clock.wait_for(self._closed[-1].end)
+        return [reading for closed in self._closed for reading in self._read(closed)]
+
+    @property
+    def _is_read(self) -> bool:
+        return (self._batch + 1) % self._every == 0
+
+    def _count(self) -> None:
+        if self._mark is None or not self._in_batch:
+            return
+        now = self._clock.mark()
+        self._window.time.append((self._mark, now))
+        self._window.batches += 1
+        self._mark = now
+
+    def _close(self, step: int | None) -> None:
+        tracks = [(track.stage, track.tally, track.staleness, track.cosine) for track in self._tracks]
+        self._closed.append(_Closed(self._clock.mark(), self._batch, step, self._window, tracks))
+        self._window = _Window()
+        for track in self._tracks:
+            track.reset()
+
+    def _read(self, closed: _Closed) -> list[Reading]:
+        window = closed.window
+        timed = Tally(window.batches, *map(self._clock.between, (window.time, window.activations, window.gradients)))
+        readings = []
+        for stage, tally, staleness, cosine in closed.tracks:
+            for name, count, value in (("staleness", "norms", staleness), ("cosine", "angles", cosine)):
+                number = float("nan") if value is None else float(value)
+                if isfinite(number):
+                    tally += Tally(**{name: number, count: 1})
+            readings.append(Reading(stage, closed.batch, closed.step, timed + tally))
+        return readings
+
+    # ---- between the execution and its callers
+
+    def _timed(self, take: Callable[[int, Kind], Any]) -> Callable[[int, Kind], Any]:
+        def timed(peer: int, kind: Kind) -> Any:
+            side = _SIDES.get(kind)
+            if side is None or self._mark is None:
+                return take(peer, kind)
+            start = self._clock.mark()
+            value = take(peer, kind)
+            getattr(self._window, side).append((start, self._clock.mark()))
+            return value
+
+        return timed
+
+    def _unwatched(self, drain: Callable[[], bool]) -> Callable[[], bool]:
+        def paused() -> bool:
+            self.pause()
+            return drain()
+
+        return paused
+
+    def _watched(self, backward: Callable[..., None]) -> Callable[..., None]:
+        def watched(run: Callable[[], object]) -> None:
+            execution = self._execution
+            if isinstance(execution, DelayLine):
+                self._look_at_lines(execution)
+                if self._compare and self._is_read:
+                    run = self._comparing(execution, run)
+            else:
+                self._look_at_stages([execution.stage] if isinstance(execution, Pipeline) else execution.stages)
+            backward(run)
+
+        return watched
+
+    def _stepped(self, *_: object) -> None:
+        for track in self._tracks:
+            track.stepped()
+
+    def _look_at_stages(self, stages: Sequence[Stage]) -> None:
+        for track, stage in zip(self._tracks, stages, strict=True):
+            due = len(stage) > stage.delay
+            track.backward(self._batch, len(stage), due)
+            if due and self._is_read:
+                pairs = stage.oldest_weights()
+                if pairs:
+                    track.staleness = relative_change(*zip(*pairs, strict=True))
+                elif not stage.delay:
+                    track.staleness = 0.0
+
+    def _look_at_lines(self, execution: DelayLine) -> None:
+        for track, line in zip(self._tracks, execution.lines, strict=True):
+            due = len(line.queue) >= line.delay
+            track.backward(self._batch, len(line.queue) + 1, due)
+            weights = [parameter for parameter in line.parameters if parameter.requires_grad]
+            then = self._kept.pop((track.stage, self._batch), None)
+            if due and self._is_read and weights:
+                if not line.delay:
+                    track.staleness = 0.0
+                elif then is not None and len(then) == len(weights):
+                    track.staleness = relative_change(weights, then)
+            if line.delay and (self._batch + line.delay + 1) % self._every == 0:
+                self._kept[track.stage, self._batch + line.delay] = [weight.detach().clone() for weight in weights]
+
+    def _comparing(self, execution: DelayLine, run: Callable[[], object]) -> Callable[[], object]:
+        def run_and_compare() -> None:
+            run()
+            for track, line in zip(self._tracks, execution.lines, strict=True):
+                if not line.delay:
+                    track.cosine = 1.0
+                elif len(line.queue) == line.delay:
+                    track.cosine = cosine(line.queue[0], [parameter.grad for parameter in line.parameters])
+
+        return run_and_compare
+
+
+def replaced(owner: object, name: str, value: Callable[..., Any]) -> Undo:
+    """Puts a function in the place of a method of one object; returns what puts back what was there."""
+    missing = object()
+    before = vars(owner).get(name, missing)
+    setattr(owner, name, value)
+    return lambda: delattr(owner, name) if before is missing else setattr(owner, name, before)

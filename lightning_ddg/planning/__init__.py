@@ -1,0 +1,1 @@
+"""Numbers and pictures: simulated schedules, plans, tables. Neither Lightning nor ``torch.distributed``."""

@@ -1,0 +1,1 @@
+"""What Lightning sees: the strategy and the parts it is assembled from."""

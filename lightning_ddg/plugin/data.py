@@ -1,0 +1,150 @@
+"""Data loaders of a pipeline: the first stage's rank reads, all other ranks only count.
+
+What a batch holds and where it is sent is decided in :mod:`~lightning_ddg.plugin.strategy`; here only the iteration is
+kept in
+step, with or without a known length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+
+class RemoteBatch:
+    """Stands for a batch that another rank reads; the strategy exchanges it for the received one."""
+
+
+class _PassThrough:
+    """Hands every attribute it does not have on to the user's loader."""
+
+    def __init__(self, loader: Any) -> None:
+        self._loader = loader
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_loader":
+            raise AttributeError(name)
+        return getattr(self._loader, name)
+
+
+class SourceLoader(_PassThrough):
+    """The loader of the rank that reads.
+
+    Args:
+        loader: The user's iterable.
+        announce: Called before each batch with whether there is one; only for loaders without a length.
+    """
+
+    def __init__(self, loader: Any, announce: Callable[[bool], None] | None = None) -> None:
+        super().__init__(loader)
+        self._announce = announce
+        self._iterator: _SourceIterator | None = None
+        self._told = 0
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        self._told = 0
+        self._iterator = _SourceIterator(iter(self._loader), self._announce)
+        return self._iterator
+
+    def peek(self) -> Any:
+        """The batch that comes next, or came first if it has already been fetched; nothing is lost.
+
+        Raises:
+            StopIteration: If there is none.
+        """
+        if self._iterator is None:
+            iter(self)
+        assert self._iterator is not None
+        return self._iterator.peek()
+
+    def new_indices(self) -> list[Any]:
+        """Indices of the samples fetched since it was last asked, one list a batch, where Lightning keeps track."""
+        seen = getattr(getattr(self._loader, "batch_sampler", None), "seen_batch_indices", [])
+        new = list(seen[self._told :])
+        self._told = len(seen)
+        return new
+
+    def release(self) -> None:
+        """Forgets the batch kept for :meth:`peek`."""
+        if self._iterator is not None:
+            self._iterator.release()
+
+
+class _SourceIterator(Iterator[Any]):
+    def __init__(self, iterator: Iterator[Any], announce: Callable[[bool], None] | None) -> None:
+        self._iterator = iterator
+        self._announce = announce
+        self._waiting: list[Any] = []
+        self._first: list[Any] | None = None
+        self._ended = False
+
+    def __next__(self) -> Any:
+        try:
+            batch = self._waiting.pop() if self._waiting else next(self._iterator)
+        except StopIteration:
+            # Once: whoever asks an exhausted iterator again must not end the other ranks' next epoch.
+            if self._announce is not None and not self._ended:
+                self._announce(False)
+            self._ended = True
+            raise
+        if self._announce is not None:
+            self._announce(True)
+        self._first = [batch] if self._first is None else []
+        return batch
+
+    def peek(self) -> Any:
+        if self._first:
+            return self._first[0]
+        if not self._waiting:
+            self._waiting.append(next(self._iterator))
+        return self._waiting[0]
+
+    def release(self) -> None:
+        self._first = []
+
+
+class RemoteLoader(_PassThrough):
+    """The loader of a rank that does not read: as many :class:`RemoteBatch` as there are batches.
+
+    Args:
+        loader: The user's iterable, never iterated; only its attributes are passed on.
+        length: Number of batches, or ``None`` if it is not known.
+        more: Waits until the reading rank says whether there is another batch; only without a length.
+    """
+
+    def __init__(self, loader: Any, length: int | None, more: Callable[[], bool]) -> None:
+        super().__init__(loader)
+        self._length = length
+        self._more = more
+
+    def __getattr__(self, name: str) -> Any:
+        # The position in the data is the reading rank's to save and restore.
+        if name in ("state_dict", "load_state_dict"):
+            raise AttributeError(name)
+        return super().__getattr__(name)
+
+    def __len__(self) -> int:
+        if self._length is None:
+            raise TypeError(f"{type(self._loader).__name__} has no length")
+        return self._length
+
+    def add_indices(self, new: list[Any]) -> None:
+        """Notes the indices of samples that the reading rank has fetched, where Lightning looks for them."""
+        if new:
+            sampler = self._loader.batch_sampler
+            # Lightning's wrapper has no such attribute before it is iterated, which it never is here.
+            sampler.seen_batch_indices = [*getattr(sampler, "seen_batch_indices", []), *new]
+
+    def __iter__(self) -> Iterator[RemoteBatch]:
+        sampler: Any = getattr(self._loader, "batch_sampler", None)
+        if hasattr(sampler, "seen_batch_indices"):
+            sampler.seen_batch_indices = []
+        if self._length is None:
+            while self._more():
+                yield RemoteBatch()
+        else:
+            for _ in range(self._length):
+                yield RemoteBatch()

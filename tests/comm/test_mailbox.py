@@ -1,0 +1,470 @@
+"""Tests of ``transport.py`` on real processes joined by gloo: order, freedom from waiting, failures and the end.
+
+A function that runs on the ranks asserts there; ``run_ranks`` shows the first rank's failure.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from datetime import timedelta
+from typing import Any, cast
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.nn.utils.rnn import pack_sequence
+
+from lightning_ddg.comm.mailbox import Kind, PeerError, Transport
+from lightning_ddg.comm.wire import pack
+from tests.harness import run_ranks, run_ranks_raw
+
+LONG = timedelta(seconds=30)
+
+
+def connect(timeout: timedelta = LONG, group: dist.ProcessGroup | None = None, device: str = "cpu") -> Transport:
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", rank=int(os.environ["LOCAL_RANK"]), world_size=int(os.environ["WORLD_SIZE"]))
+    chosen = group or cast(dist.ProcessGroup, dist.group.WORLD)
+    names = [f"rank {rank} by name" for rank in range(dist.get_world_size())]
+    return Transport(chosen, torch.device(device), timeout, names)
+
+
+def own_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("ddg-")]
+
+
+# ---- order
+
+
+def interleaved_kinds() -> None:
+    transport = connect()
+    kinds = [Kind.ACTIVATION, Kind.GRADIENT, Kind.FLAG]
+    others = [rank for rank in range(transport.size) if rank != transport.rank]
+    for number in range(20):
+        for peer in others:
+            for kind in kinds:
+                transport.send(peer, kind, (transport.rank, kind.name, torch.tensor(number)))
+    for kind in reversed(kinds):
+        for peer in others:
+            for number in range(20):
+                source, name, value = transport.take(peer, kind)
+                assert (source, name, value.item()) == (peer, kind.name, number)
+    transport.close()
+    assert own_threads() == []
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_each_kind_keeps_its_order(world_size: int) -> None:
+    run_ranks(interleaved_kinds, world_size)
+
+
+def changing_message(number: int) -> Any:
+    dtypes = [torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.float64, torch.complex64]
+    dtype = dtypes[number % len(dtypes)]
+    shape = [(), (number % 7, 3), (2, 0), (1 + number * 9,)][number % 4]
+    tensor = torch.arange(float(torch.Size(shape).numel())).reshape(shape).add(number).to(dtype)
+    return tensor if number % 3 == 0 else {"x": tensor, "number": number, "rest": [None, torch.full((2,), number)]}
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return bool(a == b)
+
+
+def several_receivers() -> None:
+    transport = connect()
+    if transport.rank == 0:
+        for length in (3, 4000):
+            transport.send([1, 2], Kind.FLAG, torch.ones(length))
+        value = torch.ones(4000)
+        transport.send([2, 1], Kind.BATCH, pack(value, snapshot=True))
+        value.zero_()
+    else:
+        assert [len(transport.take(0, Kind.FLAG)) for _ in range(2)] == [3, 4000]
+        assert torch.equal(transport.take(0, Kind.BATCH), torch.ones(4000))
+    transport.close()
+
+
+def test_one_message_may_go_to_several_ranks() -> None:
+    run_ranks(several_receivers, 3)
+
+
+def changing_messages() -> None:
+    transport = connect()
+    peer = 1 - transport.rank
+    for number in range(120):
+        transport.send(peer, Kind.ACTIVATION, changing_message(number))
+        if number >= 3:
+            assert same(transport.take(peer, Kind.ACTIVATION), changing_message(number - 3)), number
+    transport.close()
+
+
+def test_shapes_and_dtypes_may_change_with_every_message() -> None:
+    run_ranks(changing_messages, 2)
+
+
+# ---- not waiting
+
+
+def large_messages_both_ways() -> None:
+    transport = connect()
+    peer = 1 - transport.rank
+    for number in range(2):
+        transport.send(peer, Kind.ACTIVATION, torch.full((8_000_000,), float(number + transport.rank)))
+    for number in range(2):
+        got = transport.take(peer, Kind.ACTIVATION)
+        assert got.shape == (8_000_000,)
+        assert bool((got == number + peer).all())
+    transport.close()
+
+
+def test_large_messages_both_ways_do_not_block_each_other() -> None:
+    run_ranks(large_messages_both_ways, 2)
+
+
+def send_without_a_taker() -> None:
+    transport = connect()
+    if transport.rank == 0:
+        for number in range(30):
+            # The tensor is freed at once, and its memory is very likely used by the next.
+            transport.send(1, Kind.ACTIVATION, torch.full((200_000,), float(number)))
+        # Rank 1 takes nothing before this: a send that waited for it would never come here.
+        transport.send(1, Kind.FLAG, None)
+    else:
+        transport.take(0, Kind.FLAG)
+        for number in range(30):
+            got = transport.take(0, Kind.ACTIVATION)
+            assert bool((got == number).all()), number
+    transport.close()
+
+
+def test_sends_neither_wait_for_the_receiver_nor_need_the_tensor_kept() -> None:
+    run_ranks(send_without_a_taker, 2)
+
+
+def flush_then_modify() -> None:
+    transport = connect()
+    if transport.rank == 0:
+        tensor = torch.ones(4_000_000)
+        for _ in range(3):
+            transport.send(1, Kind.STATE, tensor)
+            transport.flush()
+            tensor.add_(1)
+    else:
+        for number in range(3):
+            got = transport.take(0, Kind.STATE)
+            assert bool((got == number + 1).all())
+    transport.close()
+
+
+def test_a_tensor_may_be_modified_after_a_flush() -> None:
+    run_ranks(flush_then_modify, 2)
+
+
+def without_payload() -> None:
+    transport = connect()
+    if transport.rank == 0:
+        for size in (3, 3000):
+            for payload in (False, True, False):
+                transport.send(1, Kind.BATCH, pack((torch.ones(2, size), "name"), payload=payload))
+    else:
+        for size in (3, 3000):
+            for expected in (0.0, 1.0, 0.0):
+                got, name = transport.take(0, Kind.BATCH)
+                assert torch.equal(got, torch.full((2, size), expected))
+                assert name == "name"
+    transport.close()
+
+
+def test_shapes_alone_may_be_sent() -> None:
+    run_ranks(without_payload, 2)
+
+
+# ---- descriptions
+
+
+def count_parts() -> None:
+    transport = connect()
+    if transport.rank == 0:
+        parts: list[int] = []
+        original = dist.isend
+
+        def counting(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            parts.append(tensor.numel() * tensor.element_size())
+            return original(tensor, *args, **kwargs)
+
+        dist.isend = counting
+
+        def sent(value: Any) -> int:
+            before = len(parts)
+            transport.send(1, Kind.ACTIVATION, value)
+            return len(parts) - before
+
+        assert sent(torch.ones(5000)) == 3  # header, description, bytes
+        assert sent(torch.zeros(5000)) == 2
+        assert sent(torch.zeros(6000)) == 3
+        assert sent((torch.ones(5000), torch.ones(0))) == 3  # nothing to send for the empty one
+        assert sent("x" * 20_000) == 2  # too long to be remembered,
+        assert sent("x" * 20_000) == 2  # so it is sent again
+        assert sent(torch.ones(5)) == 1  # small enough for the header
+        for number in range(600):
+            sent(f"text {number % 300}")
+        assert sent(torch.ones(7000)) == 3
+        assert sent(torch.ones(7000)) == 3  # there is no room left to remember it
+        assert sent(torch.ones(5000)) == 2
+        dist.isend = original
+    else:
+        assert [transport.take(0, Kind.ACTIVATION).shape for _ in range(3)] == [(5000,), (5000,), (6000,)]
+        assert len(transport.take(0, Kind.ACTIVATION)) == 2
+        assert [len(transport.take(0, Kind.ACTIVATION)) for _ in range(2)] == [20_000] * 2
+        assert torch.equal(transport.take(0, Kind.ACTIVATION), torch.ones(5))
+        for number in range(600):
+            assert transport.take(0, Kind.ACTIVATION) == f"text {number % 300}"
+        for length in (7000, 7000, 5000):
+            assert torch.equal(transport.take(0, Kind.ACTIVATION), torch.ones(length))
+    transport.close()
+
+
+def test_a_description_is_sent_once_and_many_different_ones_may_be() -> None:
+    run_ranks(count_parts, 2)
+
+
+# ---- failures
+
+
+def wait_too_long() -> str | None:
+    long = connect()
+    short = connect(timedelta(milliseconds=200), cast(dist.ProcessGroup, dist.new_group([0, 1], backend="gloo")))
+    message = None
+    if long.rank == 0:
+        with pytest.raises(TimeoutError) as caught:
+            short.take(1, Kind.GRADIENT)
+        message = str(caught.value)
+        long.send(1, Kind.FLAG, None)
+    else:
+        long.take(0, Kind.FLAG)
+    long.close()
+    return message
+
+
+def test_waiting_has_a_limit() -> None:
+    message, _ = run_ranks(wait_too_long, 2)
+    assert "rank 0 by name waited 0:00:00.200000 for a message (gradient) from rank 1 by name" in message
+    assert "raise `timeout` of DDGStrategy" in message
+
+
+def die_or_wait() -> str:
+    transport = connect()
+    # All are connected before one of them dies.
+    for peer in range(3):
+        if peer != transport.rank:
+            transport.send(peer, Kind.FLAG, None)
+    for peer in range(3):
+        if peer != transport.rank:
+            transport.take(peer, Kind.FLAG)
+    if transport.rank == 1:
+        os._exit(3)
+    with pytest.raises(PeerError) as caught:
+        # Rank 2 waits for a rank that lives.
+        transport.take({0: 1, 2: 0}[transport.rank], Kind.ACTIVATION)
+    return str(caught.value)
+
+
+def test_a_rank_that_dies_is_named_to_all_others() -> None:
+    results = run_ranks_raw(die_or_wait, 3, timeout=60)
+    assert results[1].exitcode == 3
+    for rank in (0, 2):
+        assert results[rank].error is None, results[rank].error
+        assert results[rank].value.endswith("Its own output, above or in its log, says why.")
+    assert any(results[rank].value.startswith("rank 1 by name is gone") for rank in (0, 2)), results
+
+
+def abort_or_wait() -> list[str]:
+    transport = connect()
+    if transport.rank == 1:
+        transport.abort("rank 1 ran out of luck")
+        with pytest.raises(PeerError, match="This rank has failed: rank 1 ran out of luck"):
+            transport.raise_failure()
+        return []
+    heard = []
+    with pytest.raises(PeerError) as caught:
+        transport.take(2 - transport.rank, Kind.GRADIENT)
+    heard.append(str(caught.value))
+    with pytest.raises(PeerError) as caught:
+        transport.send(2 - transport.rank, Kind.FLAG, None)
+    heard.append(str(caught.value))
+    # Passes on what it knows; does not replace the first reason by its own.
+    transport.abort("a consequence")
+    with pytest.raises(PeerError) as caught:
+        transport.flush()
+    heard.append(str(caught.value))
+    return heard
+
+
+def test_the_reason_of_an_abort_reaches_ranks_that_wait_for_others() -> None:
+    results = run_ranks(abort_or_wait, 3)
+    for rank in (0, 2):
+        assert results[rank] == ["rank 1 ran out of luck"] * 3
+
+
+def end_the_epoch_early() -> str | None:
+    transport = connect()
+    message = None
+    if transport.rank == 0:
+        transport.send(1, Kind.ACTIVATION, 5)
+        transport.send(1, Kind.EPOCH, None)
+        transport.take(1, Kind.FLAG)
+    else:
+        # What was sent before the end of the epoch still counts.
+        assert transport.take(0, Kind.ACTIVATION) == 5
+        with pytest.raises(PeerError) as caught:
+            transport.take(0, Kind.ACTIVATION)
+        message = str(caught.value)
+        assert transport.take(0, Kind.EPOCH) is None
+        transport.send(0, Kind.FLAG, None)
+    transport.close()
+    return message
+
+
+def test_a_rank_that_has_ended_the_epoch_is_not_waited_for() -> None:
+    _, message = run_ranks(end_the_epoch_early, 2)
+    assert "rank 1 by name waits for a message (activation) from rank 0 by name, which has already ended" in message
+    assert "`limit_*_batches`" in message
+
+
+def take_after_goodbye() -> str | None:
+    long = connect()
+    short = connect(timedelta(seconds=2), cast(dist.ProcessGroup, dist.new_group([0, 1], backend="gloo")))
+    name = None
+    if long.rank == 1:
+        try:
+            short.take(0, Kind.BATCH)
+        except (PeerError, TimeoutError) as error:
+            name = type(error).__name__
+    short.close()
+    long.close()
+    return name
+
+
+def test_a_rank_that_has_said_goodbye_is_not_waited_for() -> None:
+    assert run_ranks(take_after_goodbye, 2)[1] == "PeerError"
+
+
+# ---- devices, as far as they can be told without one
+
+
+def keep_places() -> None:
+    """The device "meta" stands for a GPU: all that matters here is that it is not the CPU."""
+    transport = connect(device="cpu" if os.environ["LOCAL_RANK"] == "0" else "meta")
+    sequence = pack_sequence([torch.ones(3, 2), torch.ones(2, 2)])
+    large = torch.ones(3000)
+    if transport.rank == 0:
+        transport.send(1, Kind.BATCH, {"sequence": sequence, "lengths": torch.tensor([3, 2]), "large": large})
+        transport.send(1, Kind.BATCH, pack([torch.empty(2, device="meta"), torch.ones(2)], payload=False))
+    else:
+        batch = transport.take(0, Kind.BATCH)
+        places = {batch[key].device.type for key in ("lengths", "large")} | {batch["sequence"].batch_sizes.device.type}
+        assert places == {"cpu"}
+        assert torch.equal(batch["large"], large)
+        shapes = transport.take(0, Kind.BATCH)
+        assert [tensor.device.type for tensor in shapes] == ["meta", "cpu"]
+        assert shapes[1].tolist() == [0.0, 0.0]
+    transport.close()
+
+
+def test_what_is_on_the_cpu_stays_there() -> None:
+    run_ranks(keep_places, 2)
+
+
+class BrokenEvent:
+    """An event of a GPU on which a kernel has failed: whatever one asks of it raises that error."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.record()
+
+    def record(self, *args: Any) -> None:
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    synchronize = record
+
+
+def abort_with_a_broken_device(how: str) -> str | None:
+    with (
+        patch("torch.cuda.Event", BrokenEvent),
+        patch("torch.cuda.Stream", lambda device: None),
+        patch("torch.cuda.set_device", lambda device: None),
+    ):
+        transport = connect(device="cuda" if os.environ["LOCAL_RANK"] == "1" else "cpu")
+        message = None
+        if transport.rank == 1 and how == "abort":
+            transport.abort("a kernel failed")
+        elif transport.rank == 1:
+            event = BrokenEvent.__new__(BrokenEvent)
+            assert transport._staged is not None
+            transport._staged.put((event, 0, [torch.ones(1)]))
+            with pytest.raises(PeerError) as caught:
+                transport.take(0, Kind.FLAG)
+            message = str(caught.value)
+            transport.abort(message)
+        else:
+            with pytest.raises(PeerError) as caught:
+                transport.take(1, Kind.FLAG)
+            message = str(caught.value)
+        transport.close()
+    return message
+
+
+def test_a_rank_whose_device_is_broken_can_still_tell() -> None:
+    assert run_ranks(abort_with_a_broken_device, 2, "abort")[0] == "a kernel failed"
+
+
+def test_a_copy_that_fails_on_its_way_is_the_failure_of_its_rank() -> None:
+    expected = "rank 1 by name could not copy what it sends from its device: RuntimeError: CUDA error: device-side"
+    assert all(expected in message for message in run_ranks(abort_with_a_broken_device, 2, "copy"))
+
+
+# ---- the end
+
+
+def close_at_different_times() -> None:
+    transport = connect()
+    # Not how many: the one that hears a rank ends at that rank's goodbye, which may have come already.
+    assert own_threads()
+    if transport.rank == 0:
+        # Rank 0 hears from both before it closes: the others are already in `close` then.
+        transport.send(1, Kind.STATE, torch.ones(3_000_000))
+        assert transport.take(1, Kind.FLAG) == 1
+        assert transport.take(2, Kind.FLAG) == 2
+    else:
+        transport.send(0, Kind.FLAG, transport.rank)
+    transport.close()
+    if transport.rank == 1:
+        # It came before the goodbye, so it is still there.
+        assert transport.take(0, Kind.STATE).sum() == 3_000_000
+    assert own_threads() == []
+    assert transport.failure is None
+
+
+def test_closing_loses_nothing_and_leaves_no_thread() -> None:
+    run_ranks(close_at_different_times, 3)
+
+
+def connect_twice() -> int:
+    for number in range(2):
+        group = cast(dist.ProcessGroup, dist.new_group([0, 1], backend="gloo")) if number else None
+        transport = connect(group=group)
+        transport.send(1 - transport.rank, Kind.FLAG, number)
+        assert transport.take(1 - transport.rank, Kind.FLAG) == number
+        transport.close()
+    return len(own_threads())
+
+
+def test_ranks_may_connect_again() -> None:
+    assert run_ranks(connect_twice, 2) == [0, 0]

@@ -1,0 +1,974 @@
+"""Tests of ``network/replay``: a network cut without tracing is the uncut network, for every family tried.
+
+A network that must be cut is one more entry of ``FAMILIES`` and one more row of ``docs/networks.md``.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import combinations, pairwise
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lightning_ddg.comm.wire import describe, pack, unpack
+from lightning_ddg.core.pipeline import placeholder_maker
+from lightning_ddg.core.stage import Stage
+from lightning_ddg.core.tensors import map_tensors, tensors_of
+from lightning_ddg.network.cut import cut_at, forbidden_cuts
+from lightning_ddg.network.profile import flop_costs
+from lightning_ddg.network.replay.part import ReplayedChain
+from lightning_ddg.plugin.redirection import Seam
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+BEFORE_5_23 = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23)
+
+transformers.logging.set_verbosity_error()
+
+
+class Family(NamedTuple):
+    """How to make a network, and a call of it for a batch size and a length."""
+
+    make: Callable[[], nn.Module]
+    call: Callable[[int, int], Call]
+    cuts: int
+
+
+# ---- networks written by hand
+
+
+class Block(nn.Module):
+    def __init__(self, dim: int = 8) -> None:
+        super().__init__()
+        self.attend = nn.MultiheadAttention(dim, 2, dropout=0.1, batch_first=True)
+        self.mlp = nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim), nn.Dropout(0.1))
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor, mask: Tensor | None, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        attended, _ = self.attend(x, x, x, key_padding_mask=mask, need_weights=False)
+        return self.norm(x + attended + self.mlp(x) * state["gate"]), {"gate": state["gate"] + x.mean()}
+
+
+class Handmade(nn.Module):
+    """Branches on shapes and values, loops over lists, passes a dict on, and owns parameters outside its layers."""
+
+    def __init__(self, tie: bool = False) -> None:
+        super().__init__()
+        self.max = 12
+        self.embed = nn.Embedding(20, 8)
+        self.position = nn.Parameter(torch.randn(12, 8))
+        self.blocks = nn.ModuleList(Block() for _ in range(4))
+        self.drops = nn.ModuleList(nn.Dropout(0.1) for _ in range(4))
+        self.register_buffer("scales", torch.tensor([1.0, 0.5, 2.0, 1.5]))
+        self.gain = nn.Parameter(torch.randn(8))
+        self.head = nn.Linear(8, 20)
+        if tie:
+            self.head.weight = self.embed.weight
+
+    def forward(self, ids: Tensor, *, pad: int | None = None, labels: Tensor | None = None) -> dict[str, Tensor]:
+        if ids.shape[1] > self.max:
+            raise ValueError(f"{ids.shape[1]} tokens are more than {self.max}")
+        mask = ids == pad if pad is not None and bool((ids == pad).any()) else None
+        x = self.embed(ids) + self.position[: ids.shape[1]]
+        state = {"gate": torch.ones_like(x[..., :1])}
+        for block, drop, scale in zip(self.blocks, self.drops, self.scales, strict=True):
+            x, state = block(drop(x) * scale, mask, state)
+        logits = self.head(x * self.gain)
+        output = {"logits": logits}
+        if labels is not None:
+            output["loss"] = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        return output
+
+
+class Translator(nn.Module):
+    """``nn.Transformer`` with masks, which decides by itself whether it needs them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.source, self.target = nn.Embedding(20, 8), nn.Embedding(20, 8)
+        self.transformer = nn.Transformer(8, 2, 2, 3, 16, batch_first=True)
+        self.head = nn.Linear(8, 20)
+
+    def forward(self, source: Tensor, target: Tensor) -> Tensor:
+        pad = source == 0
+        causal = self.transformer.generate_square_subsequent_mask(target.shape[1], dtype=self.head.weight.dtype)
+        x = self.transformer(
+            self.source(source),
+            self.target(target),
+            tgt_mask=causal,
+            src_key_padding_mask=pad if bool(pad.any()) else None,
+            memory_key_padding_mask=pad if bool(pad.any()) else None,
+        )
+        return self.head(x)  # type: ignore[no-any-return]
+
+
+class Encoder(nn.Module):
+    """``nn.TransformerEncoder``, with a fast path for padded batches in evaluation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(20, 8)
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 4)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        pad = ids == 0
+        x = self.encoder(self.embed(ids), src_key_padding_mask=pad if bool(pad.any()) else None)
+        return self.head(x.masked_fill(pad[..., None], 0).mean(1))  # type: ignore[no-any-return]
+
+
+def batch_of_ids(batch: int, length: int, pad: int = 0) -> Tensor:
+    ids = torch.randint(1, 20, (batch, length), generator=torch.Generator().manual_seed(batch * length))
+    ids[0, -2:] = pad
+    return ids
+
+
+def with_mask(batch: int, length: int) -> dict[str, Tensor]:
+    ids = batch_of_ids(batch, length)
+    return {"input_ids": ids, "attention_mask": (ids != 0).long()}
+
+
+def language(batch: int, length: int) -> Call:
+    inputs = with_mask(batch, length)
+    return (), {**inputs, "labels": inputs["input_ids"]}
+
+
+def labelled(batch: int, length: int) -> Call:
+    return (), {**with_mask(batch, length), "labels": torch.arange(batch) % 2}
+
+
+def images(batch: int, length: int) -> Call:
+    pixels = torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(batch + length))
+    return (), {"pixel_values": pixels, "labels": torch.arange(batch) % 2}
+
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 20,
+    "hidden_size": 16,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": 32,
+    "tie_word_embeddings": False,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+VISION = {
+    name: SIZES[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+}
+
+
+def gpt2(**more: Any) -> nn.Module:
+    sizes = {"n_layer": 4, "n_embd": 16, "n_head": 2, "vocab_size": 20, "n_positions": 32}
+    config = transformers.GPT2Config(
+        **{**sizes, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False} | more
+    )
+    return transformers.GPT2LMHeadModel(config)
+
+
+def hugging_face(name: str, kind: str, **more: Any) -> Callable[[], nn.Module]:
+    config = getattr(transformers, f"{name}Config")
+    model = getattr(transformers, f"{name}{kind}")
+    return lambda: model(config(**more))
+
+
+BART = {
+    "dropout": 0.0,
+    "d_model": 16,
+    "encoder_layers": 3,
+    "decoder_layers": 3,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 32,
+    "decoder_ffn_dim": 32,
+}
+SMALL = {name: SIZES[name] for name in ("vocab_size", "pad_token_id", "tie_word_embeddings")}
+SPECIAL = {name: SIZES[name] for name in ("bos_token_id", "eos_token_id")}
+FAMILIES: dict[str, Family] = {
+    "handmade": Family(Handmade, lambda n, t: ((batch_of_ids(n, t),), {"pad": 0, "labels": batch_of_ids(n, t)}), 5),
+    "nn.Transformer": Family(Translator, lambda n, t: ((batch_of_ids(n, t), batch_of_ids(n, t - 1)), {}), 9),
+    "nn.TransformerEncoder": Family(Encoder, lambda n, t: ((batch_of_ids(n, t),), {}), 5),
+    "GPT-2": Family(gpt2, language, 7),
+    "BERT classifier": Family(hugging_face("Bert", "ForSequenceClassification", **SIZES), labelled, 6),
+    "BERT": Family(hugging_face("Bert", "Model", **SIZES), lambda n, t: ((), with_mask(n, t)), 5),
+    "RoBERTa classifier": Family(hugging_face("Roberta", "ForSequenceClassification", **SIZES), labelled, 5),
+    "DistilBERT classifier": Family(
+        hugging_face(
+            "DistilBert", "ForSequenceClassification", dim=16, n_layers=4, n_heads=2, hidden_dim=32, vocab_size=20
+        ),
+        labelled,
+        6,
+    ),
+    "Llama": Family(hugging_face("Llama", "ForCausalLM", **SIZES, num_key_value_heads=1), language, 6),
+    "Qwen3": Family(hugging_face("Qwen3", "ForCausalLM", **SIZES, num_key_value_heads=1, head_dim=8), language, 6),
+    "GPT-NeoX": Family(hugging_face("GPTNeoX", "ForCausalLM", **SIZES), language, 6),
+    "OPT": Family(
+        hugging_face("OPT", "ForCausalLM", **{**SIZES, "ffn_dim": 32, "word_embed_proj_dim": 16, "dropout": 0.1}),
+        language,
+        7,
+    ),
+    "T5 encoder": Family(
+        hugging_face("T5", "EncoderModel", vocab_size=20, d_model=16, d_kv=8, d_ff=32, num_layers=4, num_heads=2),
+        lambda n, t: ((), with_mask(n, t)),
+        5,
+    ),
+    "BART": Family(
+        hugging_face("Bart", "ForConditionalGeneration", **BART, **SMALL, **SPECIAL, max_position_embeddings=32),
+        language,
+        12,
+    ),
+    "ViT": Family(hugging_face("ViT", "ForImageClassification", **VISION, image_size=32, patch_size=8), images, 6),
+    "Swin": Family(
+        hugging_face(
+            "Swin",
+            "ForImageClassification",
+            image_size=32,
+            patch_size=4,
+            embed_dim=8,
+            depths=[2, 2],
+            num_heads=[2, 2],
+            window_size=4,
+        ),
+        images,
+        7,
+    ),
+    "ConvNeXt": Family(
+        hugging_face("ConvNext", "ForImageClassification", hidden_sizes=[8, 16], depths=[2, 2], num_stages=2),
+        images,
+        8,
+    ),
+    "ResNet": Family(
+        hugging_face(
+            "ResNet",
+            "ForImageClassification",
+            embedding_size=8,
+            hidden_sizes=[8, 16],
+            depths=[2, 2],
+            layer_type="basic",
+        ),
+        images,
+        8,
+    ),
+}
+
+
+def made(make: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return make().double().train()
+
+
+def doubled(call: Call) -> Call:
+    args, kwargs = map_tensors(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor, call)
+    return args, kwargs
+
+
+@contextmanager
+def without_fast_path() -> Iterator[None]:
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def sent(value: Any) -> Any:
+    """A value as it arrives in another process, cut off from the graph."""
+    packed = pack(value, snapshot=True)
+    return unpack(describe(packed.meta), packed.payload)
+
+
+def cuts_of(chain: ReplayedChain, num_stages: int) -> list[tuple[int, ...]]:
+    allowed = [position for position in range(1, len(chain)) if position not in forbidden_cuts(chain)]
+    return list(combinations(allowed, num_stages - 1))
+
+
+def segments_of(chain: ReplayedChain, cut: Sequence[int]) -> list[nn.Module]:
+    return [chain.segment(start, stop) for start, stop in pairwise([0, *cut, len(chain)])]
+
+
+def run_parts(chain: ReplayedChain, cut: Sequence[int], call: Call) -> Any:
+    first, *others = segments_of(chain, cut)
+    value = first(*call[0], **call[1])
+    for segment in others:
+        value = segment(value)
+    return value
+
+
+def loss_of(output: Any) -> Tensor:
+    if getattr(output, "loss", None) is not None:
+        output = output.loss
+    tensors = [tensor for tensor in tensors_of(output) if tensor.is_floating_point()]
+    return sum((tensor.sin().sum() for tensor in tensors), torch.zeros(()))
+
+
+def grads_of(module: nn.Module) -> dict[str, Tensor | None]:
+    return {name: parameter.grad for name, parameter in module.named_parameters()}
+
+
+def assert_same(ours: Any, theirs: Any) -> None:
+    assert type(ours) is type(theirs)
+    ours, theirs = tensors_of(ours), tensors_of(theirs)
+    assert len(ours) == len(theirs) > 0
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def assert_same_step(chain: ReplayedChain, cut: Sequence[int], call: Call, ours: nn.Module, theirs: nn.Module) -> None:
+    """One forward and backward: the same output, and the same gradients."""
+    ours.zero_grad()
+    theirs.zero_grad()
+    torch.manual_seed(1)
+    expected = theirs(*call[0], **call[1])
+    torch.manual_seed(1)
+    output = run_parts(chain, cut, call)
+    assert_same(output, expected)
+    loss_of(expected).backward()
+    loss_of(output).backward()
+    grads, expected_grads = grads_of(ours), grads_of(theirs)
+    assert [name for name, grad in grads.items() if grad is None] == [n for n, g in expected_grads.items() if g is None]
+    assert_same(list(grads.values()), list(expected_grads.values()))
+    assert any(grad is not None and grad.abs().max() > 0 for grad in grads.values())
+
+
+# ---- equal to the uncut network
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_cut_network_is_the_uncut_network(name: str) -> None:
+    if name == "OPT" and BEFORE_5_23:
+        pytest.skip("this version draws a random number for each layer, even where none is dropped")
+    family = FAMILIES[name]
+    ours = made(family.make)
+    theirs = copy.deepcopy(ours)
+    if hasattr(theirs, "config"):
+        # Caches of keys and values are not filled.
+        theirs.config.use_cache = False
+    names = list(ours.state_dict())
+    call = doubled(family.call(3, 6))
+    chain = ReplayedChain(ours, "net", call)
+    assert len(cuts_of(chain, 2)) == family.cuts
+    for num_stages in (2, 3, 4):
+        some = cuts_of(chain, num_stages)
+        for cut in some[:: max(1, len(some) // 6)]:
+            assert_same_step(chain, cut, call, ours, theirs)
+    everywhere = [position for (position,) in cuts_of(chain, 2)]
+    for batch, length in ((3, 6), (2, 9)):
+        assert_same_step(chain, everywhere, doubled(family.call(batch, length)), ours, theirs)
+    ours.eval()
+    theirs.eval()
+    with torch.no_grad():
+        args, kwargs = doubled(family.call(2, 7))
+        with without_fast_path():
+            expected = theirs(*args, **kwargs)
+        assert_same(run_parts(chain, everywhere, (args, kwargs)), expected)
+    held = [key for segment in segments_of(chain, everywhere) for key in segment.state_dict()]
+    parts = segments_of(chain, everywhere)
+    assert {id(p) for part in parts for p in part.parameters()} == {id(p) for p in ours.parameters()}
+    assert len(held) == len(set(held))
+    assert set(held) <= {f"net.{key}" for key in names}
+    assert list(ours.state_dict()) == names
+
+
+@pytest.mark.parametrize("name", ["handmade", "nn.Transformer", "GPT-2", "BERT classifier", "BART"])
+def test_delayed_stages_give_the_gradients_of_their_forward(name: str) -> None:
+    family = FAMILIES[name]
+    network = made(family.make)
+    # Random draws are seeded for each stage, so that there is nothing to compare them with.
+    for module in network.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(module, nn.MultiheadAttention):
+            module.dropout = 0.0
+    calls = [doubled(family.call(2, length)) for length in (6, 5, 7, 6, 8)]
+    chain = ReplayedChain(network, "net", calls[0])
+    cut = cuts_of(chain, 3)[len(cuts_of(chain, 3)) // 2]
+    stages = [Stage(segment, 2 - index) for index, segment in enumerate(segments_of(chain, cut))]
+    snapshots: list[nn.Module] = []
+    losses: list[Tensor] = []
+    inboxes: list[deque[Any]] = [deque(), deque(), deque()]
+    compared = 0
+    for step in range(len(calls) + 2):
+        if step < len(calls):
+            snapshots.append(copy.deepcopy(network))
+            value = stages[0].forward(*calls[step][0], received=False, **calls[step][1])
+            for stage in stages[1:]:
+                value = stage.forward(sent(value), received=True)
+            losses.append(loss_of(value))
+        for index, stage in enumerate(stages):
+            batch = step - stage.delay
+            if not 0 <= batch < len(calls):
+                continue
+            network.zero_grad()
+            if stage.delay == 0:
+                losses[batch].backward()
+                inboxes[index - 1].append(stage.backward_done())
+            elif index:
+                inboxes[index - 1].append(stage.backward(inboxes[index].popleft()))
+            else:
+                stage.backward(inboxes[index].popleft())
+            reference = snapshots[batch]
+            reference.zero_grad()
+            loss_of(reference(*calls[batch][0], **calls[batch][1])).backward()
+            expected = {f"net.{name}": grad for name, grad in grads_of(reference).items()}
+            for name, grad in grads_of(stage.module).items():
+                assert (grad is None) == (expected[name] is None)
+                if grad is not None:
+                    assert_same(grad, expected[name])
+                    compared += 1
+        for stage in stages:
+            stage.stash()
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter.add_(0.01 * torch.randn_like(parameter))
+    assert compared == len(calls) * sum(grad is not None for grad in grads_of(snapshots[0]).values())
+
+
+def test_it_runs_inside_the_seam_and_in_mixed_precision() -> None:
+    network = made(Handmade).float()
+    call = FAMILIES["handmade"].call(2, 6)
+    chain = ReplayedChain(network, "net", call)
+    seam = Seam(network, {})
+    network.eval()
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        with seam.handled_by(lambda args, kwargs: run_parts(chain, [2, 4], (args, kwargs))):
+            ours = network(*call[0], **call[1])
+        assert seam.calls == 1
+        with without_fast_path():
+            assert_same(ours, network(*call[0], **call[1]))
+    seam.remove()
+
+
+@pytest.mark.parametrize("name", ["handmade", "GPT-2", "ViT", "nn.TransformerEncoder"])
+def test_evaluation_in_inference_mode(name: str) -> None:
+    network = made(FAMILIES[name].make).eval()
+    call = doubled(FAMILIES[name].call(2, 6))
+    chain = ReplayedChain(network, "net", call)
+    if hasattr(network, "config"):
+        network.config.use_cache = False
+    with torch.inference_mode(), without_fast_path():
+        assert_same(run_parts(chain, range(1, len(chain)), call), network(*call[0], **call[1]))
+
+
+def test_the_root_itself_can_be_the_network_and_is_never_copied() -> None:
+    class Trainer:
+        def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+            raise AssertionError("a copy of the trainer")
+
+    class Root(Handmade):
+        def __init__(self) -> None:
+            super().__init__()
+            self.trainer = Trainer()
+
+    root = made(Root)
+    call = FAMILIES["handmade"].call(2, 6)
+    chain = ReplayedChain(root, "", call)
+    assert chain.names == ["embed", "blocks.0", "blocks.1", "blocks.2", "blocks.3", "head"]
+    # The glue before the head is the stage of the block before it.
+    assert "position" in dict(chain.segment(0, 1).named_parameters())
+    assert "gain" in dict(chain.segment(4, 5).named_parameters())
+    segment = chain.segment(4, 6)
+    copied = copy.deepcopy(segment)
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.zero_()
+    root.eval()
+    given = chain.segment(0, 4)(*call[0], **call[1])
+    assert not copied(given)["logits"].any()
+    assert segment(given)["logits"].any()
+    assert root.gain.any()
+
+
+# ---- what crosses, and what it costs
+
+
+def test_only_what_the_next_stage_cannot_compute_crosses() -> None:
+    network = made(gpt2)
+    call = language(3, 6)
+    value = ReplayedChain(network, "net", call).segment(0, 3)(**call[1])
+    (hidden,) = [tensor for tensor in value.arguments if tensor is not None]
+    assert hidden.shape == (3, 6, 16)
+    assert {tensor.dtype for tensor in tensors_of(value)} == {torch.float64, torch.int64}
+    vision = FAMILIES["ViT"]
+    call = doubled(vision.call(2, 0))
+    chain = ReplayedChain(made(vision.make), "net", call)
+    shapes = [tuple(tensor.shape) for tensor in tensors_of(chain.segment(0, 2)(**call[1]))]
+    assert shapes == [(2,), (2, 17, 16)]
+    # Called in another way, all that may be needed crosses.
+    value = chain.segment(0, 2)(pixel_values=call[1]["pixel_values"], interpolate_pos_encoding=True)
+    assert [tuple(tensor.shape) for tensor in tensors_of(value)] == [(2, 3, 32, 32), (2, 17, 16)]
+
+
+def test_gradients_cross_only_with_what_was_computed() -> None:
+    call = doubled(FAMILIES["ViT"].call(2, 0))
+    call[1]["pixel_values"].requires_grad_()
+    value = ReplayedChain(made(FAMILIES["ViT"].make), "net").segment(0, 2)(**call[1])
+    assert [tensor.requires_grad for tensor in tensors_of(value)] == [False, False, True]
+
+
+def test_each_layer_can_be_costed_by_itself() -> None:
+    network = made(gpt2)
+    call = language(3, 6)
+    chain = ReplayedChain(network, "net", call)
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+        chain.segment(0, len(chain))(**call[1]).loss.backward()
+    assert sum(flop_costs(chain, *call)) - len(chain) == counter.get_total_flops()
+
+
+def test_what_cannot_begin_a_stage_belongs_to_the_layer_before() -> None:
+    network = made(Skips)
+    x = torch.randn(2, 4, dtype=torch.float64)
+    chain = ReplayedChain(network, "net", ((x,), {}))
+    assert chain.names == ["net.blocks.0", "net.last"]
+    assert chain.modules(0, 1) == list(network.blocks)  # type: ignore[arg-type]
+    assert list(chain.segment(1, 2).state_dict()) == ["net.last.weight", "net.last.bias"]
+    assert len(flop_costs(chain, (x,), {})) == 2
+    with pytest.raises(ValueError, match="Layers that can: 'net.last'"):
+        cut_at(chain, ["net.blocks.2"], 2)  # type: ignore[arg-type]
+
+
+def test_ties_are_found() -> None:
+    chain = ReplayedChain(made(lambda: Handmade(tie=True)), "net", FAMILIES["handmade"].call(2, 5))
+    assert set(forbidden_cuts(chain)) == set(range(1, 6))
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 0), (2, 1), (-1, 2), (0, 7)])
+def test_positions_outside_the_chain_are_refused(start: int, stop: int) -> None:
+    with pytest.raises(ValueError, match=f"from position {start} to {stop}: the chain has 6 layers"):
+        ReplayedChain(made(Handmade), "net").segment(start, stop)
+
+
+def test_the_shape_of_the_output_can_be_had_without_values_where_no_code_asks_for_them() -> None:
+    network = made(Handmade)
+    call = (batch_of_ids(2, 5),), {}
+    chain = ReplayedChain(network, "net", call)
+    make = placeholder_maker(chain.segment(3, 6))
+    output = make(chain.segment(0, 3)(*call[0]))
+    assert output["logits"].shape == (2, 5, 20)
+    call = FAMILIES["handmade"].call(2, 5)
+    with pytest.raises(RuntimeError, match="do not run on the meta device"):
+        make(chain.segment(0, 3)(*call[0], **call[1]))
+
+
+# ---- nothing is left behind
+
+
+def state_of(network: nn.Module) -> list[Any]:
+    tables = [(vars(module).get("_compiled_call_impl"), module.training) for module in network.modules()]
+    tensors = [(name, id(value)) for name, value in (*network.named_parameters(), *network.named_buffers())]
+    values = [value.detach().clone() for value in network.state_dict().values()]
+    return [tables, tensors, [value.tolist() for value in values], torch.get_rng_state().tolist()]
+
+
+@pytest.mark.parametrize("name", ["handmade", "ResNet", "GPT-2"])
+def test_the_survey_leaves_everything_as_it_was(name: str) -> None:
+    network = made(FAMILIES[name].make)
+    network.eval()
+    next(network.children()).train()
+    call = doubled(FAMILIES[name].call(2, 5))
+    copied = copy.deepcopy(call)
+    before = state_of(network)
+    ReplayedChain(network, "net", call)
+    assert state_of(network) == before
+    assert_same(call, copied)
+
+
+def test_a_failed_run_leaves_everything_as_it_was() -> None:
+    network = made(Handmade)
+    chain = ReplayedChain(network, "net", FAMILIES["handmade"].call(2, 5))
+    before = state_of(network)
+    with pytest.raises(ValueError, match="13 tokens are more than 12"):
+        chain.segment(0, 2)(batch_of_ids(2, 13))
+    assert state_of(network) == before
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_hooks_fire_for_the_layers_that_run_and_no_others() -> None:
+    network = made(Handmade)
+    call = FAMILIES["handmade"].call(2, 5)
+    chain = ReplayedChain(network, "net", call)
+    fired: list[str] = []
+    for name, module in network.named_modules():
+        module.register_forward_hook(lambda *_, name=name: fired.append(name))
+        module.register_forward_pre_hook(lambda *_, name=name: fired.append(name))
+    value = chain.segment(0, 2)(*call[0], **call[1])
+    assert {name for name in fired if name.count(".") < 2} == {"embed", "blocks.0", "drops.0", "drops.1"}
+    fired.clear()
+    chain.segment(2, 6)(value)
+    assert {"embed", "blocks.0"}.isdisjoint(fired)
+    assert {"blocks.1", "blocks.2", "blocks.3", "head"} <= set(fired)
+
+
+def test_a_module_calls_what_is_put_in_its_calls_place() -> None:
+    """The one private name this rests on; ``nn.Module.compile`` uses it."""
+    module = nn.Linear(2, 2)
+    module.register_forward_hook(lambda *_: pytest.fail("a hook fired"))
+    module._compiled_call_impl = lambda *args, **kwargs: (args, kwargs)
+    assert module(1, a=2) == ((1,), {"a": 2})
+
+
+# ---- activation checkpointing
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad", "ignore:.*gradient_checkpointing_enable")
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_layers(reentrant: bool) -> None:
+    ours = made(gpt2)
+    theirs = copy.deepcopy(ours)
+    ours.gradient_checkpointing_enable({"use_reentrant": reentrant})  # type: ignore[operator]
+    call = language(3, 6)
+    chain = ReplayedChain(ours, "net", call)
+    theirs.config.use_cache = False
+    if reentrant and BEFORE_5_23:
+        # The checkpoint is then around what a stage takes over, and no longer inside it.
+        with pytest.raises(RuntimeError, match="as a reentrant checkpoint does.*Use `use_reentrant=False`"):
+            assert_same_step(chain, [2, 4], call, ours, theirs)
+        return
+    assert_same_step(chain, [2, 4], call, ours, theirs)
+
+
+class Checkpointed(nn.Module):
+    """Checkpoints its blocks, and code of its own with a parameter."""
+
+    def __init__(self, reentrant: bool = False) -> None:
+        super().__init__()
+        self.reentrant = reentrant
+        self.embed = nn.Linear(4, 4)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Dropout(0.2)) for _ in range(3))
+        self.gain = nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=self.reentrant)
+        return checkpoint(lambda h: (h * self.gain).sin(), x, use_reentrant=False)  # type: ignore[no-any-return]
+
+
+class CheckpointsItself(nn.Module):
+    """A block whose call checkpoints it, as in older versions of Hugging Face's library."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.dropout = nn.Linear(4, 4), nn.Dropout(0.2)
+        self.depth = self.deepest = 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.depth += 1
+        self.deepest = max(self.deepest, self.depth)
+        try:
+            return checkpoint(partial(super().__call__, **kwargs), *args, use_reentrant=False)
+        finally:
+            self.depth -= 1
+
+    def forward(self, x: Tensor, gain: float) -> Tensor:
+        return self.dropout(self.linear(x).tanh()) * gain  # type: ignore[no-any-return]
+
+
+class CheckpointingBlocks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(CheckpointsItself() for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x, gain=2.0)
+        return x
+
+
+def test_a_layer_that_checkpoints_itself_does_so_once() -> None:
+    ours = made(CheckpointingBlocks)
+    theirs = copy.deepcopy(ours)
+    call = (torch.randn(2, 4, dtype=torch.float64),), {}
+    chain = ReplayedChain(ours, "net", call)
+    assert_same_step(chain, [1, 3], call, ours, theirs)
+    assert [block.deepest for block in ours.blocks] == [1] * 4
+
+
+def test_checkpoints_around_layers() -> None:
+    ours = made(Checkpointed)
+    call = (torch.randn(2, 4, dtype=torch.float64),), {}
+    chain = ReplayedChain(ours, "net", call)
+    assert_same_step(chain, [1, 2, 3], call, ours, copy.deepcopy(ours))
+
+
+def test_a_checkpoint_around_code_finds_the_stashed_weights() -> None:
+    network = made(Checkpointed)
+    x = torch.randn(2, 4, dtype=torch.float64)
+    chain = ReplayedChain(network, "net", ((x,), {}))
+    reference = copy.deepcopy(network).eval()
+    network.eval()
+    reference(x).sum().backward()
+    stage = Stage(chain.segment(0, 4), 1)
+    output = stage.forward(x, received=False)
+    stage.stash()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.mul_(2)
+    stage.backward([torch.ones_like(output)])
+    assert_same(list(grads_of(network).values()), list(grads_of(reference).values()))
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_a_gradient_that_a_reentrant_checkpoint_would_lose_is_refused() -> None:
+    network = made(lambda: Checkpointed(reentrant=True))
+    x = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
+    chain = ReplayedChain(network, "net", ((x,), {}))
+    first, second = chain.segment(0, 2), chain.segment(2, 4)
+    with pytest.raises(RuntimeError, match=r"calls 'blocks.1' with gradients switched off.*use_reentrant=False"):
+        second(first(x))
+    with torch.no_grad():
+        second(first(x))
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * 2
+
+
+class Residual(nn.Module):
+    """Applies an autograd function to what its second layer gets as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layers[0](x)
+        return self.layers[1](x) + Doubled.apply(x)  # type: ignore[no-any-return]
+
+
+def test_a_gradient_that_an_autograd_function_would_lose_is_refused() -> None:
+    network = made(Residual)
+    x = torch.randn(2, 4, dtype=torch.float64)
+    chain = ReplayedChain(network, "net", ((x,), {}))
+    output = chain.segment(1, 2)(chain.segment(0, 1)(x))
+    with pytest.raises(RuntimeError, match=r"'layers.1' to an autograd function .* no gradient can be sent"):
+        output.sum().backward()
+
+
+# ---- what cannot be cut
+
+
+class Skips(nn.Module):
+    """Uses a value of the first block after the third."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(4))
+        self.last = nn.Linear(4, 4)
+        self.mode = "skip"
+
+    def forward(self, x: Tensor) -> Any:
+        kept = x
+        for index, block in enumerate(self.blocks):
+            x = block(x)
+            if index == 0:
+                kept = x if self.mode == "output" else x.tanh()
+            if self.mode == "values" and index == 1 and bool((x > 100).any()):
+                return x
+            if self.mode == "list" and index == 1 and max(x[0].tolist()) > 100:
+                return x
+        if self.mode == "late":
+            return self.last(x), kept
+        if self.mode == "inside":
+            return self.last(x) * self.blocks[0].weight.sum()
+        if self.mode == "again":
+            return self.last(self.blocks[0](x))
+        if self.mode == "output":
+            return self.last(x) * kept, kept
+        return self.last(x + kept if self.mode == "skip" else x)
+
+
+REASONS = {
+    "skip": ({"blocks.1", "blocks.2", "blocks.3"}, "what was computed from an output of 'blocks.0' is used later, by"),
+    "late": (
+        {"blocks.1", "blocks.2", "blocks.3", "last"},
+        "an output of 'blocks.0' is used later, by the network's output",
+    ),
+    "values": ({"blocks.2", "blocks.3", "last"}, r"reads the values of an output of 'blocks.1'"),
+    "inside": (
+        {"blocks.1", "blocks.2", "blocks.3", "last"},
+        "the parameter 'weight' of a Linear is used on both sides",
+    ),
+    "again": ({"blocks.1", "blocks.2", "blocks.3"}, "'blocks.0' is called on both sides"),
+}
+MESSAGES = {
+    "skip": r"in .*'last'.* shape \(2, 4\) comes from an output of 'blocks.0', .* no argument of 'blocks.2'",
+    "late": r"in its output, a tensor of shape \(2, 4\) comes from an output of 'blocks.0'",
+    "values": r"goes on by the values of an output of 'blocks.1' .* not in the stage of 'blocks.2'",
+    "list": r"goes on by the values of an output of 'blocks.1' \(tolist\)",
+    "inside": r"in its output, .* comes from the parameter 'blocks.0.weight'",
+    "again": r"calls 'blocks.0' again after 'blocks.2'",
+}
+
+
+@pytest.mark.parametrize("mode", REASONS)
+def test_what_cannot_be_cut_off_is_found_and_named(mode: str) -> None:
+    network = made(Skips)
+    network.mode = mode
+    x = torch.randn(2, 4, dtype=torch.float64)
+    chain = ReplayedChain(network, "", ((x,), {}))
+    names, reason = REASONS[mode]
+    assert set(chain.forbidden) == names
+    assert names.isdisjoint(chain.names)
+    assert all(re.search(reason, text) for text in chain.forbidden.values())
+    # Without an example it is said when it is met, with the remedy.
+    blind = ReplayedChain(network, "")
+    value = blind.segment(0, 2)(x)
+    with pytest.raises(RuntimeError, match=MESSAGES[mode]) as caught:
+        blind.segment(2, 5)(value)
+    assert "split_points" in str(caught.value)
+    assert "configure_stages()" in str(caught.value)
+
+
+def test_an_output_of_a_layer_may_skip_over_stages() -> None:
+    network = made(Skips)
+    network.mode = "output"
+    x = torch.randn(2, 4, dtype=torch.float64)
+    chain = ReplayedChain(network, "", ((x,), {}))
+    assert not chain.forbidden
+    assert_same_step(chain, [1, 2, 3, 4], ((x,), {}), network, copy.deepcopy(network))
+    assert_same_step(chain, [2, 3], ((x,), {}), network, copy.deepcopy(network))
+    # Where it is an argument, it crosses once.
+    sizes = [len(tensors_of(chain.segment(0, stop)(x))) for stop in (1, 2)]
+    assert sizes == [1, 2]
+
+
+class Twists(nn.Module):
+    """Does with its input what a tensor that is followed does not bear; ``fail`` makes it fail at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        self.fail = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if type(x) is not Tensor or self.fail:
+            raise TypeError("not my kind of tensor")
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_an_input_that_cannot_be_followed_is_always_sent() -> None:
+    network = made(Twists)
+    x = torch.randn(2, 4, dtype=torch.float64)
+    chain = ReplayedChain(network, "net", ((x,), {}))
+    assert_same_step(chain, [1, 2], ((x,), {}), network, copy.deepcopy(network))
+    network.fail = True
+    with pytest.raises(RuntimeError, match=r"Twists failed .*TypeError: not my kind of tensor.*configure_stages"):
+        ReplayedChain(network, "net", ((x,), {}))
+
+
+class Wanders(nn.Module):
+    """Calls its layers as an attribute says."""
+
+    def __init__(self, order: Sequence[int] = (0, 1, 2)) -> None:
+        super().__init__()
+        self.order = list(order)
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for index in self.order:
+            x = self.layers[index](x)
+        return x
+
+
+def test_the_order_is_that_of_the_calls() -> None:
+    network = made(lambda: Wanders([2, 0, 1]))
+    x = torch.randn(2, 4, dtype=torch.float64)
+    chain = ReplayedChain(network, "net", ((x,), {}))
+    assert chain.names == ["net.layers.2", "net.layers.0", "net.layers.1"]
+    assert_same_step(chain, [1, 2], ((x,), {}), network, copy.deepcopy(network))
+
+
+def test_stages_that_take_different_ways_are_refused() -> None:
+    network = made(Wanders)
+    x = torch.randn(2, 4, dtype=torch.float64)
+    chain = ReplayedChain(network, "net", ((x,), {}))
+    value = chain.segment(0, 2)(x)
+    network.order = [1, 0, 2]
+    with pytest.raises(RuntimeError, match=r"another way in the stage of 'layers.2' .* 'layers.1'.*split_points"):
+        chain.segment(2, 3)(value)
+    network.order = [0]
+    with pytest.raises(RuntimeError, match="did not call 'layers.1' this time"):
+        chain.segment(0, 1)(x)
+    value = chain.segment(0, 1)
+    network.order = [0, 1, 2]
+    value = chain.segment(0, 1)(x)
+    network.order = [0]
+    with pytest.raises(RuntimeError, match="did not call 'layers.1' this time"):
+        chain.segment(1, 3)(value)
+
+
+def test_layers_that_are_not_called_belong_to_the_last_stage() -> None:
+    network = made(lambda: Wanders([0, 2]))
+    chain = ReplayedChain(network, "net", ((torch.randn(2, 4, dtype=torch.float64),), {}))
+    assert chain.names == ["net.layers.0", "net.layers.2"]
+    assert "net.layers.1.weight" in chain.segment(1, 2).state_dict()
+
+
+def test_a_network_that_calls_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"Wanders calls no module with parameters.*configure_stages"):
+        ReplayedChain(made(lambda: Wanders([])), "net", ((torch.randn(2, 4),), {}))
+
+
+class Writes(Wanders):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.mul_(2))
+
+
+def test_an_argument_changed_in_place_is_refused() -> None:
+    network = made(Writes)
+    segment = ReplayedChain(network, "net").segment(0, 2)
+    with pytest.raises(RuntimeError, match="Writes changes one of its arguments in place, .* on a copy"):
+        segment(torch.randn(2, 4, dtype=torch.float64))
+
+
+class Unsqueezes(Wanders):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layers[0](x)
+        x.unsqueeze_(0)
+        return self.layers[1](x)  # type: ignore[no-any-return]
+
+
+def test_a_shape_changed_in_place_is_refused() -> None:
+    network = made(Unsqueezes)
+    chain = ReplayedChain(network, "net")
+    value = chain.segment(0, 1)(torch.randn(2, 4, dtype=torch.float64))
+    with pytest.raises(RuntimeError, match=r"unsqueeze_.* changes the shape of an output of 'layers.0' in place"):
+        chain.segment(1, 3)(value)
+
+
+@pytest.mark.parametrize("name", ["use_cache", "output_hidden_states", "output_attentions"])
+def test_what_hugging_face_collects_from_all_layers_is_refused(name: str) -> None:
+    network = made(gpt2)
+    call = language(2, 5)
+    segment = ReplayedChain(network, "net", call).segment(0, 2)
+    with pytest.raises(ValueError, match=rf"{name}=True asks GPT2LMHeadModel .* set {name}=False"):
+        segment(**call[1], **{name: True})
+
+
+def test_a_config_that_collects_from_all_layers_is_refused() -> None:
+    with pytest.raises(ValueError, match="output_hidden_states=True"):
+        ReplayedChain(made(lambda: gpt2(output_hidden_states=True)), "net", language(2, 5))
+    network = made(gpt2)
+    ReplayedChain(network, "net", language(2, 5)).segment(0, 2)(**language(2, 5)[1])
+    assert network.config.use_cache is True

@@ -1,0 +1,170 @@
+"""Tests of ``predict.py``: the schedule on paper against its rule, its closed form, and figures worked out by hand."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lightning_ddg.planning.simulate import Event, Prediction, predict, simulate
+
+NONE: list[float] = []
+
+
+def of(events: list[Event], stage: int, *kinds: str) -> list[Event]:
+    return [event for event in events if event.stage == stage and (not kinds or event.kind in kinds)]
+
+
+def settled(
+    forward: list[float], backward: list[float], send: list[float], send_grad: list[float], batches: int = 400
+) -> float:
+    """Seconds per batch of the simulation, over the second half of its forwards of the last stage."""
+    starts = [event.start for event in of(simulate(forward, backward, send, send_grad, batches), len(forward), "F")]
+    half = batches // 2
+    return (starts[-1] - starts[-1 - half]) / half
+
+
+def test_two_equal_stages_by_hand() -> None:
+    events = simulate([1.0, 1.0], [2.0, 2.0], [0.0], [0.0], 3)
+    assert [event[1:] for event in of(events, 1)] == [
+        ("F", 0, 0.0, 1.0),
+        ("F", 1, 1.0, 2.0),
+        ("idle", 0, 2.0, 4.0),
+        ("B", 0, 4.0, 6.0),
+        ("F", 2, 6.0, 7.0),
+        ("B", 1, 7.0, 9.0),
+        ("idle", 2, 9.0, 10.0),
+        ("B", 2, 10.0, 12.0),
+    ]
+    assert [event[1:] for event in of(events, 2)] == [
+        ("idle", 0, 0.0, 1.0),
+        ("F", 0, 1.0, 2.0),
+        ("B", 0, 2.0, 4.0),
+        ("F", 1, 4.0, 5.0),
+        ("B", 1, 5.0, 7.0),
+        ("F", 2, 7.0, 8.0),
+        ("B", 2, 8.0, 10.0),
+    ]
+
+
+def test_one_stage_is_backpropagation() -> None:
+    assert [event[1:] for event in simulate([1.0], [2.0], NONE, NONE, 2)] == [
+        ("F", 0, 0.0, 1.0),
+        ("B", 0, 1.0, 3.0),
+        ("F", 1, 3.0, 4.0),
+        ("B", 1, 4.0, 6.0),
+    ]
+    assert predict([1.0], [2.0], NONE, NONE) == Prediction(3.0, [1.0], 1, 1, "stage 1")
+
+
+@pytest.mark.parametrize("num_stages", [2, 4, 8])
+def test_equal_stages_train_a_batch_in_the_time_of_one(num_stages: int) -> None:
+    """The table of the design: f + b whatever K, where backprop takes K (f + b)."""
+    times = [1.0] * num_stages, [2.0] * num_stages, [0.0] * (num_stages - 1), [0.0] * (num_stages - 1)
+    assert predict(*times).period == 3.0
+    assert predict(*times).busy == [1.0] * num_stages
+    assert settled(*times) == pytest.approx(3.0)
+
+
+def test_the_slowest_stage_sets_the_period() -> None:
+    got = predict([1.0, 3.0, 1.0], [2.0, 4.0, 1.5], [0.5, 0.5], [0.5, 0.5])
+    assert (got.period, got.first, got.last, got.reason) == (7.0, 2, 2, "stage 2")
+    assert got.busy == pytest.approx([3 / 7, 1.0, 2.5 / 7])
+    assert sum(got.busy) == pytest.approx(12.5 / 7)
+
+
+def test_a_message_that_does_not_hide() -> None:
+    """K equal stages and messages of c: f + b + 2 c (K - 1) / K."""
+    got = predict([1.0] * 4, [2.0] * 4, [0.3] * 3, [0.3] * 3)
+    assert got.period == pytest.approx(3 + 2 * 0.3 * 3 / 4)
+    assert (got.first, got.last, got.reason) == (1, 4, "the messages between stages 1 to 4")
+
+
+def test_a_link_that_is_slower_than_all_stages() -> None:
+    for at, what in enumerate(("activations", "gradients")):
+        links = [[0.0, 0.0], [0.0, 0.0]]
+        links[at][1] = 9.0
+        got = predict([1.0] * 3, [1.0] * 3, *links)
+        assert (got.period, got.reason) == (9.0, f"the {what} between stages 2 and 3")
+        assert settled([1.0] * 3, [1.0] * 3, *links) == pytest.approx(9.0)
+
+
+def draw(seed: int) -> tuple[list[float], list[float], list[float], list[float]]:
+    generator = random.Random(seed)
+    num_stages = generator.randint(1, 6)
+    longest = generator.choice([0.0, 0.2, 2.0, 10.0])
+    work = [[generator.uniform(0.1, 2.0) for _ in range(num_stages)] for _ in range(2)]
+    links = [[generator.uniform(0.0, longest) for _ in range(num_stages - 1)] for _ in range(2)]
+    return work[0], work[1], links[0], links[1]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_the_closed_form_is_what_the_simulation_settles_into(seed: int) -> None:
+    times = draw(seed)
+    # Two circuits that are almost equally slow settle late: what is left of it falls with the number of batches.
+    assert predict(*times).period == pytest.approx(settled(*times, batches=1000), rel=0.01)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_every_stage_follows_its_program_and_waits_for_its_messages_alone(seed: int) -> None:
+    forward, backward, send, send_grad = draw(seed)
+    num_stages, batches = len(forward), 9
+    events = simulate(forward, backward, send, send_grad, batches)
+    ended = {(event.stage, event.kind, event.batch): event.end for event in events}
+    for stage in range(1, num_stages + 1):
+        lag = num_stages - stage
+        work = of(events, stage, "F", "B")
+        program = [(kind, t if kind == "F" else t - lag) for t in range(batches + lag) for kind in "FB"]
+        assert [(event.kind, event.batch) for event in work] == [(k, t) for k, t in program if 0 <= t < batches]
+        free = 0.0
+        for event in work:
+            assert event.end - event.start == pytest.approx((forward if event.kind == "F" else backward)[stage - 1])
+            if event.kind == "F" and stage > 1:
+                arrived = ended[stage - 1, "F", event.batch] + send[stage - 2]
+            elif event.kind == "B" and stage < num_stages:
+                arrived = ended[stage + 1, "B", event.batch] + send_grad[stage - 1]
+            else:
+                arrived = 0.0
+            assert event.start >= max(free, arrived) - 1e-9
+            # Later only where the link was busy with the message before, which only a slow link is.
+            if not max([0.0, *send, *send_grad]) > 0.2:
+                assert event.start == pytest.approx(max(free, arrived))
+            free = event.end
+        row = of(events, stage)
+        assert all(after.start == before.end for before, after in zip(row, row[1:], strict=False)), "no gap is unsaid"
+
+
+BAD: dict[str, tuple[Callable[[], object], str]] = {
+    "no stage": (lambda: simulate([], [], [], [], 1), r"forward=\[\]: a schedule needs the seconds of 1 stage or more"),
+    "backward": (lambda: predict([1.0, 1.0], [1.0], [0.0], [0.0]), "backward has 1 entries, but 2 stages need 2"),
+    "send": (lambda: predict([1.0, 1.0], [1.0, 1.0], [], [0.0]), "send has 0 entries.*need 1: give one for each link"),
+    "negative": (lambda: simulate([1.0, -1.0], [1.0, 1.0], [0.0], [0.0], 1), "forward holds -1.0"),
+    "nan": (lambda: predict([1.0, 1.0], [1.0, 1.0], [float("nan")], [0.0]), "send holds nan: a time must be finite"),
+    "no batch": (lambda: simulate([1.0], [1.0], NONE, NONE, 0), "num_batches=0: a schedule needs 1 batch or more"),
+    "no time": (lambda: predict([0.0], [0.0], NONE, NONE), "No stage takes any time.*measure the stages first"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_has_no_meaning_is_refused(case: str) -> None:
+    function, message = BAD[case]
+    with pytest.raises(ValueError, match=message):
+        function()
+
+
+def test_it_needs_neither_torch_nor_lightning() -> None:
+    """Loaded as a file, as its package imports Lightning."""
+    code = (
+        "import importlib.util, sys, types\n"
+        "package = types.ModuleType('lightning_ddg'); package.__path__ = ['lightning_ddg']\n"
+        "sys.modules['lightning_ddg'] = package\n"
+        "import lightning_ddg.planning.simulate\n"
+        "print(sorted({'torch', 'lightning', 'numpy', 'matplotlib'} & set(sys.modules)))\n"
+    )
+    root = Path(__file__).parents[1]
+    ended = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60)
+    assert ended.stdout.strip() == "[]", ended.stderr

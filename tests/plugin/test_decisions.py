@@ -1,0 +1,116 @@
+"""Tests of ``decisions.py``: what rank 0 asks for is due after the same batch everywhere, once, in this run only."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightning_ddg.plugin.decisions import Decisions
+
+
+class Line:
+    """Stands for an execution: keeps what is announced."""
+
+    def __init__(self) -> None:
+        self.notices: list[Any] = []
+        self.announced: list[Any] = []
+
+    def announce(self, notice: Any) -> None:
+        self.announced.append(notice)
+
+    def asked(self) -> list[str]:
+        return []
+
+
+def decisions(num_stages: int = 3, leads: bool = True, **trainer: Any) -> tuple[Decisions, Any, Line]:
+    loop = SimpleNamespace(_skip_backward=False)
+    fake: Any = SimpleNamespace(**{"should_stop": False, "checkpoint_callbacks": [], "fit_loop": loop, **trainer})
+    line: Any = Line()
+    made = Decisions(fake, line, num_stages, leads)
+    made.begin()
+    return made, fake, line
+
+
+def test_a_stop_is_due_as_many_batches_later_as_there_are_stages() -> None:
+    made, trainer, line = decisions()
+    seen = []
+    for batch in range(10, 16):
+        made.due(batch)
+        if batch == 11:
+            trainer.should_stop = True
+        made.end_batch(batch)
+        seen.append(trainer.should_stop)
+    assert seen == [False, False, False, False, True, True]
+    assert line.announced == [(1, 14, ["stop"])], "asked for once"
+
+
+def test_another_rank_stops_when_told_and_not_when_it_wants_to() -> None:
+    made, trainer, line = decisions(leads=False)
+    trainer.should_stop = True
+    made.due(0)
+    made.end_batch(0)
+    assert not trainer.should_stop
+    line.notices.append((1, 2, ["stop"]))
+    for batch in (1, 2):
+        made.due(batch)
+        made.end_batch(batch)
+    assert trainer.should_stop
+    assert line.announced == []
+
+
+def test_without_gradients_to_carry_notices_a_stop_waits_for_the_end_of_the_epoch() -> None:
+    """As in stochastic weight averaging's last epoch."""
+    made, trainer, line = decisions(fit_loop=SimpleNamespace(_skip_backward=True))
+    trainer.should_stop = True
+    made.due(0)
+    made.end_batch(0)
+    assert line.announced == line.notices == []
+    assert made.wanted == {"stop"}
+
+
+def test_a_notice_of_an_earlier_run_is_void() -> None:
+    made, trainer, line = decisions(leads=False)
+    made.begin()
+    line.notices.append((1, 5, ["stop"]))
+    made.due(5)
+    made.end_batch(5)
+    assert not trainer.should_stop
+    assert line.notices == []
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_where_the_ranks_meet_a_stop_is_due_at_once(asked: bool) -> None:
+    made, trainer, _ = decisions()
+    trainer.should_stop = asked
+    made.due(0)
+    made.end_batch(0)
+    assert (made.wanted == {"stop"}) == asked
+    assert not trainer.should_stop
+    made.meet(made.wanted)
+    assert trainer.should_stop == asked
+    made.due(1)
+    made.end_batch(1)
+    assert trainer.should_stop == asked
+
+
+def test_a_timed_checkpoint_saves_when_it_is_due_and_at_no_other_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    from datetime import timedelta
+
+    saved: list[int] = []
+    monkeypatch.setattr(ModelCheckpoint, "on_train_batch_end", lambda self, batch: saved.append(batch))
+    checkpoint = ModelCheckpoint(train_time_interval=timedelta(seconds=0))
+    other = ModelCheckpoint(every_n_train_steps=1)
+    made, _, line = decisions(2, checkpoint_callbacks=[other, checkpoint])
+    checkpoint._last_time_checked = 0.0
+    for batch in range(5):
+        made.due(batch)
+        checkpoint.on_train_batch_end(batch)  # type: ignore[call-arg, arg-type]
+        made.end_batch(batch)
+    assert saved == [2, 4]
+    assert [notice[1:] for notice in line.announced] == [(2, ["save 1"]), (4, ["save 1"]), (6, ["save 1"])]
+    made.restore()
+    checkpoint.on_train_batch_end(9)  # type: ignore[call-arg, arg-type]
+    assert saved == [2, 4, 9]

@@ -1,0 +1,346 @@
+"""Tests of ``cutting.py``: who decides where the network is cut, and that measuring leaves no trace."""
+
+from __future__ import annotations
+
+import copy
+import random
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.plugins.precision import Precision
+from torch import Tensor, nn
+
+from lightning_ddg.network.find import find_network
+from lightning_ddg.network.layers import Chain
+from lightning_ddg.network.profile import NotTheSame, Profile
+from lightning_ddg.plugin.data import SourceLoader
+from lightning_ddg.plugin.measure import Cut, Measured, copies_kept, decide_cut, measured_costs
+from tests.networks import Classifier, loader, state_of
+
+CPU = torch.device("cpu")
+
+
+def chain(*widths: int) -> Chain:
+    """Layers ``net.0, net.1, ...``; a layer of width w has w parameters."""
+    return Chain([(f"net.{number}", nn.Linear(width, 1, bias=False)) for number, width in enumerate(widths)])
+
+
+def unmeasured() -> list[float] | None:
+    raise AssertionError("nothing need be measured")
+
+
+def decide(
+    layers: Chain,
+    num_stages: int,
+    split_points: list[str] | None = None,
+    recorded: list[str] | None = None,
+    balance: str = "parameters",
+    measure: Callable[[], list[float] | None] = unmeasured,
+) -> Cut:
+    return decide_cut(layers, num_stages, split_points, recorded, balance, measure)
+
+
+def test_the_user_comes_first_then_an_earlier_run_then_the_balance() -> None:
+    layers = chain(1, 1, 1, 9)
+    assert decide(layers, 2, ["net.1"], ["net.2"], "time").starts == [1]
+    assert decide(layers, 2, None, ["net.2"], "time").starts == [2]
+    assert decide(layers, 2).starts == [3]
+    measured = decide(layers, 2, balance="time", measure=lambda: [5.0, 1.0, 1.0, 1.0])
+    assert (measured.starts, measured.unit, measured.costs) == ([1], "measured time", [5.0, 1.0, 1.0, 1.0])
+    assert decide(layers, 2, balance="flops", measure=lambda: [1.0, 5.0, 1.0, 5.0]).unit == "FLOPs"
+
+
+def test_without_a_measure_the_parameters_decide() -> None:
+    cut = decide(chain(1, 1, 1, 9), 2, balance="time", measure=lambda: None)
+    assert (cut.starts, cut.unit, cut.costs) == ([3], "parameters", [1.0, 1.0, 1.0, 9.0])
+
+
+@pytest.mark.parametrize("recorded", [["net.1", "net.2"], [], ["other.1"]])
+def test_an_earlier_cut_of_another_network_is_ignored(recorded: list[str]) -> None:
+    assert decide(chain(1, 1, 1, 9), 2, recorded=recorded).starts == [3]
+
+
+@pytest.mark.parametrize("recorded", [["net.0", "net.2"], ["net.3", "net.1"], ["net.1", "net.1"]])
+def test_an_earlier_cut_that_is_none_of_this_network_is_ignored(recorded: list[str]) -> None:
+    """The layers have been put in another order since."""
+    assert decide(chain(1, 1, 1, 9), 3, recorded=recorded).starts == decide(chain(1, 1, 1, 9), 3).starts
+
+
+def test_an_earlier_cut_through_what_is_tied_now_is_ignored() -> None:
+    layers = chain(1, 1, 1, 9)
+    layers.layers[1].weight = layers.layers[2].weight
+    assert decide(layers, 2, recorded=["net.2"]).starts == [3]
+
+
+def test_a_cut_of_the_users_that_is_none_is_refused() -> None:
+    layers = chain(1, 1, 1, 9)
+    with pytest.raises(ValueError, match="'net.9' names no layer"):
+        decide(layers, 2, ["net.9"])
+    layers.layers[1].weight = layers.layers[2].weight
+    with pytest.raises(ValueError, match="is used by 'net.1' and by 'net.2'"):
+        decide(layers, 2, ["net.2"])
+
+
+def measured_layers() -> Measured:
+    """Four layers that are equal but for the memory of the last."""
+    return Measured(Profile([1.0] * 4, [1.0] * 4, [0] * 4, [0] * 4, [0] * 4, [10, 10, 10, 40]), 0.0, 0)
+
+
+@pytest.mark.parametrize(
+    ("max_memory", "starts"),
+    [
+        (None, [1]),
+        (140, [1]),  # The second stage: weights and gradients of 60 bytes, and no copy of the weights.
+        (119, [2]),
+    ],
+)
+def test_an_earlier_cut_is_used_again_if_it_keeps_the_limit(max_memory: int | None, starts: list[int]) -> None:
+    cut = decide_cut(chain(1, 1, 1, 1), 2, None, ["net.1"], "time", measured_layers, max_memory)
+    assert cut.starts == starts
+    assert (cut.measured is None) == (max_memory is None)
+
+
+def test_an_earlier_cut_through_a_tie_is_not_used_again_for_keeping_the_limit() -> None:
+    layers = chain(1, 1, 1, 1)
+    layers.layers[0].weight = layers.layers[1].weight
+    assert decide_cut(layers, 2, None, ["net.1"], "time", measured_layers, 140).starts == [2]
+
+
+def test_a_limit_that_nothing_is_known_of_is_refused() -> None:
+    with pytest.raises(ValueError, match="max_memory=100 bytes cannot be kept, as the layers could not be measured"):
+        decide_cut(chain(1, 1), 2, None, None, "time", lambda: None, 100)
+
+
+def test_too_many_stages_are_refused_before_anything_is_measured() -> None:
+    with pytest.raises(ValueError, match="num_stages=3, but the network has 2 layers"):
+        decide(chain(1, 1), 3, balance="time")
+
+
+def test_what_a_cut_says_of_itself() -> None:
+    layers = chain(1, 2, 3, 4)
+    cut = Cut(layers, [1, 3], [1.0, 2.0, 3.0, 4.0], "parameters")
+    assert cut.bounds == [0, 1, 3, 4]
+    assert cut.split_points == ["net.1", "net.3"]
+    assert [list(cut.layers_of(stage)) for stage in (1, 2, 3)] == [
+        layers.layers[:1],
+        layers.layers[1:3],
+        layers.layers[3:],
+    ]
+    assert [sum(p.numel() for p in segment.parameters()) for segment in cut.segments()] == [1, 5, 4]
+
+
+# ---- measuring
+
+
+def measure(
+    module: LightningModule, loaders: Any, balance: str = "time", device: torch.device = CPU
+) -> list[float] | None:
+    costs = measured_costs(module, find_network(module), loaders, balance, Precision(), device)
+    return costs.seconds if isinstance(costs, Profile) else costs
+
+
+class Touching(Classifier):
+    """Works on the batch and logs before it calls the network."""
+
+    def __init__(self, network: str = "mlp") -> None:
+        super().__init__(network)
+        self.net[3].requires_grad_(False)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.log("early", batch[0].mean())
+        output = self.net(batch[0] + torch.rand_like(batch[0]))
+        raise AssertionError("the step ends at the network's call")
+        return output
+
+
+class Counting(nn.Module):
+    """Counts its calls and goes by the count, as a layer with a warm-up does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x * min(1.0, self.calls / 10)
+
+
+class Normalised(Classifier):
+    """Normalises and mixes before it calls a network with a layer that counts."""
+
+    def __init__(self) -> None:
+        super().__init__("mlp")
+        self.net.insert(1, Counting())
+        self.norm = nn.BatchNorm1d(6).double()
+        self.draws = np.random.default_rng(0), random.Random(0), torch.Generator()
+        self.numpy, self.python, self.torch = self.draws
+        self.steps = 0
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.steps += 1
+        x = self.norm(batch[0]) * self.numpy.random() * self.python.random()
+        return super().training_step((x + torch.rand(6, generator=self.torch), batch[1]), batch_idx)
+
+
+def test_measuring_leaves_no_trace_outside_the_network_nor_in_its_counters() -> None:
+    module = Normalised()
+    before = copy.deepcopy((state_of(module), module.numpy.bit_generator.state, module.python.getstate()))
+    generator = module.torch.get_state()
+    assert measure(module, SourceLoader(loader("mlp"))) is not None
+    state, numpy_state, python_state = before
+    assert all(torch.equal(state[name], value) for name, value in state_of(module).items())
+    assert (module.numpy.bit_generator.state, module.python.getstate()) == (numpy_state, python_state)
+    assert torch.equal(module.torch.get_state(), generator)
+    assert (module.steps, module.net[1].calls) == (0, 0)
+
+
+@pytest.mark.parametrize("balance", ["time", "flops"])
+def test_measuring_leaves_no_trace(balance: str) -> None:
+    module = Touching("convnet")
+    data = SourceLoader(loader("convnet"))
+    before = state_of(module)
+    frozen = [parameter.requires_grad for parameter in module.parameters()]
+    random_state = random.getstate(), np.random.get_state()[1].tolist()  # type: ignore[index]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        costs = measure(module, data, balance)
+    assert costs is not None
+    assert len(costs) == len(module.net)
+    assert all(cost > 0 for cost in costs)
+    after = state_of(module)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert [parameter.requires_grad for parameter in module.parameters()] == frozen
+    assert all(parameter.grad is None for parameter in module.parameters())
+    assert module.training
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == random_state  # type: ignore[index]
+    assert not {"forward", "log"} & (vars(module).keys() | vars(module.net).keys())
+    assert [len(x) for x, _ in data] == [5, 5, 5, 5, 2]
+
+
+def test_flops_count_the_matrix_products_of_a_batch() -> None:
+    costs = measure(Classifier("mlp"), SourceLoader(loader("mlp")), "flops")
+    assert costs is not None
+    # Two FLOPs for each of forward, gradient by the weight and, but for the first layer, gradient by the input.
+    assert costs[0] == 1 + 2 * 2 * 5 * 6 * 10
+    assert costs[3] == 1 + 3 * 2 * 5 * 10 * 10
+    assert costs[1] == costs[2] == 1
+
+
+def test_loaders_in_a_nest() -> None:
+    class Two(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self(batch["a"][0] + batch["b"][0][0]).mean()  # type: ignore[no-any-return]
+
+    nest = {"a": SourceLoader(loader("mlp")), "b": [SourceLoader(loader("mlp"))]}
+    assert measure(Two(), nest) is not None
+
+
+class NeverCalls(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return batch[0].mean()  # type: ignore[no-any-return]
+
+
+class TooLarge(Classifier):
+    """A module that does not fit on a device, for which the device "meta" stands."""
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        if args[0] == torch.device("meta"):
+            raise torch.OutOfMemoryError("out of memory")
+        return super().to(*args, **kwargs)
+
+
+class Fails(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        raise ArithmeticError("bang")
+
+
+def failing() -> LightningModule:
+    module = Classifier("mlp")
+    module.net.append(Fails())
+    return module
+
+
+@pytest.mark.parametrize(
+    ("make", "data", "why"),
+    [
+        (failing, loader("mlp"), "ArithmeticError: bang"),
+        (NeverCalls, loader("mlp"), "NotCalled: `training_step` did not call the network"),
+        (Classifier, [], "RuntimeError: a training loader has no batch"),
+    ],
+    ids=["layer", "no call", "no data"],
+)
+def test_what_cannot_be_measured_is_cut_by_its_parameters_with_a_warning(
+    make: Callable[[], LightningModule], data: Any, why: str
+) -> None:
+    module = make()
+    with pytest.warns(UserWarning, match=f"could not be measured for balance='time' .{why}.*Give `split_points`"):
+        assert measure(module, SourceLoader(data)) is None
+    assert not {"forward", "log"} & (vars(module).keys() | vars(module.net).keys())
+
+
+def test_a_network_that_does_not_fit_on_the_device_is_cut_by_its_parameters_with_a_warning() -> None:
+    module = TooLarge("mlp")
+    with pytest.warns(
+        UserWarning, match="could not be measured .*OutOfMemoryError: out of memory.*Give `split_points`"
+    ):
+        assert measure(module, SourceLoader(loader("mlp")), device=torch.device("meta")) is None
+    assert {parameter.device.type for parameter in module.parameters()} == {"cpu"}
+
+
+def test_a_network_that_is_not_what_was_traced_ends_the_run() -> None:
+    class Wrong(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.calls = nn.Linear(6, 3).double(), [0]
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls[0] += 1
+            return self.layer(x) + self.calls[0]
+
+    module = Classifier("mlp")
+    module.net = Wrong()
+    with pytest.raises(
+        NotTheSame, match="cut into its layers from 'net.layer' to 'net.layer', computes something else"
+    ):
+        measure(module, SourceLoader(loader("mlp")))
+
+
+@pytest.mark.parametrize(
+    ("make", "copies"),
+    [
+        (lambda p: torch.optim.SGD(p, lr=0.1), 0),
+        (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), 1),
+        (lambda p: torch.optim.AdamW(p), 2),
+        (lambda p: torch.optim.Adam(p, amsgrad=True), 3),
+    ],
+)
+def test_what_an_optimizer_keeps(make: Callable[[Any], torch.optim.Optimizer], copies: int) -> None:
+    """Against what it really keeps after a step."""
+    layer = nn.Linear(30, 30)
+    optimizer = make(layer.parameters())
+    layer(torch.randn(2, 30)).sum().backward()
+    optimizer.step()
+    kept = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor) and t.numel() > 1]
+    assert copies_kept(optimizer) == copies == sum(t.numel() for t in kept) / sum(p.numel() for p in layer.parameters())
+    assert copies_kept(None) == 2
+
+
+class InPlace(Classifier):
+    """Normalises its batch in place, which is harmless where every batch is used once."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        x.mul_(0.5)
+        return nn.functional.cross_entropy(self(x), y)
+
+
+def test_measuring_leaves_the_first_batch_alone() -> None:
+    data = SourceLoader(loader("mlp"))
+    iterator = iter(data)
+    assert measure(InPlace(), data) is not None
+    assert torch.equal(next(iterator)[0], next(iter(loader("mlp")))[0])
