@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from lightning_ddg.cli import main
 from lightning_ddg.planning import plan as planning
 from recipes.digits import DigitsData, DigitsModule
-from tests.test_planning import Winding
+from tests.planning.test_plan import Winding
 
 CONFIG = str(Path(__file__).parents[1] / "recipes" / "digits.yaml")
 
