@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_ddg.core.rng import Draws
+from lightning_ddg.core.rng import Generators
 from lightning_ddg.core.tensors import Slot, map_tensors, parameters_replaced, tensors_of
 
 # Bytes of a buffer that are sooner copied than compared; on a GPU a comparison has to wait for it.
@@ -35,7 +35,7 @@ class Circumstances:
         device = next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
         self._buffers = buffers.current()
         self._training = [(part, part.training) for part in module.modules()]
-        self._draws = Draws(device)
+        self._draws = Generators(device)
         self._dtype = torch.get_default_dtype()
         self._cached = torch.is_autocast_cache_enabled()
         self._autocast = [
@@ -51,7 +51,7 @@ class Circumstances:
         values = [(slot, None if value is None else value.clone()) for slot, value in self._buffers]
         with ExitStack() as undo:
             undo.enter_context(torch.enable_grad())
-            undo.enter_context(self._draws.repeated())
+            undo.enter_context(self._draws.again())
             undo.enter_context(parameters_replaced(values))
             undo.callback(torch.set_default_dtype, dtype)
             undo.callback(_set_modes, modes)

@@ -1,82 +1,124 @@
 """Random numbers that depend on the run's seed, the stage and the batch, and on nothing else.
 
 Two ranks that must draw alike (the user's step) get the same seed, two stages different ones; the streams outside, such
-as the data loader's, go on as if nothing had been drawn. The seeds themselves come from
-:func:`lightning_ddg.core.schedule.seed_of`.
+as the data loader's, go on as if nothing had been drawn. All saving and restoring of generators is here.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+_MASK = (1 << 64) - 1
+
+TRAINING, EVALUATION = 0, 1
+
+
+def seed_of(base: int, stage: int, batch: int, purpose: int = TRAINING) -> int:
+    """Return the seed of the random draws of one stage for one batch, in ``0..2**63 - 1``.
+
+    The mixing is the finaliser of splitmix64 (Steele, Lea and Flood, OOPSLA 2014), so that neighbouring batches and
+    stages get unrelated streams.
+
+    Args:
+        base: The run's seed.
+        stage: ``1..K``; 0 stands for the user's step outside the network, which every rank must draw alike.
+        batch: The batch's number.
+        purpose: ``TRAINING`` or ``EVALUATION``.
+    """
+    state = base & _MASK
+    for value in (stage, batch, purpose):
+        state = (state + 0x9E3779B97F4A7C15 * (value + 1)) & _MASK
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
+        state ^= state >> 31
+    return state >> 1
+
+
+class Batch(NamedTuple):
+    """Which batch is computed, and what for: all that random draws depend on.
+
+    Attributes:
+        number: Counted through the run.
+        purpose: ``TRAINING`` or ``EVALUATION``.
+        seed: The run's; ``None`` leaves the generators to whoever seeds them.
+        device: The device whose generator is seeded besides the CPU's.
+    """
+
+    number: int
+    purpose: int = TRAINING
+    seed: int | None = None
+    device: torch.device = torch.device("cpu")
+
+    def draws(self, stage: int, *, libraries: bool = False) -> AbstractContextManager[None]:
+        """Seed the draws of a stage inside; see :func:`seeded`."""
+        if self.seed is None:
+            return nullcontext()
+        return seeded(seed_of(self.seed, stage, self.number, self.purpose), self.device, libraries=libraries)
+
+
+class Generators:
+    """The states of torch's generators (the CPU's and a device's), Python's and NumPy's, as they are when it is made.
+
+    Args:
+        device: A device whose generator counts besides the CPU's.
+        libraries: Whether Python's and NumPy's count too.
+    """
+
+    def __init__(self, device: torch.device, *, libraries: bool = True) -> None:
+        self._device = device
+        self._cpu = torch.get_rng_state()
+        self._cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        self._libraries: Any = (random.getstate(), np.random.get_state(legacy=False)) if libraries else None
+
+    def restore(self) -> None:
+        """Put the generators back into these states."""
+        torch.set_rng_state(self._cpu)
+        if self._cuda is not None:
+            torch.cuda.set_rng_state(self._cuda, self._device)
+        if self._libraries is not None:
+            python, numpy = self._libraries
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Repeat inside what has been drawn since, and go on afterwards as if nothing had been."""
+        with untouched(self._device, libraries=self._libraries is not None):
+            self.restore()
+            yield
+
+
+@contextmanager
+def untouched(device: torch.device, *, libraries: bool = True) -> Iterator[None]:
+    """Restore the generators afterwards; see :class:`Generators`."""
+    before = Generators(device, libraries=libraries)
+    try:
+        yield
+    finally:
+        before.restore()
+
 
 @contextmanager
 def seeded(seed: int, device: torch.device, *, libraries: bool = False) -> Iterator[None]:
-    """Seeds torch's generators (CPU and ``device``) inside, and restores them afterwards.
+    """Seed torch's generators (CPU and ``device``) inside, and restore them afterwards.
 
     Args:
         seed: The seed, ``0 <= seed < 2**63``.
         device: A device whose generator is seeded besides the CPU's.
         libraries: Also seed Python's ``random`` and NumPy.
     """
-    cpu = torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    python, numpy = (random.getstate(), np.random.get_state(legacy=False)) if libraries else (None, None)
-    try:
+    with untouched(device, libraries=libraries):
         torch.default_generator.manual_seed(seed)
-        if cuda is not None:
+        if device.type == "cuda":
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)
-        if python is not None:
+        if libraries:
             random.seed(seed)
             np.random.seed(seed % 2**32)
         yield
-    finally:
-        torch.set_rng_state(cpu)
-        if cuda is not None:
-            torch.cuda.set_rng_state(cuda, device)
-        if python is not None and numpy is not None:
-            random.setstate(python)
-            np.random.set_state(numpy)
-
-
-class Draws:
-    """The state of all generators, torch's, Python's and NumPy's, when this is made: where to begin again.
-
-    Args:
-        device: A device whose generator counts besides the CPU's.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._state = _states(device)
-
-    @contextmanager
-    def repeated(self) -> Iterator[None]:
-        """Repeats inside what has been drawn since, and goes on afterwards as if nothing had been."""
-        now = _states(self._device)
-        _restore(self._state, self._device)
-        try:
-            yield
-        finally:
-            _restore(now, self._device)
-
-
-def _states(device: torch.device) -> tuple[Any, ...]:
-    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    return torch.get_rng_state(), cuda, random.getstate(), np.random.get_state(legacy=False)
-
-
-def _restore(states: tuple[Any, ...], device: torch.device) -> None:
-    cpu, cuda, python, numpy = states
-    torch.set_rng_state(cpu)
-    if cuda is not None:
-        torch.cuda.set_rng_state(cuda, device)
-    random.setstate(python)
-    np.random.set_state(numpy)

@@ -1,12 +1,15 @@
-"""The algorithm's bookkeeping as pure functions: delays, ranks and seeds.
+"""Delays and ranks: the whole schedule of decoupled parallel backpropagation.
 
-Change a formula here only together with its source in the paper (arXiv 1804.10574) and its test; nothing in this file
-knows about processes, devices or Lightning.
+At iteration t stage k of K runs the forward of batch t and the backward of batch t - d(k), with d(k) = K - k. With
+K = 3, input side first (F4: forward of batch 4; B2: backward of batch 2)::
+
+    iteration      0       1       2       3       4
+    stage 1       F0      F1      F2 B0   F3 B1   F4 B2     d = 2
+    stage 2       F0      F1 B0   F2 B1   F3 B2   F4 B3     d = 1
+    stage 3       F0 B0   F1 B1   F2 B2   F3 B3   F4 B4     d = 0
 """
 
 from __future__ import annotations
-
-_MASK = (1 << 64) - 1
 
 
 def delay(stage: int, num_stages: int) -> int:
@@ -32,19 +35,3 @@ def stage_of_rank(rank: int, num_stages: int) -> int:
 def rank_of_stage(stage: int, num_stages: int) -> int:
     """Rank within its pipeline that owns a stage; the inverse of :func:`stage_of_rank` for the first pipeline."""
     return num_stages - stage
-
-
-def seed_of(base: int, stage: int, batch: int, purpose: int = 0) -> int:
-    """Seed of the random draws of one stage for one batch, in ``0..2**63 - 1``.
-
-    Stage 0 stands for the user's step outside the network, which every rank must draw alike. ``purpose`` separates
-    training (0) from evaluation (1). The mixing is the finaliser of splitmix64 (Steele, Lea and Flood, OOPSLA 2014),
-    so that neighbouring batches and stages get unrelated streams.
-    """
-    state = base & _MASK
-    for value in (stage, batch, purpose):
-        state = (state + 0x9E3779B97F4A7C15 * (value + 1)) & _MASK
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
-        state ^= state >> 31
-    return state >> 1

@@ -31,8 +31,8 @@ from lightning_ddg.comm.sharing import gather_to_rank_zero, share_with_all
 from lightning_ddg.comm.wire import pack
 from lightning_ddg.core.delay_line import DelayLine
 from lightning_ddg.core.pipeline import Pipeline, or_end_step, placeholder_maker
-from lightning_ddg.core.rng import seeded
-from lightning_ddg.core.schedule import delay, rank_of_stage, seed_of, stage_of_rank
+from lightning_ddg.core.rng import seed_of, seeded
+from lightning_ddg.core.schedule import delay, rank_of_stage, stage_of_rank
 from lightning_ddg.core.staged import Lockstep
 from lightning_ddg.core.stale_stage import make_stage
 from lightning_ddg.core.staleness import Staleness

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from lightning_ddg.core.schedule import delay, rank_of_stage, seed_of, stage_of_rank
+from lightning_ddg.core.rng import seed_of
+from lightning_ddg.core.schedule import delay, rank_of_stage, stage_of_rank
 
 
 def test_the_last_stage_has_no_delay_and_each_earlier_one_a_batch_more() -> None:

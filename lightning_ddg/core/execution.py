@@ -1,0 +1,256 @@
+"""What trains stages, what carries messages between them, and what looks on: the three interfaces of the algorithm.
+
+A training loop calls an :class:`Execution` six times a batch::
+
+    output = execution.train(batch, args, kwargs)     # forward of batch t; on the last stage, the network's output
+    execution.backward(loss.backward)                 # backward of batch t - d, its gradient added to p.grad
+    execution.before_step()                           # the weights may change from here on
+    optimizer.step()
+    execution.after_step()                            # the weights have changed
+    optimizer.zero_grad()
+
+There are three: :class:`~lightning_ddg.core.pipeline.Pipeline` (one stage among K processes),
+:class:`~lightning_ddg.core.delay_line.DelayLine` and :class:`~lightning_ddg.core.staged.Staged` (all stages in one).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor, nn
+
+from lightning_ddg.core.rng import Batch
+
+
+@dataclass(frozen=True)
+class Channel:
+    """What a message is for. Messages of one channel from one rank arrive in the order in which they were sent.
+
+    Attributes:
+        name: At most 15 ASCII characters, the same on both sides; no two channels have the same.
+        on_host: Whether tensors arrive on the host, wherever they were: one rank may get more than its device holds.
+        varied: Whether hardly any two messages have the same form, so that forms are not worth remembering.
+        ends: Whether a message says that its sender has ended what the name says, and sends nothing else before
+            the next.
+    """
+
+    name: str
+    on_host: bool = False
+    varied: bool = False
+    ends: bool = False
+
+
+ACTIVATION = Channel("activation")
+GRADIENT = Channel("gradient")
+OUTPUT = Channel("output")
+
+
+class Mailbox(Protocol):
+    """Carries messages between ranks. Sends never wait; takes wait for the message.
+
+    Attributes:
+        rank: This rank, ``0..size - 1``.
+        size: How many ranks there are.
+    """
+
+    rank: int
+    size: int
+
+    def send(self, to: int | Iterable[int], channel: Channel, value: Any, *, snapshot: bool = False) -> None:
+        """Send a pytree of tensors and Python values to one rank, or to several.
+
+        Args:
+            to: The receivers.
+            channel: What it is for.
+            value: The value; its tensors must not be changed afterwards.
+            snapshot: Copy the tensors first, so that they may be changed.
+        """
+        ...
+
+    def take(self, source: int, channel: Channel) -> Any:
+        """Wait for the next message of a channel from a rank, and return its value."""
+        ...
+
+    def has(self, source: int, channel: Channel) -> bool:
+        """Return whether a message is there; what its sender sent before a message that was taken always is."""
+        ...
+
+
+class Sent(NamedTuple):
+    """Returned by :meth:`Execution.train` in place of the network's output where a later stage, elsewhere, has that.
+
+    Attributes:
+        activation: What this process has sent to it.
+    """
+
+    activation: Any
+
+
+class Execution(Protocol):
+    """Trains stages of a network with delayed gradients.
+
+    Attributes:
+        stages: The numbers of the stages that this process trains.
+    """
+
+    stages: Sequence[int]
+
+    def begin(self, step: int) -> None:
+        """Called when a run begins, with the number of its first optimizer step."""
+
+    def train(self, batch: Batch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the forward of a training batch.
+
+        Args:
+            batch: Which one.
+            args: The network's arguments; not looked at where the first stage is elsewhere.
+            kwargs: Its keyword arguments.
+
+        Returns:
+            The network's output, attached to its graph; :class:`Sent` where the last stage is elsewhere.
+        """
+        ...
+
+    def evaluate(self, batch: Batch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a forward with today's weights; return the network's output in every process."""
+        ...
+
+    def backward(self, loss: Callable[[], object]) -> None:
+        """Run the backward of the batch that is due, if any, adding to what ``p.grad`` has accumulated.
+
+        A stage to which nothing is due, and nothing was added since the last step, has ``p.grad = None`` afterwards, so
+        that its optimizer leaves it alone: zeros would decay weights and count as a step.
+
+        Args:
+            loss: Runs the backward of the loss; not called where the last stage is elsewhere.
+        """
+        ...
+
+    def before_step(self) -> None:
+        """Called before weights change, by an optimizer or otherwise: batches in flight keep those of their forward."""
+
+    def after_step(self) -> None:
+        """Called when an optimizer has stepped."""
+
+    def drain(self) -> bool:
+        """Run the oldest backward in flight of every stage, without a new forward; return whether there was any."""
+        ...
+
+    @property
+    def waiting(self) -> bool:
+        """Whether any batch's gradient has not been applied yet."""
+        ...
+
+    def skip(self) -> None:
+        """Forget the batch just trained: no backward will follow."""
+
+    def clear(self) -> None:
+        """Forget all batches in flight; every process must call it."""
+
+
+class InFlight(Protocol):
+    """What a stage has between forward and backward, to be looked at only.
+
+    Attributes:
+        delay: ``d(k) = K - k``, in batches.
+    """
+
+    delay: int
+
+    def __len__(self) -> int:
+        """How many batches there are, the newest included."""
+        ...
+
+    @property
+    def parameters(self) -> Sequence[nn.Parameter]:
+        """The stage's parameters."""
+        ...
+
+    def oldest_weights(self) -> list[tuple[nn.Parameter, Tensor]] | None:
+        """Each trained parameter with its value in the oldest batch's forward; ``None`` where that is not kept."""
+        ...
+
+    def oldest_gradient(self) -> Sequence[Tensor | None] | None:
+        """The oldest batch's gradient w.r.t. each parameter; ``None`` where it is not known yet."""
+        ...
+
+
+class Observer(Protocol):
+    """Looks on while stages are trained. Each method does nothing unless it is overridden; none may change anything."""
+
+    def before_forward(self, stage: int) -> None:
+        """Called before the forward of a training batch."""
+
+    def after_forward(self, stage: int) -> None:
+        """Called after it."""
+
+    def before_backward(self, stage: int) -> None:
+        """Called before the backward of the batch that is due."""
+
+    def after_backward(self, stage: int) -> None:
+        """Called after it."""
+
+    def in_flight(self, stage: int, batches: InFlight) -> None:
+        """Called for each stage of the process when a batch's backwards begin, whether or not one is due."""
+
+    def own_gradient(self, stage: int, batches: InFlight) -> None:
+        """Called while ``p.grad`` holds the newest batch's own gradient, where that is known: in a delay line."""
+
+    def before_take(self, source: int, channel: Channel) -> None:
+        """Called before a message is waited for."""
+
+    def after_take(self, source: int, channel: Channel) -> None:
+        """Called when it is there."""
+
+    def before_drain(self) -> None:
+        """Called before a gradient in flight is applied without a new forward."""
+
+
+class Observers(Observer):
+    """Passes everything on to those who have subscribed."""
+
+    def __init__(self) -> None:
+        self._all: list[Observer] = []
+
+    def subscribe(self, observer: Observer) -> Callable[[], None]:
+        """Let an observer look on; return what ends it."""
+        self._all.append(observer)
+        return lambda: self._all.remove(observer) if observer in self._all else None
+
+    def before_forward(self, stage: int) -> None:
+        for observer in self._all:
+            observer.before_forward(stage)
+
+    def after_forward(self, stage: int) -> None:
+        for observer in self._all:
+            observer.after_forward(stage)
+
+    def before_backward(self, stage: int) -> None:
+        for observer in self._all:
+            observer.before_backward(stage)
+
+    def after_backward(self, stage: int) -> None:
+        for observer in self._all:
+            observer.after_backward(stage)
+
+    def in_flight(self, stage: int, batches: InFlight) -> None:
+        for observer in self._all:
+            observer.in_flight(stage, batches)
+
+    def own_gradient(self, stage: int, batches: InFlight) -> None:
+        for observer in self._all:
+            observer.own_gradient(stage, batches)
+
+    def before_take(self, source: int, channel: Channel) -> None:
+        for observer in self._all:
+            observer.before_take(source, channel)
+
+    def after_take(self, source: int, channel: Channel) -> None:
+        for observer in self._all:
+            observer.after_take(source, channel)
+
+    def before_drain(self) -> None:
+        for observer in self._all:
+            observer.before_drain()
