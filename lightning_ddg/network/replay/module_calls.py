@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 Handler = Callable[[tuple[Any, ...], dict[str, Any]], Any]
+
+
 @contextmanager
 def calls_taken(handlers: Mapping[nn.Module, Handler]) -> Iterator[None]:
     """Send the calls of modules to ``handler(args, kwargs)`` instead; their hooks do not fire.
