@@ -135,7 +135,7 @@ class Execution(Protocol):
         """Called when an optimizer has stepped."""
 
     def drain(self) -> bool:
-        """Run the oldest backward in flight of every stage, without a new forward; return whether there was any."""
+        """Run the oldest backward in flight of each stage, without a new forward; return whether there was any."""
         ...
 
     @property
@@ -169,12 +169,16 @@ class InFlight(Protocol):
         ...
 
     def oldest_weights(self) -> list[tuple[nn.Parameter, Tensor]] | None:
-        """Each trained parameter with its value in the oldest batch's forward; ``None`` where that is not kept."""
-        ...
+        """Return each trained parameter with its value in the oldest batch's forward; ``None`` if that is not kept."""
+        return None
 
     def oldest_gradient(self) -> Sequence[Tensor | None] | None:
-        """The oldest batch's gradient w.r.t. each parameter; ``None`` where it is not known yet."""
-        ...
+        """Return the oldest batch's gradient w.r.t. each parameter; ``None`` where it is not known yet."""
+        return None
+
+    def newest_gradient(self) -> Sequence[Tensor | None] | None:
+        """Return the newest batch's own; ``None`` where it is not known yet."""
+        return None
 
 
 class Observer(Protocol):
@@ -193,10 +197,7 @@ class Observer(Protocol):
         """Called after it."""
 
     def in_flight(self, stage: int, batches: InFlight) -> None:
-        """Called for each stage of the process when a batch's backwards begin, whether or not one is due."""
-
-    def own_gradient(self, stage: int, batches: InFlight) -> None:
-        """Called while ``p.grad`` holds the newest batch's own gradient, where that is known: in a delay line."""
+        """Called for each stage of the process once a batch, before what is due of it is added to ``p.grad``."""
 
     def before_take(self, source: int, channel: Channel) -> None:
         """Called before a message is waited for."""
@@ -238,10 +239,6 @@ class Observers(Observer):
     def in_flight(self, stage: int, batches: InFlight) -> None:
         for observer in self._all:
             observer.in_flight(stage, batches)
-
-    def own_gradient(self, stage: int, batches: InFlight) -> None:
-        for observer in self._all:
-            observer.own_gradient(stage, batches)
 
     def before_take(self, source: int, channel: Channel) -> None:
         for observer in self._all:

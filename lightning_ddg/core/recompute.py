@@ -1,6 +1,7 @@
-"""Running a forward a second time as if it were the first: its inputs, its random draws, its modes and its buffers.
+"""A forward run a second time as if it were the first: its inputs, its random draws, its modes and its buffers.
 
-What else a forward may depend on, besides its weights, is added here.
+``torch.utils.checkpoint`` restores RNG states and autocast too, but neither modes nor buffers, which d later batches
+have changed by then, and it would take the parameters as they are today.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class Circumstances:
         device = next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
         self._buffers = buffers.current()
         self._training = [(part, part.training) for part in module.modules()]
-        self._draws = Generators(device)
+        self._generators = Generators(device)
         self._dtype = torch.get_default_dtype()
         self._cached = torch.is_autocast_cache_enabled()
         self._autocast = [
@@ -44,14 +45,14 @@ class Circumstances:
         ]
 
     @contextmanager
-    def again(self) -> Iterator[None]:
-        """Puts everything back as it was; what the module does to its buffers inside stays without effect."""
+    def restored(self) -> Iterator[None]:
+        """Put everything back as it was; what the module does to its buffers inside stays without effect."""
         dtype, modes = torch.get_default_dtype(), [(part, part.training) for part, _ in self._training]
         # The forward may write into them, and they may belong to another batch too.
         values = [(slot, None if value is None else value.clone()) for slot, value in self._buffers]
         with ExitStack() as undo:
             undo.enter_context(torch.enable_grad())
-            undo.enter_context(self._draws.again())
+            undo.enter_context(self._generators.again())
             undo.enter_context(parameters_replaced(values))
             undo.callback(torch.set_default_dtype, dtype)
             undo.callback(_set_modes, modes)
@@ -65,7 +66,7 @@ class Circumstances:
 class BufferCopies:
     """Copies of a module's buffers; large ones are copied anew only when they have changed.
 
-    Whether one has changed is seen from its values: batch norm and `.data` write without a trace in the version.
+    Whether one has changed is seen from its values: batch norm and `.data` leave the version counter as it is.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -73,7 +74,7 @@ class BufferCopies:
         self._known: dict[int, tuple[Tensor, Tensor]] = {}
 
     def current(self) -> list[tuple[Slot, Tensor | None]]:
-        """Where the buffers are, and copies of what they hold."""
+        """Return where the buffers are, and copies of what they hold."""
         slots = [(table, name) for table in self._tables for name in table]
         known, self._known = self._known, {}
         found: list[tuple[Slot, Tensor | None]] = []

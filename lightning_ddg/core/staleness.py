@@ -61,6 +61,10 @@ class Staleness:
             )
 
 
+#: The paper's own rule.
+PAPER = Staleness()
+
+
 def shrunk(grads: Sequence[Tensor | None], factor: float) -> list[Tensor | None]:
     """Gradients times a factor; ``None`` stays ``None``."""
     return list(grads) if factor == 1 else [None if grad is None else grad * factor for grad in grads]

@@ -1,8 +1,7 @@
-"""Tests of ``delayline.py``: gradients leave each stage's queue when they are due, and are added to what is there."""
+"""Tests of ``delay_line.py``: gradients leave each stage's queue when they are due, and are added to what is there."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import cast
 
@@ -11,10 +10,7 @@ import torch
 from torch import nn
 
 from lightning_ddg.core.delay_line import DelayLine
-
-
-def unseeded(stage: int) -> AbstractContextManager[None]:
-    return nullcontext()
+from lightning_ddg.core.rng import Batch
 
 
 def stages(count: int) -> list[nn.Linear]:
@@ -40,14 +36,14 @@ def test_each_stage_gets_the_gradient_of_the_batch_that_is_due() -> None:
     layers = stages(3)
     parameters = weights(layers)
     outside = nn.Parameter(torch.ones(1))
-    line = DelayLine(layers, [outside], unseeded)
+    line = DelayLine(layers, [outside])
     seen = []
     for batch in range(1, 6):
         for parameter in (*parameters, outside):
             parameter.grad = None
         line.backward(partial(put, [*parameters, outside], float(batch)))
         seen.append(grads([*parameters, outside]))
-        line.stepped()
+        line.after_step()
     assert seen == [
         [None, None, 1.0, 1.0], [None, 1.0, 2.0, 2.0], [1.0, 2.0, 3.0, 3.0], [2.0, 3.0, 4.0, 4.0], [3.0, 4.0, 5.0, 5.0]
     ]  # fmt: skip
@@ -58,7 +54,7 @@ def test_each_stage_gets_the_gradient_of_the_batch_that_is_due() -> None:
             parameter.grad = None
         assert line.drain()
         drained.append(grads([*parameters, outside]))
-        line.stepped()
+        line.after_step()
     assert drained == [[4.0, 5.0, None, None], [5.0, None, None, None]]
     assert not line.drain()
 
@@ -66,11 +62,11 @@ def test_each_stage_gets_the_gradient_of_the_batch_that_is_due() -> None:
 def test_accumulated_gradients_stay() -> None:
     layers = stages(2)
     parameters = weights(layers)
-    line = DelayLine(layers, [], unseeded)
+    line = DelayLine(layers)
     for batch in (1.0, 10.0, 100.0):
         line.backward(partial(put, parameters, batch))
     assert grads(parameters) == [11.0, 111.0]
-    line.stepped()
+    line.after_step()
     for parameter in parameters:
         parameter.grad = None
     line.backward(partial(put, parameters, 1000.0))
@@ -84,7 +80,7 @@ def test_a_stage_without_a_due_gradient_is_left_alone_by_its_optimizer(left_over
     first = weights(layers)[0]
     before = first.detach().clone()
     optimizer = torch.optim.AdamW([first], lr=0.1, weight_decay=0.5)
-    line = DelayLine(layers, [], unseeded)
+    line = DelayLine(layers)
     first.grad = None if left_over is None else torch.full_like(first, left_over)
     line.backward(partial(put, weights(layers), 1.0))
     optimizer.step()
@@ -96,16 +92,16 @@ def test_a_stage_without_a_due_gradient_is_left_alone_by_its_optimizer(left_over
 def test_a_parameter_that_got_no_gradient_has_none_when_that_batch_is_due() -> None:
     layers = stages(2)
     parameters = weights(layers)
-    line = DelayLine(layers, [], unseeded)
+    line = DelayLine(layers)
     line.backward(partial(put, parameters[1:], 1.0))
-    line.stepped()
+    line.after_step()
     line.backward(partial(put, parameters, 2.0))
     assert grads(parameters)[0] is None
 
 
 def test_clear_forgets_what_waits() -> None:
     layers = stages(3)
-    line = DelayLine(layers, [], unseeded)
+    line = DelayLine(layers)
     line.backward(partial(put, weights(layers), 1.0))
     line.clear()
     assert not line.waiting
@@ -113,21 +109,29 @@ def test_clear_forgets_what_waits() -> None:
 
 
 def test_stages_run_one_after_the_other_each_with_its_own_seed() -> None:
-    entered: list[int] = []
+    class Drawing(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.cat([x, torch.rand(1)])
 
-    def seeded(stage: int) -> AbstractContextManager[None]:
-        entered.append(stage)
-        return nullcontext()
+    batch = Batch(7, seed=3)
+    expected = []
+    for stage in (1, 2, 3):
+        with batch.draws(stage):
+            expected.append(torch.rand(1).item())
+    line = DelayLine([Drawing(), Drawing(), Drawing()])
+    assert line.train(batch, (torch.ones(1),), {}).tolist() == [1.0, *expected]
+    assert line.evaluate(batch, (torch.ones(0),), {}).tolist() == expected
 
+
+def test_the_first_stage_takes_the_networks_arguments() -> None:
     class Keyword(nn.Module):
         def forward(self, x: torch.Tensor, *, scale: float) -> torch.Tensor:
             return x * scale
 
-    line = DelayLine([Keyword(), nn.ReLU(), nn.Flatten(0)], [], seeded)
+    line = DelayLine([Keyword(), nn.ReLU(), nn.Flatten(0)])
     x = torch.tensor([[-1.0, 2.0]])
-    assert line.train((x,), {"scale": 3.0}).tolist() == [0.0, 6.0]
-    assert line.evaluate((x,), {"scale": -1.0}).tolist() == [1.0, 0.0]
-    assert entered == [1, 2, 3, 1, 2, 3]
+    assert line.train(Batch(0), (x,), {"scale": 3.0}).tolist() == [0.0, 6.0]
+    assert line.evaluate(Batch(0), (x,), {"scale": -1.0}).tolist() == [1.0, 0.0]
 
 
 @pytest.mark.parametrize("accumulate", [1, 2, 3, 6])
@@ -135,13 +139,13 @@ def test_accumulation_divides_the_delay_counted_in_updates(accumulate: int) -> N
     """The point of Accumulated Decoupled Learning, arXiv 2012.03747."""
     layers = stages(4)
     parameters = weights(layers)
-    line = DelayLine(layers, [], unseeded)
+    line = DelayLine(layers)
     for update in range(8):
         for parameter in parameters:
             parameter.grad = None
         for _ in range(accumulate):
             # The gradient says which update the weights of its forward come from.
             line.backward(partial(put, parameters, float(update)))
-        line.stepped()
+        line.after_step()
     late = [update - grad / accumulate for grad in grads(parameters) if grad is not None]
     assert late == pytest.approx([delay / accumulate for delay in (3, 2, 1, 0)])

@@ -156,9 +156,9 @@ def test_a_backward_is_that_of_the_weights_of_its_forward(name: str, delay: int,
         if delay and batch > delay and name != "bias_only":
             today = plain_backward(module, value_for(module, batch - delay), batch - delay)
             assert not same(sum(today, []), [*by_parameters, *by_inputs]), "it could not tell today's weights"
-        stage.stash()
+        stage.before_step()
         chosen.step()
-        stage.stepped()
+        stage.after_step()
         # An in-place update of what was sent would be a race.
         before = [None if grad is None else grad.clone() for grad in got_inputs]
         for parameter in trained:
@@ -195,7 +195,7 @@ def test_weights_are_stashed_once_between_two_updates() -> None:
     stage.forward(torch.ones(3), received=False)
     assert probe.used[0] is probe.used[1]
     assert probe.used[0] is not probe.weight
-    stage.stash()
+    stage.before_step()
     stage.forward(torch.ones(3), received=False)
     assert probe.used[2] is not probe.used[1]
     assert probe.weight is dict(probe.named_parameters())["weight"], "the module has its own parameter back"
@@ -211,8 +211,8 @@ def test_there_are_as_many_sets_of_weights_as_batches_in_flight(delay: int) -> N
         stage.forward(torch.ones(1, 2), received=False)
         if len(stage) > delay:
             stage.backward([torch.ones(1, 1)])
-        stage.stash()
-        stage.stepped()
+        stage.before_step()
+        stage.after_step()
         held.append(parameter.data_ptr())
         assert module.weight is parameter
         with torch.no_grad():
@@ -229,7 +229,7 @@ def test_memory_is_not_used_again_for_other_parameters() -> None:
         output = stage.forward(torch.ones(1, 2), received=False)
         if len(stage) > 1:
             stage.backward([torch.ones_like(output)])
-        stage.stash()
+        stage.before_step()
     assert [parameter.grad is None for parameter in module.parameters()] == [False] * 4
 
 
@@ -242,22 +242,22 @@ def test_what_a_validation_stashes_in_inference_mode_can_be_trained() -> None:
         if len(stage) > 1:
             stage.backward([torch.ones_like(output)])
         with torch.inference_mode(batch < 3):
-            stage.stash()
+            stage.before_step()
         assert not module.weight.is_inference()
         optimizer.step()
-        stage.stepped()
+        stage.after_step()
 
 
-@pytest.mark.parametrize("where", ["forward", "stash", "stepped"])
+@pytest.mark.parametrize("where", ["forward", "before_step", "after_step"])
 def test_weights_that_change_too_early_are_refused(where: str) -> None:
     module = nn.Linear(2, 1)
     stage = Stage(module, 1)
     stage.forward(torch.ones(1, 2), received=False)
     with torch.no_grad():
         module.weight.mul_(2)
-    calls = {"forward": lambda: stage.forward(torch.ones(1, 2), received=False), "stash": stage.stash}
+    calls = {"forward": lambda: stage.forward(torch.ones(1, 2), received=False), "before_step": stage.before_step}
     with pytest.raises(RuntimeError, match="changed between a forward and the optimizer's step.*on_train_batch_end"):
-        calls.get(where, stage.stepped)()
+        calls.get(where, stage.after_step)()
 
 
 def test_gradients_accumulate_until_they_are_cleared() -> None:

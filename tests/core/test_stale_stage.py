@@ -5,14 +5,12 @@ from __future__ import annotations
 import random
 import weakref
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from lightning_ddg.core.stage import Stage
-from lightning_ddg.core.stale_stage import StaleStage, make_stage
 from lightning_ddg.core.staleness import Staleness, Updates, slow_start_factor
 
 RULES = [Staleness(), Staleness(stash=False), Staleness(predict=True)]
@@ -40,7 +38,7 @@ def test_no_activations_are_kept_of_batches_in_flight(rule: Staleness) -> None:
     module = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 3), nn.Tanh())
     counts: dict[bool, list[int]] = {}
     for recompute in (False, True):
-        stage, kept = StaleStage(module, 2, rule, recompute), Kept()
+        stage, kept = Stage(module, 2, rule, recompute), Kept()
         for _ in range(6):
             with torch.autograd.graph.saved_tensors_hooks(kept.save, lambda tensor: tensor):
                 output = stage.forward(torch.ones(2, 3).requires_grad_(), received=True)
@@ -50,8 +48,8 @@ def test_no_activations_are_kept_of_batches_in_flight(rule: Staleness) -> None:
             if len(stage) > 2:
                 with torch.autograd.graph.saved_tensors_hooks(kept.save, lambda tensor: tensor):
                     stage.backward([torch.ones(2, 3)])
-            stage.stash()
-            stage.stepped()
+            stage.before_step()
+            stage.after_step()
     a_batch = counts[False][0]
     assert a_batch > 0
     assert counts[False] == [a_batch, 2 * a_batch, *[3 * a_batch] * 4]
@@ -82,7 +80,7 @@ class Everything(nn.Module):
 
 def test_a_second_forward_sees_what_the_first_has_seen_and_leaves_no_trace() -> None:
     module = Everything()
-    stage = StaleStage(module, 1, Staleness(), recompute=True)
+    stage = Stage(module, 1, Staleness(), recompute=True)
     given = [torch.randn(2, 4) for _ in range(2)]
     with torch.autocast("cpu", torch.bfloat16):
         stage.forward(given[0].clone().requires_grad_(), received=True)
@@ -120,10 +118,12 @@ def test_large_constant_buffers_are_copied_once() -> None:
             self.table.data[7] += 1
             return x * self.mask[:4]
 
-    stage = StaleStage(Masked(), 2, Staleness(), recompute=True)
+    stage = Stage(Masked(), 2, Staleness(), recompute=True)
     for _ in range(3):
         stage.forward(torch.ones(4).requires_grad_(), received=True)
-    copies = [{name: value for (_, name), value in kept._buffers} for kept, _ in stage._kept]
+    copies = [
+        {name: value for (_, name), value in kept._buffers} for batch in stage._in_flight if (kept := batch.again)
+    ]
     assert len({copy["mask"].data_ptr() for copy in copies if copy["mask"] is not None}) == 1
     assert [copy["count"].item() for copy in copies if copy["count"] is not None] == [0.0, 1.0, 2.0]
     assert [copy["table"][7].item() for copy in copies if copy["table"] is not None] == [0.0, 1.0, 2.0]
@@ -135,7 +135,7 @@ def test_batch_norm_may_be_frozen_while_training() -> None:
     def gradients(recompute: bool) -> list[Tensor]:
         torch.manual_seed(0)
         module = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 2)).double()
-        stage = StaleStage(module, 1, Staleness(), recompute) if recompute else Stage(module, 1)
+        stage = Stage(module, 1, recompute=recompute)
         found = []
         for batch in range(8):
             if batch == 4:
@@ -154,7 +154,7 @@ def test_batch_norm_may_be_frozen_while_training() -> None:
 def test_parameters_that_are_trained_from_now_on_get_no_gradient_of_batches_before() -> None:
     module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     module[0].requires_grad_(False)
-    stage = StaleStage(module, 1, Staleness(), recompute=True)
+    stage = Stage(module, 1, Staleness(), recompute=True)
     stage.forward(torch.ones(1, 2).requires_grad_(), received=True)
     module[0].requires_grad_(True)
     stage.backward([torch.ones(1, 2)])
@@ -177,57 +177,44 @@ def test_todays_weights_are_seen_by_a_backward_however_they_were_changed(
 ) -> None:
     module = nn.Linear(1, 1, bias=False)
     start = module.weight.item()
-    stage = StaleStage(module, 1, Staleness(stash=False), recompute)
+    stage = Stage(module, 1, Staleness(stash=False), recompute)
     for factor in (1.0, 10.0, 100.0):
         stage.forward(torch.ones(1, 1).requires_grad_(), received=True)
         if factor > 1:
             (grad,) = stage.backward([torch.ones(1, 1)])
             assert grad is not None
             assert grad.item() == pytest.approx(factor * start)
-        stage.stash()
+        stage.before_step()
         change(module.weight)
-        stage.stepped()
-        assert not stage._spare, "nothing is copied"
+        stage.after_step()
+        assert not stage._stash._spare, "nothing is copied"
 
 
 def test_prediction_runs_ahead_of_weights_that_it_does_not_touch() -> None:
     module = nn.Linear(1, 1, bias=False)
-    stage = StaleStage(module, 2, Staleness(predict=True), recompute=False)
+    stage = Stage(module, 2, Staleness(predict=True), recompute=False)
     stage.begin(0)
     seen = []
     for step in range(4):
         with torch.no_grad():
             seen.append(stage.forward(torch.ones(1, 1), received=False).item())
-        stage.stash()
+        stage.before_step()
         with torch.no_grad():
             module.weight.fill_(float(step))
-        stage.stepped(drained=step == 2)
+        stage.after_step(drained=step == 2)
         assert module.weight.item() == step
     assert seen[2] == 1.0 + 2 * (1.0 - 0.0)
     assert seen[3] == 2.0, "after a drain there is nothing to go on from"
 
 
 def test_skipped_batches_are_forgotten() -> None:
-    stage = StaleStage(nn.Linear(2, 2), 2, Staleness(), recompute=True)
+    stage = Stage(nn.Linear(2, 2), 2, Staleness(), recompute=True)
     for _ in range(2):
         stage.forward(torch.ones(1, 2), received=False)
     stage.skip()
-    assert (len(stage), len(stage._kept)) == (1, 1)
+    assert len(stage) == 1
     stage.clear()
-    assert (len(stage), len(stage._kept)) == (0, 0)
-
-
-@pytest.mark.parametrize(
-    ("delay", "rule", "recompute", "kind"),
-    [
-        (0, Staleness(stash=False, predict=False, slow_start=3), True, Stage),
-        (1, Staleness(shrink=0.5), False, Stage),
-        (1, Staleness(), True, StaleStage),
-        (1, Staleness(stash=False), False, StaleStage),
-    ],
-)
-def test_the_plain_stage_is_used_where_it_will_do(delay: int, rule: Staleness, recompute: bool, kind: Any) -> None:
-    assert type(make_stage(nn.Linear(1, 1), delay, rule, recompute)) is kind
+    assert len(stage) == 0
 
 
 def test_slow_start_factor() -> None:

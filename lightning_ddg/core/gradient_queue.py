@@ -1,0 +1,72 @@
+"""The gradients of one stage that have been computed and are not due yet."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from lightning_ddg.core.execution import InFlight
+from lightning_ddg.core.staleness import Staleness, Updates, shrunk
+
+Gradients = list[Tensor | None]
+
+
+class GradientQueue(InFlight):
+    """The gradients of one stage on their way to ``p.grad``.
+
+    Args:
+        parameters: The stage's parameters.
+        delay: ``d(k)``, in batches.
+        rule: How updates are applied.
+
+    Attributes:
+        queue: For each batch in flight, the gradient w.r.t. each parameter, the oldest first.
+        pending: Whether a gradient has been added to ``p.grad`` since the last step.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], delay: int, rule: Staleness) -> None:
+        self._parameters = parameters
+        self.delay = delay
+        # Once for each boundary that the gradient would cross.
+        self._shrink = rule.shrink**delay
+        self.updates = Updates(rule, delay)
+        self.queue: deque[Gradients] = deque()
+        self.pending = False
+
+    @property
+    def parameters(self) -> Sequence[nn.Parameter]:
+        """The stage's parameters."""
+        return self._parameters
+
+    def take(self) -> Gradients:
+        """Return ``p.grad`` of all parameters, and leave ``None`` behind."""
+        grads = [parameter.grad for parameter in self.parameters]
+        self.put([None] * len(grads))
+        return grads
+
+    def put(self, grads: Gradients) -> None:
+        """Set ``p.grad`` of all parameters."""
+        for parameter, grad in zip(self.parameters, grads, strict=True):
+            parameter.grad = grad
+
+    def append(self, grads: Gradients) -> None:
+        """Add a batch's gradient."""
+        self.queue.append(shrunk(grads, self._shrink))
+
+    def apply_oldest(self) -> None:
+        """Add the oldest gradient to ``p.grad``."""
+        for parameter, grad in zip(self.parameters, self.queue.popleft(), strict=True):
+            if grad is not None:
+                parameter.grad = grad if parameter.grad is None else parameter.grad + grad
+        self.pending = True
+
+    def __len__(self) -> int:
+        return len(self.queue) if self.delay else 1
+
+    def oldest_gradient(self) -> Gradients | None:
+        return self.queue[0] if self.queue else None
+
+    def newest_gradient(self) -> Gradients | None:
+        return self.queue[-1] if self.queue else None
