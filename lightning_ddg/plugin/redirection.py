@@ -1,7 +1,7 @@
-"""The seam between the user's step and the pipeline: where the step calls its network, an execution takes over.
+"""Forward redirection: while a step runs, the network's own ``forward`` goes to a handler.
 
-Only the network's own ``forward`` is intercepted, on the instance and until :meth:`Seam.remove`; nothing of the user's
-class is touched. What happens in the call is the execution's business.
+It is done on the instance and until :meth:`Redirection.remove`; nothing of the user's class is touched, and the network's
+hooks fire around the handler as before. Layers that live in another process refuse to be called by any other way.
 """
 
 from __future__ import annotations
@@ -16,45 +16,54 @@ Handler = Callable[[tuple[Any, ...], dict[str, Any]], Any]
 
 
 class StepDone(BaseException):
-    """Ends the user's step at its call of the network, on a rank that has no use for what follows."""
+    """Ends the user's step at its call of the network, where what follows has no use. No ``except Exception`` stops it.
+
+    Attributes:
+        value: What whoever ends the step wants to know of it.
+    """
 
     def __init__(self, value: Any = None) -> None:
         super().__init__()
         self.value = value
 
 
-class Seam:
-    """Intercepts the network's call while a step runs.
+class Redirection:
+    """Redirects the network's call.
 
     Args:
         target: The module whose call is the call of the network.
         foreign: Layers whose weights live on another rank, with the number of their stage.
+        outdated: Says whether this process's copies of these weights are not the current ones.
     """
 
-    def __init__(self, target: nn.Module, foreign: Mapping[nn.Module, int]) -> None:
-        self.calls = 0
-        self.stale = False
+    def __init__(
+        self,
+        target: nn.Module,
+        foreign: Mapping[nn.Module, int] | None = None,
+        outdated: Callable[[], bool] = lambda: False,
+    ) -> None:
         self._target = target
         self._original = target.__dict__.get("forward")
+        self._outdated = outdated
         self._handler: Handler | None = None
         self._running = False
         target.forward = self._forward
         self._guards = [
             layer.register_forward_pre_hook(self._guard(type(layer).__name__, stage))
-            for layer, stage in foreign.items()
+            for layer, stage in (foreign or {}).items()
         ]
 
     @contextmanager
     def handled_by(self, handler: Handler) -> Iterator[None]:
-        """Sends the network's calls to ``handler(args, kwargs)`` inside, and counts them in :attr:`calls`."""
-        self.calls, self._handler = 0, handler
+        """Send the network's calls to ``handler(args, kwargs)`` inside."""
+        self._handler = handler
         try:
             yield
         finally:
             self._handler = None
 
     def remove(self) -> None:
-        """Gives the network its own ``forward`` back."""
+        """Give the network its own ``forward`` back."""
         if self._original is None:
             del self._target.forward
         else:
@@ -65,7 +74,6 @@ class Seam:
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         if self._handler is None or self._running:
             return self._run_original(*args, **kwargs)
-        self.calls += 1
         self._running = True
         try:
             return self._handler(args, kwargs)
@@ -85,7 +93,7 @@ class Seam:
                     " going through the network as a whole. Call the network by its one entry: the module that holds"
                     " all layers, or `self(...)`, exactly once in a training step."
                 )
-            if self.stale:
+            if self._outdated():
                 raise RuntimeError(
                     f"The network was called outside a step, but the current weights of stage {stage} ({name}) live in"
                     " another process until the fit ends. Call it in `validation_step` or `predict_step`, or after the"

@@ -1,0 +1,318 @@
+"""From what is given to a run: find the network, cut it, move each process's part to its device, put it together.
+
+:func:`build` is that chain, one step a line. What it makes, a :class:`Run`, exists from the strategy's ``setup`` to its
+``teardown``.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_ddg.comm.ranks import Ranks
+from lightning_ddg.core.delay_line import DelayLine
+from lightning_ddg.core.execution import Execution, Observers
+from lightning_ddg.core.pipeline import Pipeline
+from lightning_ddg.core.schedule import delay
+from lightning_ddg.core.stage import Stage
+from lightning_ddg.core.staged import Staged
+from lightning_ddg.core.tensors import map_tensors
+from lightning_ddg.network.cut import Costs, Cut, decide_cut
+from lightning_ddg.network.find import Network, find_network
+from lightning_ddg.planning.report import print_cut
+from lightning_ddg.planning.simulate import SECONDS_PER_BYTE
+from lightning_ddg.plugin import compat
+from lightning_ddg.plugin.agreements import Agreements, time_on_rank_zero
+from lightning_ddg.plugin.clipping import remembered_clipping
+from lightning_ddg.plugin.compiling import check_compilable, compile_stage
+from lightning_ddg.plugin.drain import Drain
+from lightning_ddg.plugin.evaluation import Evaluation
+from lightning_ddg.plugin.hooks import FitHooks
+from lightning_ddg.plugin.measure import copies_kept, first_call, measured_costs
+from lightning_ddg.plugin.options import Options
+from lightning_ddg.plugin.ownership import OptimizerGroups, Ownership
+from lightning_ddg.plugin.patches import patch_fit, patch_run, watch_steps
+from lightning_ddg.plugin.placeholder import Placeholder, end_step, or_end_step, zeros_like_output
+from lightning_ddg.plugin.redirection import Redirection
+from lightning_ddg.plugin.site import Site
+from lightning_ddg.plugin.stale_copies import StaleCopies
+from lightning_ddg.plugin.step import StepRunner, warn_of_kept_tensors
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A network in stages, from the strategy's ``setup`` to its ``teardown``.
+
+    Attributes:
+        site: What it was built of.
+        cut: Where the network is cut.
+        ownership: Which tensors are whose.
+        groups: Of each optimizer, the parameter groups over the whole module; none where one process has all.
+        execution: Trains the stages.
+        step: Runs training steps.
+        evaluation: Runs evaluation steps.
+        drain: Applies gradients in flight.
+        agreements: What rank 0 decides for all.
+        hooks: Act at the moments of a fit.
+    """
+
+    site: Site
+    cut: Cut
+    ownership: Ownership
+    groups: list[OptimizerGroups]
+    execution: Execution
+    step: StepRunner
+    evaluation: Evaluation
+    drain: Drain
+    agreements: Agreements
+    hooks: FitHooks
+
+    @property
+    def options(self) -> Options:
+        """The strategy's options."""
+        return self.site.options
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes."""
+        return self.site.ranks
+
+    @property
+    def observers(self) -> Observers:
+        """Who looks on while it trains."""
+        return self.site.observers
+
+    def begin_training(self) -> None:
+        """Called when training begins, by a fit or by a learning rate finder."""
+        trainer = self.site.trainer
+        self.step.step.forget()
+        self.execution.begin(trainer.global_step)
+        self.agreements.begin()
+        compat.keep_callback(trainer, self.hooks)
+        self.site.undo.callback(time_on_rank_zero(trainer, self.ranks.is_rank_zero))
+
+    def end_training(self) -> None:
+        """Called when training has ended: give every rank all the trained weights."""
+        self.agreements.end()
+        self.execution.clear()
+        if self.ranks.others:
+            self.ranks.share(self.site.module, self.ownership.own_names, range(self.ranks.size))
+            self.site.weights.whole = True
+
+
+def build(site: Site, set_up_optimizers: Callable[[], Sequence[Optimizer]]) -> Run:
+    """Build a run.
+
+    Args:
+        site: What is given.
+        set_up_optimizers: Makes the optimizers over the whole module; none if nothing is trained.
+
+    Raises:
+        TypeError: If the network cannot be found.
+        ValueError: If it cannot be cut, or trained so.
+    """
+    patch_run(site)
+    network = find(site)
+    optimizers = set_up_optimizers()
+    cut = divide(site, network, optimizers)
+    move_own_part(site, cut)
+    segments = segments_in_place(site, network, cut)
+    ownership = ownership_of(site, cut, segments)
+    groups = [] if site.one_process else [OptimizerGroups(one, lambda: ownership.own_parameters) for one in optimizers]
+    execution = make_execution(site, segments, ownership)
+    redirection = Redirection(network.target, ownership.foreign_layers, lambda: not site.weights.whole)
+    site.undo.callback(redirection.remove)
+    step = make_step(site, network, cut, segments, ownership, execution, redirection)
+    share = partial(share_outside, site.ranks, ownership)
+    evaluation = Evaluation(execution, redirection, site.evaluated_batch, share)
+    agreements = Agreements(site.trainer, site.ranks, site.num_stages)
+    drain = make_drain(site, execution, optimizers)
+    copies = StaleCopies(network.target, ownership)
+    hooks = FitHooks(execution, site.ranks, drain, agreements, groups, copies, site.fail)
+    if site.fits:
+        patch_fit(site, ownership)
+        watch_steps(site, optimizers, execution, drain)
+        site.undo.callback(agreements.install(site.observers))
+        site.undo.callback(hooks.install(site.trainer, site.module))
+        site.undo.callback(copies.forget)
+    # Without a seed each process has made its own weights; what is never trained is not shared again.
+    share(lambda tensor: True)
+    return Run(site, cut, ownership, groups, execution, step, evaluation, drain, agreements, hooks)
+
+
+def find(site: Site) -> Network:
+    """Find the network in the module; every rank must find the same layers."""
+    configure = getattr(site.module, "configure_stages", None)
+    layers = configure() if callable(configure) else None
+    points = site.options.split_points or site.recorded_cut or ()
+    requirer = type(site.trainer.strategy).__name__
+    return find_network(site.module, layers, requirer=requirer, example=partial(_example, site), points=points)
+
+
+def _example(site: Site, target: nn.Module, name: str) -> Any:
+    """How the training step calls the network, on the CPU."""
+    loaders = compat.training_iterables(site.trainer) if site.fits else None
+    if loaders is None:
+        return None
+    call = None
+    if site.ranks.reads:
+        # Where the step fails, training will say so.
+        with suppress(Exception), site.first_draws():
+            call = first_call(site.module, target, name, loaders, site.precision, torch.device("cpu"))
+            call = map_tensors(Tensor.detach, call)
+    return site.ranks.broadcast(call, site.ranks.reading_rank)
+
+
+def divide(site: Site, network: Network, optimizers: Sequence[Optimizer]) -> Cut:
+    """Cut the network; rank 0 prints where."""
+    options = site.options
+    cut = decide_cut(
+        network.chain,
+        site.num_stages,
+        options.split_points,
+        site.recorded_cut,
+        partial(_measure, site, network, optimizers),
+        options.max_memory if site.fits else None,
+    )
+    if site.fits and site.ranks.is_rank_zero and not site.trainer.barebones:
+        print_cut(cut)
+    _log.debug("rank %d: the network is cut at %s", site.ranks.rank, cut.split_points)
+    return cut
+
+
+def _measure(site: Site, network: Network, optimizers: Sequence[Optimizer]) -> Costs:
+    """What to even out, the same on every rank."""
+    costs = Costs.by_parameters(network.chain)
+    loaders = compat.training_iterables(site.trainer) if site.fits else None
+    if site.options.balance == "parameters" or loaders is None:
+        return costs
+    if site.ranks.reads:
+        with site.first_draws():
+            costs = measured_costs(site.module, network, loaders, site.options.balance, site.precision, site.device)
+    costs = site.ranks.broadcast(costs, site.ranks.reading_rank)
+    if costs.model is None:
+        return costs
+    model = replace(
+        costs.model,
+        recompute=site.options.recompute,
+        stash=site.options.staleness.stash,
+        optimizer_copies=copies_kept(optimizers[0] if optimizers else None),
+        seconds_per_byte=site.ranks.seconds_per_byte(SECONDS_PER_BYTE),
+    )
+    return replace(costs, model=model)
+
+
+def foreign_layers(cut: Cut, stage: int | None) -> list[nn.Module]:
+    """Return the layers of other processes' stages that this process's does not have too."""
+    if stage is None:
+        return []
+    own = set(cut.segments()[stage - 1].modules())
+    return [layer for other in range(1, len(cut.bounds)) for layer in cut.layers_of(other) if layer not in own]
+
+
+def move_own_part(site: Site, cut: Cut) -> None:
+    """Move this process's layers and everything outside the network to its device; others stay on the CPU."""
+    with ExitStack() as undo:
+        for layer in foreign_layers(cut, site.ranks.stage):
+            undo.callback(compat.keep_in_place(layer))
+        site.module.to(site.device)
+
+
+def segments_in_place(site: Site, network: Network, cut: Cut) -> list[nn.Module]:
+    """Return the stages as modules, compiled if wanted, once all tensors are where they will be used."""
+    segments = cut.segments()
+    site.options.check_recurrent(segments, site.device)
+    if site.options.compile_options is not None:
+        check_compilable(network)
+        for stage, segment in enumerate(segments, start=1):
+            if site.ranks.stage in (None, stage):
+                compile_stage(segment, stage, site.options.compile_options)
+    return segments
+
+
+def ownership_of(site: Site, cut: Cut, segments: Sequence[nn.Module]) -> Ownership:
+    """Say whose tensor is whose, and refuse what cannot be kept apart."""
+    layers = [cut.layers_of(stage) for stage in range(1, site.num_stages + 1)]
+    ownership = Ownership(site.module, segments, site.ranks.stage, layers)
+    ownership.check_ties()
+    return ownership
+
+
+def make_execution(site: Site, segments: Sequence[nn.Module], ownership: Ownership) -> Execution:
+    """Choose and make what trains the stages of this process."""
+    rule, recompute, stage = site.options.staleness, site.options.recompute, site.ranks.stage
+    if stage is not None:
+        own = Stage(segments[stage - 1], delay(stage, site.num_stages), rule, recompute)
+        return Pipeline(own, stage, site.num_stages, site.ranks.mailbox, rule.shrink, site.observers)
+    if not rule.stash:
+        return Staged(segments, rule, recompute, site.observers)
+    return DelayLine(segments, ownership.parameters_outside, rule, site.observers)
+
+
+def make_step(
+    site: Site,
+    network: Network,
+    cut: Cut,
+    segments: Sequence[nn.Module],
+    ownership: Ownership,
+    execution: Execution,
+    redirection: Redirection,
+) -> StepRunner:
+    """Make what runs training steps: the user's own where the loss or the batch is, or where hooks need its outputs."""
+    stage, module = site.ranks.stage, site.module
+    has_loss = stage is None or stage == site.num_stages
+    wants_outputs = stage is not None and (not module.automatic_optimization or compat.uses_step_outputs(module))
+    placeholder: Placeholder = end_step
+    if stage is not None and not has_loss and wants_outputs:
+        placeholder = zeros_like_output(cut.chain.segment(cut.bounds[stage], len(cut.chain)))
+        if module.automatic_optimization:
+            placeholder = or_end_step(placeholder)
+    kept: Callable[[], None] = _nothing
+    if stage is not None and not has_loss:
+        kept = partial(warn_of_kept_tensors, segments[stage - 1], stage)
+    # A delay line has all gradients of a batch at once, those of such a loss too.
+    exact = stage is None and site.options.staleness.stash
+    return StepRunner(
+        module,
+        network,
+        execution,
+        redirection,
+        site.precision.train_step_context,
+        site.training_batch,
+        has_loss=has_loss,
+        reads=site.ranks.reads,
+        runs_step=wants_outputs or has_loss or site.ranks.reads,
+        placeholder=placeholder,
+        first_forward=kept,
+        first_backward=_nothing if exact else ownership.check_foreign_grads,
+    )
+
+
+def make_drain(site: Site, execution: Execution, optimizers: Sequence[Optimizer]) -> Drain:
+    """Make what applies gradients in flight."""
+    clip_again: Callable[[], object] = _nothing
+    if site.fits and not site.module.automatic_optimization:
+        clip_again, undo = remembered_clipping(site.module)
+        site.undo.callback(undo)
+    return Drain(site.options.drain, site.module, execution, optimizers, clip_again)
+
+
+def share_outside(ranks: Ranks, ownership: Ownership, wanted: Callable[[Tensor], bool]) -> None:
+    """Give all ranks rank 0's parameters and buffers outside the network, those that are wanted."""
+    names = ownership.names_outside(wanted) if ranks.others else []
+    if names:
+        ranks.share(ownership.root, names, [0])
+
+
+def _nothing() -> None:
+    """Check nothing."""

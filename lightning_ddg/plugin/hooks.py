@@ -1,0 +1,123 @@
+"""What happens at which moment of a fit, besides the strategy's own hooks.
+
+Strategies have no hook at the end of a batch or an epoch. So one callback acts before all others, and functions are
+called after the module's own hooks, which come after the callbacks'::
+
+    end of a batch:   FitHooks.on_train_batch_end   callbacks   the module's hook   FitHooks.after_batch_end
+    end of an epoch:  FitHooks.on_train_epoch_end   callbacks   the module's hook   FitHooks.after_epoch_end
+
+It keeps no state of its own and enters no checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lightning_ddg.comm.ranks import Ranks
+from lightning_ddg.core.execution import Channel, Execution
+from lightning_ddg.plugin import compat
+from lightning_ddg.plugin.agreements import Agreements
+from lightning_ddg.plugin.drain import Drain
+from lightning_ddg.plugin.ownership import OptimizerGroups
+from lightning_ddg.plugin.stale_copies import StaleCopies
+
+EPOCH = Channel("epoch", ends=True)
+
+
+class FitHooks(Callback):
+    """Acts at the moments of a fit.
+
+    Args:
+        execution: Trains the stages.
+        ranks: The processes.
+        drain: Applies gradients in flight.
+        agreements: What rank 0 decides for all.
+        groups: The optimizers' groups over the whole module.
+        copies: Guards copies of the network's layers.
+        fail: Tells the other ranks of an exception.
+    """
+
+    def __init__(
+        self,
+        execution: Execution,
+        ranks: Ranks,
+        drain: Drain,
+        agreements: Agreements,
+        groups: OptimizerGroups,
+        copies: StaleCopies,
+        fail: Callable[[BaseException], None],
+    ) -> None:
+        self._execution, self._ranks, self._drain = execution, ranks, drain
+        self._agreements, self._groups, self._copies, self._fail = agreements, groups, copies, fail
+
+    # ---- before all other callbacks
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let callbacks that change the optimizer's groups find the whole module's parameters in them."""
+        self._groups.show_all()
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        """Let the weights be changed, before any hook may do so."""
+        self._execution.before_step()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Drain after the last batch, before the validation that may follow; ready what callbacks do after a batch."""
+        if compat.is_last_batch(trainer):
+            self._drain.at_end("epoch", batch_idx)
+        saves = self._agreements.due(compat.batch_number(trainer))
+        if saves or compat.monitors_after_batch(trainer):
+            self._agreements.follow()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Drain if the epoch ended early, end it on all ranks together, and give all of them rank 0's metrics."""
+        self._drain.at_end("epoch")
+        if not self._ranks.others:
+            return
+        self._copies.mark(look=True)
+        self._ranks.mailbox.send(self._ranks.others, EPOCH, None)
+        for rank in self._ranks.others:
+            self._ranks.mailbox.take(rank, EPOCH)
+        self._agreements.follow()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Drain with ``drain="fit"``."""
+        self._drain.at_end("fit")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Tell the other ranks before any callback tries to save what can no longer be gathered."""
+        self._fail(exception)
+
+    # ---- after the module's own hooks
+
+    def after_batch_end(self, trainer: Trainer) -> None:
+        """Carry out what is due; give all ranks rank 0's metrics where a scheduler looks at them."""
+        self._copies.check()
+        self._agreements.end_batch(compat.batch_number(trainer))
+        if compat.plateaus_after_batch(trainer):
+            self._agreements.follow()
+
+    def after_epoch_end(self) -> None:
+        """Let all ranks do what rank 0 has decided."""
+        self._copies.check()
+        self._agreements.follow(meet=True)
+
+    def install(self, trainer: Trainer, module: LightningModule) -> Callable[[], None]:
+        """Become part of a fit; return what ends it."""
+        undo = [
+            compat.insert_callback(trainer, self),
+            compat.after_hook(module, "on_fit_start", self._groups.adopt),
+            compat.after_hook(module, "on_train_epoch_start", self._groups.adopt),
+            compat.after_hook(module, "on_train_batch_end", lambda: self.after_batch_end(trainer)),
+            compat.after_hook(module, "on_train_epoch_end", self.after_epoch_end),
+        ]
+
+        def remove() -> None:
+            for function in reversed(undo):
+                function()
+
+        return remove

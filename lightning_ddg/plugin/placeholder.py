@@ -1,0 +1,91 @@
+"""What stands in for the network's output where that is in another process, and the step goes on all the same."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from lightning_ddg.core.tensors import flatten, map_tensors, spec_of
+from lightning_ddg.plugin.redirection import StepDone
+
+#: From what a stage has sent on to what the user's step gets as the network's output.
+Placeholder = Callable[[Any], Any]
+
+
+def end_step(activation: Any) -> NoReturn:
+    """End the user's step at the network's call, as nothing that follows is wanted.
+
+    Raises:
+        StepDone: Always.
+    """
+    raise StepDone
+
+
+def zeros_like_output(rest: nn.Module) -> Placeholder:
+    """Return a function from a stage's output to zeros shaped as the network's output.
+
+    The layers after this stage run on the meta device, which computes shapes only, once per shape of the input.
+
+    Args:
+        rest: The layers after this stage. They are copied without their values.
+    """
+    copies: list[nn.Module] = []
+    known: dict[Any, Any] = {}
+
+    def make(activation: Any) -> Any:
+        structure, tensors = flatten(activation)
+        key = structure, tuple(map(spec_of, tensors))
+        if key not in known:
+            device = next((tensor.device for tensor in tensors), torch.device("cpu"))
+            try:
+                if not copies:
+                    copies.append(_copy_on_meta(rest))
+                with torch.no_grad():
+                    shapes = copies[0](map_tensors(lambda tensor: tensor.detach().to("meta"), activation))
+            except Exception as error:
+                raise RuntimeError(
+                    "In manual optimization a rank without the loss needs the shape of the network's output, and the"
+                    f" layers after its stage do not run on the meta device ({type(error).__name__}: {error}). Use"
+                    " automatic optimization, or layers whose output shape does not depend on the data."
+                ) from error
+            known[key] = (shapes, device)
+        shapes, device = known[key]
+        return map_tensors(lambda tensor: _zeros(tensor, device), shapes)
+
+    return make
+
+
+def or_end_step(placeholder: Placeholder) -> Placeholder:
+    """Return a placeholder where one can be made, else end the step: for steps that may end at the network's call."""
+
+    def make_or_end(activation: Any) -> Any:
+        try:
+            return placeholder(activation)
+        except RuntimeError:
+            raise StepDone from None
+
+    return make_or_end
+
+
+def _zeros(like: Tensor, device: torch.device) -> Tensor:
+    floating = like.is_floating_point() or like.is_complex()
+    return torch.zeros(like.shape, dtype=like.dtype, device=device, requires_grad=floating)
+
+
+def _copy_on_meta(module: nn.Module) -> nn.Module:
+    memo: dict[int, Any] = {}
+    for parameter in module.parameters():
+        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
+    for buffer in module.buffers():
+        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    for child in module.modules():
+        # A hook may be a method of anything, the Trainer included, which must not be copied with it.
+        for name, value in vars(child).items():
+            if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")):
+                memo[id(value)] = OrderedDict()
+    return copy.deepcopy(module, memo)

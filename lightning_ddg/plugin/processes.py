@@ -1,0 +1,211 @@
+"""The processes, as Lightning asks for them: how many there are, how they are started, connected and counted.
+
+Each process trains one stage; one process alone trains all. Stage ``k`` of ``K`` is rank ``K - k``, so that rank 0,
+which logs and decides in Lightning, has the loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
+from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.strategies.parallel import ParallelStrategy
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from typing_extensions import override
+
+from lightning_ddg.comm.ranks import LocalRanks, PipelineRanks, Ranks
+from lightning_ddg.core.execution import Observers
+from lightning_ddg.core.schedule import delay, stage_of_rank
+from lightning_ddg.plugin import compat
+from lightning_ddg.plugin.options import Options, check_backend, check_precision, check_started
+
+_T = TypeVar("_T")
+
+
+class StageProcesses(ParallelStrategy):
+    """What a strategy whose processes are stages says of them; what they do is the subclass's business.
+
+    Args:
+        options: The strategy's options.
+        accelerator: As in Lightning's strategies.
+        parallel_devices: As in Lightning's strategies.
+        cluster_environment: As in Lightning's strategies.
+        checkpoint_io: As in Lightning's strategies.
+        precision_plugin: As in Lightning's strategies.
+    """
+
+    # As how many processes this script has been started, once it has been.
+    _started: ClassVar[int | None] = None
+
+    def __init__(
+        self,
+        options: Options,
+        accelerator: Accelerator | None,
+        parallel_devices: list[torch.device] | None,
+        cluster_environment: ClusterEnvironment | None,
+        checkpoint_io: CheckpointIO | None,
+        precision_plugin: Precision | None,
+    ) -> None:
+        super().__init__(accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin)
+        self.num_nodes = 1
+        self._options = options
+        self._observers = Observers()
+        self._ranks: Ranks = LocalRanks(1, self._observers)
+
+    @property
+    def num_stages(self) -> int:
+        """Number of stages ``K``."""
+        return self._options.stages(self.world_size)
+
+    @property
+    def stage(self) -> int | None:
+        """Stage ``1..K`` of this process, input side first; ``None`` if it runs all stages."""
+        return None if self.world_size == 1 else stage_of_rank(self.global_rank, self.num_stages)
+
+    @property
+    def delay(self) -> int | None:
+        """Delay ``K - stage`` of this process's stage, in batches; ``None`` if it runs all stages."""
+        return None if self.stage is None else delay(self.stage, self.num_stages)
+
+    @property
+    def device_mesh(self) -> DeviceMesh:
+        """The processes as a mesh with the axes ``("data", "stage")``; the first has length 1.
+
+        Raises:
+            RuntimeError: In one process, or before the processes have been connected.
+        """
+        return self._ranks.mesh
+
+    @property
+    @override
+    def root_device(self) -> torch.device:
+        devices = cast(list[torch.device], self.parallel_devices)
+        # A process of several that runs a Trainer of one uses that Trainer's device.
+        return devices[0 if self.world_size == 1 else self.local_rank]
+
+    @property
+    def num_processes(self) -> int:
+        """Number of processes on this node."""
+        return len(self.parallel_devices or ())
+
+    @property
+    @override
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        return {"num_replicas": 1, "rank": 0}
+
+    @property
+    def process_group_backend(self) -> str | None:
+        """Backend of ``torch.distributed``; ``None`` while it is not known which devices there are."""
+        devices = self.parallel_devices
+        if self._options.process_group_backend is not None or devices is None:
+            return self._options.process_group_backend
+        # Processes that share a device cannot be connected by NCCL.
+        shared = len(set(devices)) < len(devices)
+        return "gloo" if shared else compat.default_process_group_backend(self.root_device)
+
+    @property
+    @override
+    def precision_plugin(self) -> Precision:
+        return super().precision_plugin
+
+    @precision_plugin.setter
+    @override
+    def precision_plugin(self, precision_plugin: Precision | None) -> None:
+        check_precision(precision_plugin)
+        self._precision_plugin = precision_plugin
+
+    @override
+    def _configure_launcher(self) -> None:
+        environment = cast(ClusterEnvironment, self.cluster_environment)
+        started_by = type(environment).__name__ if environment.creates_processes_externally else None
+        if started_by is not None:
+            # A script that has been started several times by a first Trainer stays so for the Trainers after it.
+            started = self.world_size if self.world_size > 1 else StageProcesses._started or 1
+            local_rank = environment.local_rank()
+            check_started(started, self.num_processes, self.num_nodes, local_rank, started_by)
+            environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
+        self._options.check_world_size(self.world_size)
+        if self.world_size == 1:
+            return
+        self._options.check_launch(started_by)
+        if started_by is not None:
+            return
+        if self._options.start_method == "popen":
+            self._launcher = compat.SubprocessScriptLauncher(environment, self.num_processes, self.num_nodes)
+        else:
+            self._launcher = compat.MultiProcessingLauncher(self, start_method=self._options.start_method)
+
+    @override
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        compat.reset_seed()
+        self.set_world_ranks()
+        self._observers = Observers()
+        self._ranks = self._connected() if self.world_size > 1 else LocalRanks(self.num_stages, self._observers)
+
+    def _connected(self) -> Ranks:
+        if self._options.start_method == "popen":
+            StageProcesses._started = self.world_size
+        if self._options.start_method == "fork":
+            # OpenMP's threads have not come along: the first operation that waits for one would wait for ever.
+            torch.set_num_threads(1)
+        backend = cast(str, self.process_group_backend)
+        check_backend(backend, self.parallel_devices or [])
+        compat.init_dist_connection(
+            cast(ClusterEnvironment, self.cluster_environment),
+            backend,
+            timeout=group_timeout(self._options.timeout),
+            # Of a group bound to a device, torch 2.6 makes other groups by splitting it, which only NCCL can.
+            device_id=self.root_device if "nccl" in backend else None,
+        )
+        self._options.check_world_size(dist.get_world_size())
+        return PipelineRanks.connect(
+            self.num_stages, self.root_device, self._options.timeout, backend, observers=self._observers
+        )
+
+    def set_world_ranks(self) -> None:
+        """Tell the cluster environment and Lightning's rank-zero functions which process this is."""
+        if self.cluster_environment is not None:
+            self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
+            self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
+        compat.set_rank_zero_only(self.global_rank)
+
+    @contextmanager
+    @override
+    def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
+        """Make modules on the CPU: no device need hold the whole network."""
+        del empty_init
+        with torch.device("cpu"), self.precision_plugin.tensor_init_context():
+            yield
+
+    # ---- collectives of Lightning
+
+    @override
+    def barrier(self, name: str | None = None) -> None:
+        self._ranks.barrier()
+
+    @override
+    def broadcast(self, obj: _T, src: int = 0) -> _T:
+        return self._ranks.broadcast(obj, src)
+
+    @override
+    def reduce(self, tensor: Tensor | Any, group: Any | None = None, reduce_op: Any | None = "mean") -> Tensor | Any:
+        """Return the tensor as it is: there is one replica of the data, and each rank has seen all of it."""
+        return tensor
+
+    @override
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        """Agree on a decision among all ranks: whether all (or any) of them say yes."""
+        return self._ranks.agree(decision, all)
+
+    @override
+    def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
+        """Return the tensor with a new first dimension of length 1: there is one replica of the data."""
+        return tensor.unsqueeze(0)

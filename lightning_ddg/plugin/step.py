@@ -1,0 +1,294 @@
+"""The user's training step, run in stages: the network's call inside it is answered by an execution.
+
+A step goes through these states; what is not drawn is refused::
+
+           the network is called         its output is there       backward (manual optimization)
+    IDLE ------------------------> CALLED ---------------> ANSWERED ------------------> BACKWARD
+     ^                                                        |                            |
+     +--------------------------- end of the step ------------+----------------------------+
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from enum import Enum
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_ddg.core.execution import Execution, Sent
+from lightning_ddg.core.rng import Batch
+from lightning_ddg.core.tensors import tensors_of
+from lightning_ddg.network.find import Network
+from lightning_ddg.plugin import compat
+from lightning_ddg.plugin.placeholder import Placeholder
+from lightning_ddg.plugin.redirection import Redirection, StepDone
+
+_log = logging.getLogger(__name__)
+
+
+class State(Enum):
+    """Where a training step stands; see the file's docstring."""
+
+    IDLE = "idle"
+    CALLED = "called"
+    ANSWERED = "answered"
+    BACKWARD = "backward"
+
+
+class TrainingStep:
+    """What one training step has done so far.
+
+    Args:
+        module: The LightningModule.
+        network: Its network.
+    """
+
+    def __init__(self, module: LightningModule, network: Network) -> None:
+        self.state = State.IDLE
+        self._module = module
+        self._name = describe(network.target_name)
+        self._target_name = network.target_name
+        self._batch: int | None = None
+
+    def forget(self) -> None:
+        """Called when training begins: batch numbers may come again."""
+        self._batch = None
+
+    def begin(self, batch: int, optimizers: Sequence[Optimizer]) -> None:
+        """Called before the step of a batch.
+
+        Raises:
+            RuntimeError: If it is the second one for this batch, as in sharpness-aware minimisation.
+        """
+        if batch == self._batch:
+            names = ", ".join(type(optimizer).__name__ for optimizer in optimizers)
+            raise RuntimeError(
+                f"{names} runs the training step a second time for the same batch (number {batch}), but in stages a"
+                " batch has one forward and one backward. Use an optimizer that calls its closure once."
+            )
+        self._batch, self.state = batch, State.IDLE
+
+    def called(self, inputs: Iterable[Tensor]) -> None:
+        """Called when the step calls the network.
+
+        Args:
+            inputs: The tensors that it gives.
+
+        Raises:
+            RuntimeError: For a second call, a call without gradients, or an input that requires one.
+        """
+        if self.state is not State.IDLE:
+            raise RuntimeError(
+                f"The network ({self._name}) was called 2 times in one training step, but its stages do one"
+                " forward a batch. Concatenate the inputs along the batch dimension, call it once and split the output."
+            )
+        self.state = State.CALLED
+        if not torch.is_grad_enabled():
+            raise RuntimeError(
+                f"The network ({self._name}) was called under `torch.no_grad` in a training step. Call it with"
+                " gradients, exactly once; a second network without gradients should be another module."
+            )
+        if any(tensor.requires_grad for tensor in inputs):
+            raise RuntimeError(
+                f"An input of the network ({self._name}) requires a gradient: something before it would be trained,"
+                " but its gradient ends at the first stage. Make those layers part of the network (`configure_stages`),"
+                " or detach the input."
+            )
+
+    def answered(self) -> None:
+        """Called when the step gets the network's output."""
+        self.state = State.ANSWERED
+
+    def backward(self) -> None:
+        """Called when the step runs its backward; in automatic optimization Lightning does, once and after its end.
+
+        Raises:
+            RuntimeError: For a second backward.
+        """
+        if self.state is State.BACKWARD:
+            raise RuntimeError(
+                "`manual_backward` was called more than once in a training step. Add the losses up and call it once."
+            )
+        if not self._module.automatic_optimization:
+            self.state = State.BACKWARD
+
+    def end(self, output: Any) -> None:
+        """Called with what the step has returned.
+
+        Raises:
+            RuntimeError: Without a call of the network, a loss, or a backward, which every batch needs.
+        """
+        if self.state is State.IDLE:
+            raise RuntimeError(no_call_of(self._target_name))
+        step = f"`{type(self._module).__name__}.training_step`"
+        if self._module.automatic_optimization and output is None:
+            raise RuntimeError(
+                f"{step} returned None, but the other stages cannot skip a batch. Return the loss for every batch,"
+                " multiplied by 0 where it should not count."
+            )
+        if not self._module.automatic_optimization and self.state is not State.BACKWARD:
+            raise RuntimeError(
+                f"{step} ended without `self.manual_backward(loss)`, which every batch needs once. Call it exactly once,"
+                " and not `loss.backward()`."
+            )
+
+
+class StepRunner:
+    """Runs training steps.
+
+    Args:
+        module: The LightningModule.
+        network: Its network.
+        execution: Answers the network's call.
+        redirection: Sends the network's call here.
+        context: Entered around each step, e.g. autocast.
+        batch_of: Makes a training batch's context from its number.
+        has_loss: Whether this process has the network's output, and so the loss.
+        reads: Whether this process has the batch.
+        runs_step: Whether the user's step runs at all; else the stage alone does.
+        placeholder: What the step gets for the network's output where that is elsewhere.
+        first_forward: Checks what the first batch's forward has left behind.
+        first_backward: Checks what the first batch's backward of the loss has left behind.
+    """
+
+    def __init__(
+        self,
+        module: LightningModule,
+        network: Network,
+        execution: Execution,
+        redirection: Redirection,
+        context: Callable[[], AbstractContextManager[object]],
+        batch_of: Callable[[int], Batch],
+        *,
+        has_loss: bool,
+        reads: bool,
+        runs_step: bool,
+        placeholder: Placeholder,
+        first_forward: Callable[[], None],
+        first_backward: Callable[[], None],
+    ) -> None:
+        self.step = TrainingStep(module, network)
+        self._module, self._execution, self._redirection = module, execution, redirection
+        self._context, self._batch_of = context, batch_of
+        self._has_loss, self._reads, self._runs_step = has_loss, reads, runs_step
+        self._placeholder = placeholder
+        self._after_forward, self._after_backward = _Once(first_forward), _Once(first_backward)
+
+    def train(self, optimizers: Sequence[Optimizer], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """Run a training step; return what the user's returned, or a loss of 0 that stands for it."""
+        skips = compat.skips_backward(self._module.trainer)
+        if skips and self._execution.waiting:
+            # The weights are an average by now; gradients that were not drained before have come too late.
+            self._execution.clear()
+        batch = self._batch_of(compat.batch_number(self._module.trainer))
+        self.step.begin(batch.number, optimizers)
+        with self._context():
+            output = self._run(batch, args, kwargs) if self._runs_step else self._train_stage(batch)
+        self._after_forward()
+        if skips:
+            self._execution.skip()
+            for parameter in self._module.parameters():
+                parameter.grad = None
+        return output
+
+    def backward(self, loss: Callable[[], object]) -> None:
+        """Run the backwards that are due; ``loss`` runs that of the loss."""
+
+        def run() -> None:
+            loss()
+            self._after_backward()
+
+        self._execution.backward(run)
+
+    def _train_stage(self, batch: Batch) -> Tensor:
+        self._execution.train(batch, (), {})
+        return self._no_loss()
+
+    def _run(self, batch: Batch, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        answer = partial(self._answer, batch)
+        try:
+            with batch.draws(0, libraries=True), self._redirection.handled_by(answer):
+                output = self._module.training_step(*args, **kwargs)
+        except StepDone:
+            return self._no_loss()
+        except Exception:
+            # What follows the network is run here for the sake of hooks only, and may not bear a placeholder.
+            if self.step.state is State.ANSWERED and not self._has_loss and self._module.automatic_optimization:
+                _log.debug("the step failed after the network's call, where its output is a placeholder", exc_info=True)
+                return self._no_loss()
+            raise
+        self.step.end(output)
+        return output
+
+    def _answer(self, batch: Batch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.step.called(tensors_of((args, kwargs)) if self._reads else ())
+        output = self._execution.train(batch, args, kwargs)
+        if isinstance(output, Sent):
+            output = self._placeholder(output.activation)
+        self.step.answered()
+        return output
+
+    def _no_loss(self) -> Tensor:
+        return torch.zeros((), device=self._module.device, requires_grad=True)
+
+
+class _Once:
+    """Calls a function the first time only: what it checks is in the nature of the layers, or of the loss."""
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self._rest = [function]
+
+    def __call__(self) -> None:
+        if self._rest:
+            self._rest.pop()()
+
+
+def describe(target_name: str) -> str:
+    """Return how the user's step calls the network of that name."""
+    return f"`self.{target_name}`" if target_name else "`self(...)`"
+
+
+def no_call_of(target_name: str) -> str:
+    """Return the message for a training step that does not call the network of that name."""
+    return (
+        f"`training_step` did not call the network ({describe(target_name)}). Call it exactly once in every training"
+        " step, by this name; a step that calls its layers one by one should call the module that holds them."
+    )
+
+
+def warn_of_kept_tensors(segment: nn.Module, stage: int) -> None:
+    """Warn of tensors that a forward has left on layers: the loss, in another process, does not see them.
+
+    Args:
+        segment: The layers of a stage before the last, after a training forward.
+        stage: Its number.
+    """
+    kept = [
+        f"{name}.{attribute}".lstrip(".")
+        for name, module in segment.named_modules()
+        for attribute, value in vars(module).items()
+        # What a hook makes of other parameters before each forward is no result of it, nor is an RNN's list of them.
+        if attribute != "_flat_weights" and not {f"{attribute}_g", f"{attribute}_orig"} & module._parameters.keys()
+        if any(isinstance(item, Tensor) and item.grad_fn is not None for item in _items(value))
+    ]
+    if kept:
+        warnings.warn(
+            f"Stage {stage} leaves tensors with gradients in attributes of its layers ({', '.join(kept[:3])}"
+            f"{', ...' if len(kept) > 3 else ''}). The loss is computed in another process, which does not see them: if"
+            " it uses them, return them from the network's forward, or train in one process (`devices=1`).",
+            stacklevel=2,
+        )
+
+
+def _items(value: Any) -> Iterable[Any]:
+    if type(value) is dict:
+        return value.values()
+    return value if isinstance(value, list | tuple) else [value]
