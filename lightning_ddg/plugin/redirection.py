@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import nn
 
+from lightning_ddg.plugin.ownership import Weights
+
 Handler = Callable[[tuple[Any, ...], dict[str, Any]], Any]
 
 
@@ -29,11 +31,12 @@ class Seam:
     Args:
         target: The module whose call is the call of the network.
         foreign: Layers whose weights live on another rank, with the number of their stage.
+        weights: Which weights are up to date here.
     """
 
-    def __init__(self, target: nn.Module, foreign: Mapping[nn.Module, int]) -> None:
+    def __init__(self, target: nn.Module, foreign: Mapping[nn.Module, int], weights: Weights) -> None:
         self.calls = 0
-        self.stale = False
+        self._weights = weights
         self._target = target
         self._original = target.__dict__.get("forward")
         self._handler: Handler | None = None
@@ -85,7 +88,7 @@ class Seam:
                     " going through the network as a whole. Call the network by its one entry: the module that holds"
                     " all layers, or `self(...)`, exactly once in a training step."
                 )
-            if self.stale:
+            if not self._weights.whole:
                 raise RuntimeError(
                     f"The network was called outside a step, but the current weights of stage {stage} ({name}) live in"
                     " another process until the fit ends. Call it in `validation_step` or `predict_step`, or after the"

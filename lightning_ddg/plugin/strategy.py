@@ -44,54 +44,23 @@ from lightning_ddg.planning.report import print_cut
 from lightning_ddg.planning.simulate import SECONDS_PER_BYTE
 from lightning_ddg.planning.units import parse_bytes
 from lightning_ddg.plugin import compat
+from lightning_ddg.plugin.agreements import Decisions, Signals, time_on_rank_zero
 from lightning_ddg.plugin.callbacks import EpochEnd
 from lightning_ddg.plugin.checkpoint import (
-    CHECKPOINT_KEY,
-    adopt_groups,
-    copies_of_state,
-    full_optimizer_state,
-    keep_only,
-    keep_options,
-    keys_of_stage,
+    CheckpointAssembler,
     local_optimizer_state,
-    owner_by_name,
-    parameter_groups,
-    stage_optimizer_state,
+    record_cut,
+    recorded_cut,
 )
-from lightning_ddg.plugin.compiling import compile_stage
-from lightning_ddg.plugin.data import RemoteLoader, SourceLoader
-from lightning_ddg.plugin.decisions import Decisions
+from lightning_ddg.plugin.clipping import clip_norm_per_stage, clip_values_that_exist, remembered_clipping
+from lightning_ddg.plugin.compiling import check_compilable, compile_stage
+from lightning_ddg.plugin.data import RemoteLoader, SourceLoader, check_sampler, check_steps
 from lightning_ddg.plugin.measure import Cut, Measured, copies_kept, decide_cut, first_call, measured_costs
+from lightning_ddg.plugin.options import Options, check_backend, check_precision, check_started, check_trainer
+from lightning_ddg.plugin.ownership import OptimizerGroups, Ownership, Weights, check_optimizers, keep_options
 from lightning_ddg.plugin.redirection import Seam, StepDone
-from lightning_ddg.plugin.refusals import (
-    check_backend,
-    check_call,
-    check_casts,
-    check_choice,
-    check_compilable,
-    check_compile,
-    check_foreign_grads,
-    check_interactive,
-    check_layer_sync,
-    check_memory_limit,
-    check_no_memory_limit,
-    check_not_started,
-    check_one_step,
-    check_optimizers,
-    check_precision,
-    check_recurrent,
-    check_sampler,
-    check_stages,
-    check_staleness,
-    check_started,
-    check_step,
-    check_ties_outside,
-    check_timeout,
-    check_world_size,
-    warn_of_kept_tensors,
-)
-from lightning_ddg.plugin.signals import Signals
-from lightning_ddg.plugin.stale_copies import Followers
+from lightning_ddg.plugin.stale_copies import StaleCopies
+from lightning_ddg.plugin.step import check_call, check_one_step, check_step, warn_of_kept_tensors
 
 _T = TypeVar("_T")
 Execution = Pipeline | DelayLine | Lockstep
@@ -168,35 +137,31 @@ class DDGStrategy(ParallelStrategy):
             checkpoint_io=checkpoint_io,
             precision_plugin=precision_plugin,
         )
-        check_choice("balance", balance)
-        check_choice("drain", drain)
-        check_choice("start_method", start_method)
-        check_stages(num_stages, split_points)
-        check_timeout(timeout)
-        check_compile(compile, num_stages)
-        check_staleness(staleness, recompute, compile)
+        self._options = Options(
+            num_stages=num_stages,
+            split_points=split_points,
+            balance=balance,
+            max_memory=None if max_memory is None else parse_bytes(max_memory),
+            compile=compile,
+            drain=drain,
+            recompute=recompute,
+            staleness=Staleness() if staleness is None else staleness,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+            start_method=start_method,
+        )
         self.num_nodes = 1
-        self._num_stages = num_stages
-        self._split_points = split_points
-        self._balance = balance
-        self._max_memory = None if max_memory is None else parse_bytes(max_memory)
-        check_memory_limit(self._max_memory, split_points, balance)
-        self._compile = {} if compile is True else compile
-        self._drain = drain
-        self._recompute = recompute
-        self._staleness = staleness or Staleness()
         self._process_group_backend = process_group_backend
-        self._timeout = timeout
-        self._start_method = start_method
         self._device_mesh: DeviceMesh | None = None
         self._recorded_cut: list[str] | None = None
         self._begin()
         self._cut: Cut | None = None
         self._segments: list[nn.Module] = []
-        self._owner: dict[str, int] = {}
-        self._groups: list[list[nn.Parameter]] = []
-        self._weights_complete = True
-        self._gathered: dict[str, Any] | None = None
+        self._ownership: Ownership | None = None
+        self._weights = Weights()
+        # Of the optimizer, in several processes.
+        self._groups: list[OptimizerGroups] = []
+        self._checkpoints: CheckpointAssembler | None = None
         self._failure: str | None = None
         # Over all runs, or each prediction would draw what the one before it drew.
         self._evaluations = 0
@@ -208,7 +173,7 @@ class DDGStrategy(ParallelStrategy):
         self._network: Network | None = None
         self._execution: Execution | None = None
         self._seam: Seam | None = None
-        self._followers: Followers | None = None
+        self._followers: StaleCopies | None = None
         self._decisions: Decisions | None = None
         self._epoch_end = EpochEnd(self)
         self._seed = 0
@@ -262,11 +227,7 @@ class DDGStrategy(ParallelStrategy):
     @property
     def num_stages(self) -> int:
         """Number of stages ``K``."""
-        if self._num_stages == "auto":
-            if self._one_process:
-                return 2 if self._split_points is None else len(self._split_points) + 1
-            return self.world_size
-        return self._num_stages
+        return self._options.stages(self.world_size)
 
     @property
     def stage(self) -> int | None:
@@ -282,7 +243,7 @@ class DDGStrategy(ParallelStrategy):
     @property
     def staleness(self) -> Staleness:
         """What stages do with stale gradients."""
-        return self._staleness
+        return self._options.staleness
 
     @property
     def stage_parameter_names(self) -> list[list[str]]:
@@ -293,16 +254,12 @@ class DDGStrategy(ParallelStrategy):
         Raises:
             RuntimeError: Before the Trainer has set the strategy up.
         """
-        if self.num_stages > 1 and self._cut is None:
+        if self._ownership is None:
             raise RuntimeError(
                 "The network has not been cut yet, so that `stage_parameter_names` is not known. Read it from"
                 " `on_fit_start` on, or after `trainer.fit`; where processes are spawned or forked, in these."
             )
-        assert self.lightning_module is not None
-        names = [name for name, _ in self.lightning_module.named_parameters()]
-        return [
-            [name for name in names if self._owner.get(name, 1) == stage] for stage in range(1, self.num_stages + 1)
-        ]
+        return self._ownership.parameter_names
 
     @property
     def device_mesh(self) -> DeviceMesh:
@@ -359,18 +316,16 @@ class DDGStrategy(ParallelStrategy):
         started = environment.creates_processes_externally
         if started:
             self._check_started(environment)
-        check_world_size(self._num_stages, self._split_points, self.world_size)
+        self._options.check_world_size(self.world_size)
         if self._one_process:
-            check_no_memory_limit(self._max_memory)
             return
+        self._options.check_launch(type(environment).__name__ if started else None)
         if started:
-            check_not_started(self._start_method, type(environment).__name__)
             return
-        check_interactive(self._start_method)
-        if self._start_method == "popen":
+        if self._options.start_method == "popen":
             self._launcher = compat.SubprocessScriptLauncher(environment, self.num_processes, self.num_nodes)
         else:
-            self._launcher = compat.MultiProcessingLauncher(self, start_method=self._start_method)
+            self._launcher = compat.MultiProcessingLauncher(self, start_method=self._options.start_method)
 
     def _check_started(self, environment: ClusterEnvironment) -> None:
         # A script that has been started several times by a first Trainer stays so for the Trainers after it.
@@ -386,9 +341,9 @@ class DDGStrategy(ParallelStrategy):
         self.set_world_ranks()
         if self._one_process:
             return
-        if self._start_method == "popen":
+        if self._options.start_method == "popen":
             DDGStrategy._processes = self.world_size
-        if self._start_method == "fork":
+        if self._options.start_method == "fork":
             # OpenMP's threads have not come along: the first operation that waits for one would wait for ever.
             torch.set_num_threads(1)
         self._process_group_backend = backend = self._get_process_group_backend()
@@ -401,7 +356,7 @@ class DDGStrategy(ParallelStrategy):
             # Of a group bound to a device, torch 2.6 makes other groups by splitting it, which only NCCL can.
             device_id=self.root_device if "nccl" in backend else None,
         )
-        check_world_size(self._num_stages, self._split_points, dist.get_world_size())
+        self._options.check_world_size(dist.get_world_size())
         # Making groups waits for every rank without noticing that one is gone; a barrier notices.
         self.barrier()
         self._device_mesh = self._make_mesh()
@@ -427,11 +382,11 @@ class DDGStrategy(ParallelStrategy):
             for edge in dict.fromkeys([*neighbours, (ranks[-1], ranks[0])]):
                 edges[edge] = connect(sorted(edge), "nccl")
         names = [f"Rank {rank} (stage {stage_of_rank(rank, self.num_stages)})" for rank in ranks]
-        return Transport(group, self.root_device, self._timeout, names, edges)
+        return Transport(group, self.root_device, self._options.timeout, names, edges)
 
     @property
     def _group_timeout(self) -> timedelta:
-        return max(self._timeout, timedelta(minutes=30))
+        return max(self._options.timeout, timedelta(minutes=30))
 
     def _get_process_group_backend(self) -> str:
         if self._process_group_backend is not None:
@@ -462,6 +417,8 @@ class DDGStrategy(ParallelStrategy):
         self.model = self.precision_plugin.convert_module(module)
         if self.num_stages > 1:
             self._network = self._find_network(trainer)
+        else:
+            self._ownership = Ownership(module, [module], self.stage)
         if fitting:
             self.setup_optimizers(trainer)
         if self._network is not None:
@@ -476,18 +433,16 @@ class DDGStrategy(ParallelStrategy):
             compat.optimizers_to_device(self.optimizers, self.root_device)
         if fitting and self._execution is not None and self._network is not None:
             self._watch(trainer, self._execution)
-            self._watch_followers(module, self._network.target)
+            self._watch_followers(self._network.target)
         # Without a seed each process has made its own; what is never trained is not shared again.
         self._share_outside(lambda tensor: True)
 
     def _refuse(self, trainer: Trainer) -> None:
         assert self.lightning_module is not None
-        compat.refuse_trainer_flags(trainer)
-        check_layer_sync(self._layer_sync)
-        check_casts(self._staleness, self._recompute, self.precision_plugin)
+        check_trainer(trainer, self._layer_sync, self._one_process)
+        self._options.check_casts(self.precision_plugin)
         if not self._one_process:
-            compat.refuse_dataloader_iter(self.lightning_module)
-            compat.refuse_callbacks(trainer)
+            check_steps(self.lightning_module)
 
     def _install(self, trainer: Trainer) -> None:
         assert self.lightning_module is not None
@@ -497,7 +452,7 @@ class DDGStrategy(ParallelStrategy):
             return
         self._undo.callback(compat.keep_metrics_local(module))
         self._undo.callback(compat.silence_sync_dist_advice())
-        self._undo.callback(compat.clip_values_that_exist(self.precision_plugin))
+        self._undo.callback(clip_values_that_exist(self.precision_plugin))
         self._undo.callback(compat.silence_sigterm_broadcast(trainer))
         if trainer.state.fn == TrainerFn.FITTING and self.root_device.type != "cpu":
             self._undo.callback(compat.hide_example_input(module))
@@ -522,11 +477,11 @@ class DDGStrategy(ParallelStrategy):
                     call = map_tensors(Tensor.detach, call)
             return None if loaders is None else self.broadcast(call, src=self._reading_rank)
 
-        points = self._split_points or self._recorded_cut or ()
+        points = self._options.split_points or self._recorded_cut or ()
         return find_network(module, layers, requirer=type(self).__name__, example=example, points=points)
 
     def setup_optimizers(self, trainer: Trainer) -> None:
-        self._reset_optimizers_and_schedulers()
+        compat.reset_optimizers(self)
         super().setup_optimizers(trainer)
         check_optimizers(self.optimizers)
 
@@ -543,34 +498,40 @@ class DDGStrategy(ParallelStrategy):
             if self._reads:
                 with self._seeded(0, libraries=True):
                     costs = measured_costs(
-                        module, network, loaders, self._balance, self.precision_plugin, self.root_device
+                        module, network, loaders, self._options.balance, self.precision_plugin, self.root_device
                     )
             costs = self.broadcast(costs, src=self._reading_rank)
             if not isinstance(costs, Profile):
                 return costs
             copies = copies_kept(self.optimizers[0] if self.optimizers else None)
-            costs = replace(costs, recompute=self._recompute, stash=self._staleness.stash)
+            costs = replace(costs, recompute=self._options.recompute, stash=self.staleness.stash)
             return Measured(costs, self._seconds_per_byte(), copies)
 
         self._cut = decide_cut(
             network.chain,
             self.num_stages,
-            self._split_points,
+            self._options.split_points,
             self._recorded_cut,
-            self._balance,
+            self._options.balance,
             measure,
-            self._max_memory if fitting else None,
+            self._options.max_memory if fitting else None,
         )
         # What is cut only to be evaluated was not measured, and a fit that follows shall be.
         if fitting:
             self._recorded_cut = self._cut.split_points
-        self._segments = self._cut.segments()
-        check_ties_outside(module, self._segments)
-        self._owner = owner_by_name(module, self._segments)
+        self._own(module, self._cut)
         if fitting and self.is_global_zero and not trainer.barebones:
             cut, measured = self._cut, self._cut.measured
             extras = () if measured is None else (measured.profile, measured.optimizer_copies)
             print_cut(cut.chain, cut.starts, cut.costs, cut.unit, *extras)
+
+    def _own(self, module: LightningModule, cut: Cut) -> None:
+        self._segments = cut.segments()
+        layers = [cut.layers_of(stage) for stage in range(1, self.num_stages + 1)]
+        self._ownership = Ownership(module, self._segments, self.stage, layers)
+        self._ownership.check_ties()
+        if not self._one_process:
+            self._checkpoints = CheckpointAssembler(self._ownership, self._weights, self._gather)
 
     def _seconds_per_byte(self) -> float:
         """What a byte costs on its way from the first stage to the second."""
@@ -588,25 +549,23 @@ class DDGStrategy(ParallelStrategy):
         """Puts the execution together, once all tensors are where they will be used."""
         assert self.lightning_module is not None
         module = self.lightning_module
-        self._segments = cut.segments()
-        check_recurrent(self._staleness, self._segments, self.root_device)
-        if self._compile is not False:
+        self._own(module, cut)
+        assert self._ownership is not None
+        self._options.check_recurrent(self._segments, self.root_device)
+        if self._options.compile_options is not None:
             check_compilable(network)
             for stage, segment in enumerate(self._segments, start=1):
                 if self.stage in (None, stage):
-                    compile_stage(segment, stage, self._compile)
-        self._execution = self._all_stages(module) if self._one_process else self._own_stage(module, cut)
-        self._seam = Seam(network.target, self._foreign)
+                    compile_stage(segment, stage, self._options.compile_options)
+        self._execution = self._all_stages(self._ownership) if self._one_process else self._own_stage(module, cut)
+        self._seam = Seam(network.target, self._ownership.foreign_layers, self._weights)
         self._undo.callback(self._seam.remove)
 
-    def _all_stages(self, module: LightningModule) -> DelayLine | Lockstep:
-        stages = [list(segment.parameters()) for segment in self._segments]
-        self._undo.callback(compat.clip_norm_per_stage(self.precision_plugin, stages))
-        if not self._staleness.stash:
-            return Lockstep(self._segments, self._seeded, self._staleness, self._recompute)
-        in_network = {id(parameter) for parameters in stages for parameter in parameters}
-        others = [parameter for parameter in module.parameters() if id(parameter) not in in_network]
-        return DelayLine(self._segments, others, self._seeded, self._staleness)
+    def _all_stages(self, ownership: Ownership) -> DelayLine | Lockstep:
+        self._undo.callback(clip_norm_per_stage(self.precision_plugin, ownership.stage_of))
+        if not self.staleness.stash:
+            return Lockstep(self._segments, self._seeded, self.staleness, self._options.recompute)
+        return DelayLine(self._segments, ownership.parameters_outside, self._seeded, self.staleness)
 
     def _own_stage(self, module: LightningModule, cut: Cut) -> Pipeline:
         assert self._transport is not None and self.stage is not None
@@ -616,51 +575,34 @@ class DDGStrategy(ParallelStrategy):
             placeholder = placeholder_maker(cut.chain.segment(cut.bounds[self.stage], len(cut.chain)))
             if module.automatic_optimization:
                 placeholder = or_end_step(placeholder)
-        late, rule = delay(self.stage, self.num_stages), self._staleness
-        own = make_stage(self._segments[self.stage - 1], late, rule, self._recompute)
+        late, rule = delay(self.stage, self.num_stages), self.staleness
+        own = make_stage(self._segments[self.stage - 1], late, rule, self._options.recompute)
         return Pipeline(own, self.stage, self.num_stages, self._transport, self._seeded, placeholder, rule.shrink)
 
-    @property
-    def _foreign(self) -> dict[nn.Module, int]:
-        """Layers whose weights live on another rank, with their stage."""
-        if self._cut is None or self.stage is None:
-            return {}
-        own = {id(module) for module in self._segments[self.stage - 1].modules()}
-        stages = range(1, self.num_stages + 1)
-        return {layer: stage for stage in stages for layer in self._cut.layers_of(stage) if id(layer) not in own}
-
-    def _watch_followers(self, module: LightningModule, target: nn.Module) -> None:
+    def _watch_followers(self, target: nn.Module) -> None:
         """On the rank whose step goes on after the network, where copies of its layers may be used."""
         if self.stage != self.num_stages:
             return
-        owned = [(parameter, self._owner[name]) for name, parameter in module.named_parameters()]
-        self._followers = Followers(module, target, [pair for pair in owned if pair[1] != self.stage])
+        assert self._ownership is not None
+        self._followers = StaleCopies(target, self._ownership)
         self._undo.callback(self._followers.forget)
 
     def _keep_own_parameters(self) -> None:
         if self._one_process:
             return
-        self._groups = [group for optimizer in self.optimizers for group in parameter_groups(optimizer)]
-        for optimizer in self.optimizers:
-            keep_only(optimizer, self._own_parameters)
-
-    @property
-    def _own_parameters(self) -> list[nn.Parameter]:
-        assert self.lightning_module is not None
-        named = self.lightning_module.named_parameters()
-        return [parameter for name, parameter in named if self._owner[name] == self.stage]
+        ownership = self._ownership
+        assert ownership is not None
+        self._groups = [OptimizerGroups(optimizer, lambda: ownership.own_parameters) for optimizer in self.optimizers]
 
     def show_all_parameters(self) -> None:
         """Puts the parameters of all stages into the optimizer's groups, until the hooks of this event have run."""
-        self._adopt_groups()
-        for optimizer in () if self._one_process else self.optimizers:
-            for group, parameters in zip(optimizer.param_groups, self._groups, strict=True):
-                group["params"] = list(parameters)
+        for groups in self._groups:
+            groups.show_all()
 
     def _adopt_groups(self) -> None:
         """Takes the parameters of other stages out of groups that were added, or shown by `show_all_parameters`."""
-        for optimizer in () if self._one_process else self.optimizers:
-            self._groups = adopt_groups(optimizer, self._groups, self._own_parameters)
+        for groups in self._groups:
+            groups.adopt()
 
     def _watch(self, trainer: Trainer, execution: Execution) -> None:
         """Acts where strategies have no hook: after those of the module, which come after the callbacks'."""
@@ -680,7 +622,7 @@ class DDGStrategy(ParallelStrategy):
             self._undo.callback(optimizer.register_step_post_hook(lambda *_: self._after_step()).remove)
         self._undo.callback(compat.on_exception_in_fit(trainer, self.on_exception))
         if not module.automatic_optimization:
-            self._clip_again, undo = compat.remembered_clipping(module)
+            self._clip_again, undo = remembered_clipping(module)
             self._undo.callback(undo)
         for name, function in (
             ("on_fit_start", self._adopt_groups),
@@ -693,7 +635,8 @@ class DDGStrategy(ParallelStrategy):
     def model_to_device(self) -> None:
         """Moves this process's layers and everything outside the network to its device; others stay on the CPU."""
         assert self.lightning_module is not None
-        undo = [compat.keep_in_place(layer) for layer in self._foreign]
+        foreign = {} if self._ownership is None else self._ownership.foreign_layers
+        undo = [compat.keep_in_place(layer) for layer in foreign]
         try:
             self.lightning_module.to(self.root_device)
         finally:
@@ -844,7 +787,8 @@ class DDGStrategy(ParallelStrategy):
         if self._execution is None:
             return super().backward(closure_loss, optimizer, *args, **kwargs)
         assert self.lightning_module is not None
-        module, plugin = self.lightning_module, self.precision_plugin
+        assert self._ownership is not None
+        module, plugin, ownership = self.lightning_module, self.precision_plugin, self._ownership
         if self._backward_ran:
             raise RuntimeError(
                 "`manual_backward` was called more than once in a training step. Add the losses up and call it once."
@@ -858,7 +802,7 @@ class DDGStrategy(ParallelStrategy):
             if not self._foreign_grads_checked and not isinstance(self._execution, DelayLine):
                 # Once is enough: it is in the nature of the loss.
                 self._foreign_grads_checked = True
-                check_foreign_grads(module, self._owner, self.num_stages)
+                ownership.check_foreign_grads()
 
         self._execution.backward(run)
         self._pending += 1
@@ -883,7 +827,7 @@ class DDGStrategy(ParallelStrategy):
         if self._execution is not None:
             self._execution.stepped()
         if self._transport is not None and self._seam is not None:
-            self._weights_complete, self._seam.stale = False, True
+            self._weights.whole = False
 
     def drain(self, when: str, batch_idx: int = 0) -> None:
         """Applies the gradients in flight, if this is when they shall be: as many a step as before.
@@ -893,7 +837,7 @@ class DDGStrategy(ParallelStrategy):
             batch_idx: Index of the last batch, for the hooks of Lightning.
         """
         execution = self._execution
-        if execution is None or when != self._drain:
+        if execution is None or when != self._options.drain:
             return
         assert self.lightning_module is not None
         module = self.lightning_module
@@ -989,7 +933,7 @@ class DDGStrategy(ParallelStrategy):
         if self._decisions is not None:
             self._decisions.begin()
             compat.keep_callback(self.lightning_module.trainer, self._epoch_end)
-            self._undo.callback(compat.time_on_rank_zero(self.lightning_module.trainer, self.is_global_zero))
+            self._undo.callback(time_on_rank_zero(self.lightning_module.trainer, self.is_global_zero))
 
     def on_train_end(self) -> None:
         """Gives every rank all the trained weights."""
@@ -997,11 +941,9 @@ class DDGStrategy(ParallelStrategy):
             self._decisions.end()
         if self._execution is not None:
             self._execution.clear()
-        if self._transport is not None and self._seam is not None:
-            assert self.lightning_module is not None
-            own = [name for name, stage in self._owner.items() if stage == self.stage]
-            share_with_all(self._transport, self.lightning_module, own, range(self.num_stages))
-            self._weights_complete, self._seam.stale = True, False
+        if self._transport is not None and self._ownership is not None:
+            share_with_all(self._transport, self._ownership.root, self._ownership.own_names, range(self.num_stages))
+            self._weights.whole = True
 
     # ---- evaluation
 
@@ -1026,15 +968,11 @@ class DDGStrategy(ParallelStrategy):
 
     def _share_outside(self, wanted: Callable[[Tensor], bool]) -> None:
         """Gives all ranks rank 0's parameters and buffers outside the network, those that are wanted."""
-        if self._transport is None:
+        if self._transport is None or self._ownership is None:
             return
-        assert self.lightning_module is not None
-        module = self.lightning_module
-        inside = {id(tensor) for part in self._segments for tensor in (*part.parameters(), *part.buffers())}
-        named = (*module.named_parameters(), *module.named_buffers())
-        outside = [name for name, tensor in named if id(tensor) not in inside and wanted(tensor)]
+        outside = self._ownership.names_outside(wanted)
         if outside:
-            share_with_all(self._transport, module, outside, [0])
+            share_with_all(self._transport, self._ownership.root, outside, [0])
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         with self._evaluating():
@@ -1110,30 +1048,18 @@ class DDGStrategy(ParallelStrategy):
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The full state dict on rank 0; before the fit has ended, other ranks have only their own part up to date."""
-        assert self.lightning_module is not None
-        state: dict[str, Any] = self.lightning_module.state_dict()
-        self._gathered = state
-        if not self._weights_complete:
-            self._complete(state)
-        return state
-
-    def _complete(self, state: dict[str, Any]) -> None:
-        """Puts all stages' parts into rank 0's copy of the module's state."""
-        assert self.lightning_module is not None and self.stage is not None
-        keys = keys_of_stage(state, self.lightning_module, self._segments, self.stage)
-        for values in self._gather({key: state[key] for key in keys}):
-            state.update(values)
+        if self._checkpoints is None:
+            return super().lightning_module_state_dict()
+        return self._checkpoints.module_state()
 
     def optimizer_state(self, optimizer: Optimizer | LightningOptimizer) -> dict[str, Any]:
         """The state of the user's optimizer over the whole module on rank 0, nothing elsewhere."""
-        if isinstance(optimizer, LightningOptimizer):
-            optimizer = optimizer.optimizer
-        if self._one_process:
+        if self._checkpoints is None:
+            if isinstance(optimizer, LightningOptimizer):
+                optimizer = optimizer.optimizer
             return cast(dict[str, Any], super().optimizer_state(optimizer))
-        self._adopt_groups()
-        own = stage_optimizer_state(optimizer, self._groups)
-        others = self._gather(own)
-        return full_optimizer_state(optimizer, self._groups, [own, *others]) if self.is_global_zero else {}
+        (groups,) = self._groups
+        return self._checkpoints.optimizer_state(groups)
 
     def _gather(self, own: dict[Any, Any]) -> list[dict[Any, Any]]:
         """What the other ranks have, on rank 0; an empty list on all others."""
@@ -1152,21 +1078,17 @@ class DDGStrategy(ParallelStrategy):
         if self._one_process:
             super().load_optimizer_state_dict(checkpoint)
             return
-        self._adopt_groups()
-        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            optimizer.load_state_dict(local_optimizer_state(state, optimizer, self._groups))
-            compat.optimizer_to_device(optimizer, self.root_device)
+        for groups, state in zip(self._groups, checkpoint["optimizer_states"], strict=True):
+            groups.adopt()
+            groups.optimizer.load_state_dict(local_optimizer_state(state, groups.optimizer, groups.whole))
+            compat.optimizer_to_device(groups.optimizer, self.root_device)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         """Writes a plain Lightning checkpoint on rank 0, with the cut recorded beside what Lightning put in it."""
-        if self._cut is not None and not self._one_process:
-            assert self.lightning_module is not None
-            for copy in copies_of_state(checkpoint, self.lightning_module.state_dict().keys()):
-                if copy is not self._gathered:
-                    self._complete(copy)
+        if self._checkpoints is not None:
+            self._checkpoints.complete_copies(checkpoint)
         if self._recorded_cut is not None:
-            checkpoint[CHECKPOINT_KEY] = {"num_stages": self.num_stages, "split_points": list(self._recorded_cut)}
-        self._gathered = None
+            record_cut(checkpoint, self.num_stages, self._recorded_cut)
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
@@ -1174,9 +1096,7 @@ class DDGStrategy(ParallelStrategy):
         # Lightning before 2.6 does not know the argument, and never gives it.
         given = {} if weights_only is None else {"weights_only": weights_only}
         loaded = super().load_checkpoint(checkpoint_path, **given)
-        recorded = loaded.get(CHECKPOINT_KEY)
-        if recorded and recorded["num_stages"] == self.num_stages:
-            self._recorded_cut = list(recorded["split_points"])
+        self._recorded_cut = recorded_cut(loaded, self.num_stages) or self._recorded_cut
         return loaded
 
     # ---- the end
