@@ -44,12 +44,10 @@ OWED: dict[str, set[str]] = {
         "network.trace.graph",
         "network.trace.tracer",
         "observe.monitor",
-        "plugin.compat",
-        "plugin.refusals",
         "plugin.strategy",
     },
     "foreign": {"lightning: planning.plan"},
-    "private": {"plugin.mixin: _trainer", "plugin.strategy: _reset_optimizers_and_schedulers"},
+    "private": set(),
 }
 
 

@@ -1,6 +1,6 @@
 """Weights and states that move between ranks outside iterations: to rank 0 for a checkpoint, to all after the fit.
 
-Which tensor is whose is in :mod:`~lightning_ddg.plugin.checkpoint`. Everything here is collective: every rank must
+Which tensor is whose is in :mod:`~lightning_ddg.plugin.ownership`. Everything here is collective: every rank must
 call it.
 """
 

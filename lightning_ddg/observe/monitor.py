@@ -282,7 +282,7 @@ class DDGMonitor(Callback):
         known = len(tallies) == strategy.num_stages and min(tally.batches for tally in tallies) >= _PERIODS
         if self._warned or not known or cut is None or strategy._transport is None:
             return
-        warning = idle_warning(cut, tallies, strategy._max_memory)
+        warning = idle_warning(cut, tallies, strategy._options.max_memory)
         if warning is not None:
             self._warned = True
             rank_zero_warn(f"DDGMonitor: {warning}")

@@ -1,132 +1,81 @@
-"""Full state and stage state: whose tensor is whose, and optimizer states by the indices of the whole module.
+"""Checkpoints of the whole module, assembled of what each stage has, and taken apart again.
 
-Checkpoints are plain Lightning files, so the formats here are torch's own and must stay so; the functions are pure, and
-moving the pieces between ranks is the strategy's business.
+They are plain Lightning files, with the formats that Lightning and torch give them; under :data:`CHECKPOINT_KEY` stands
+the cut, which nobody else reads. The functions on states are pure.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
+
+from lightning_ddg.plugin.ownership import OptimizerGroups, Ownership, Weights
 
 CHECKPOINT_KEY = "lightning_ddg"
 
 
-def owner_by_name(root: nn.Module, segments: Sequence[nn.Module]) -> dict[str, int]:
-    """Stage (``1..K``) of every parameter and buffer of ``root``, under all its names.
+def record_cut(checkpoint: dict[str, Any], num_stages: int, split_points: Sequence[str]) -> None:
+    """Write a cut into a checkpoint."""
+    checkpoint[CHECKPOINT_KEY] = {"num_stages": num_stages, "split_points": list(split_points)}
 
-    What belongs to no segment belongs to the last stage, whose rank computes the loss.
+
+def recorded_cut(checkpoint: Mapping[str, Any], num_stages: int) -> list[str] | None:
+    """Return the split points in a checkpoint, if there are any for this many stages."""
+    recorded = checkpoint.get(CHECKPOINT_KEY)
+    return list(recorded["split_points"]) if recorded and recorded["num_stages"] == num_stages else None
+
+
+class CheckpointAssembler:
+    """Puts the parts of all stages together on rank 0. Every rank has to call each method, in the same order.
+
+    Args:
+        ownership: Whose tensor is whose.
+        weights: Which weights are up to date here.
+        gather: Gives rank 0 what the other ranks have of a dictionary, and all others an empty list.
     """
-    owner: dict[int, int] = {}
-    for stage, segment in enumerate(segments, start=1):
-        for tensor in (*segment.parameters(), *segment.buffers()):
-            owner[id(tensor)] = stage
-    named = (*root.named_parameters(remove_duplicate=False), *root.named_buffers(remove_duplicate=False))
-    return {name: owner.get(id(tensor), len(segments)) for name, tensor in named}
 
+    def __init__(
+        self, ownership: Ownership, weights: Weights, gather: Callable[[dict[Any, Any]], list[dict[Any, Any]]]
+    ) -> None:
+        self._ownership, self._weights, self._gather = ownership, weights, gather
+        self._assembled: dict[str, Any] | None = None
 
-def keys_of_stage(
-    state_dict: Mapping[str, Any], root: nn.Module, segments: Sequence[nn.Module], stage: int
-) -> list[str]:
-    """Keys of a full ``state_dict`` whose values a stage owns.
+    def module_state(self) -> dict[str, Any]:
+        """Return the module's state dict, the full one on rank 0; elsewhere only this stage's part is up to date."""
+        state: dict[str, Any] = self._ownership.root.state_dict()
+        if not self._weights.whole:
+            self._complete(state)
+        self._assembled = state
+        return state
 
-    Keys are matched by name; where a module renames its keys, by the memory they share with a parameter or a buffer;
-    and a module's extra state by the module's name. Everything else belongs to the last stage.
-    """
-    by_name = owner_by_name(root, segments)
-    by_memory: dict[int, int] = {}
-    by_module: dict[int, int] = {}
-    for number, segment in enumerate(segments, start=1):
-        for tensor in (*segment.parameters(), *segment.buffers()):
-            if tensor.numel():
-                by_memory[tensor.data_ptr()] = number
-        for module in segment.modules():
-            by_module[id(module)] = number
-    modules = {
-        name: by_module[id(module)]
-        for name, module in root.named_modules(remove_duplicate=False)
-        if id(module) in by_module
-    }
+    def complete_copies(self, checkpoint: Mapping[str, Any]) -> None:
+        """Put the other stages' parts into what callbacks keep of the module's state, such as an average."""
+        for copy in copies_of_state(checkpoint, self._ownership.root.state_dict().keys()):
+            if copy is not self._assembled:
+                self._complete(copy)
+        self._assembled = None
 
-    def owner(key: str, value: Any) -> int:
-        if key in by_name:
-            return by_name[key]
-        if isinstance(value, Tensor) and value.numel() and value.data_ptr() in by_memory:
-            return by_memory[value.data_ptr()]
-        return modules.get(key.rpartition(".")[0], len(segments))
+    def _complete(self, state: dict[str, Any]) -> None:
+        for values in self._gather({key: state[key] for key in self._ownership.own_keys(state)}):
+            state.update(values)
 
-    return [key for key, value in state_dict.items() if owner(key, value) == stage]
+    def optimizer_state(self, groups: OptimizerGroups) -> dict[str, Any]:
+        """Return the state of the user's optimizer over the whole module on rank 0, nothing elsewhere."""
+        groups.adopt()
+        own = stage_optimizer_state(groups.optimizer, groups.whole)
+        others = self._gather(own)
+        return full_optimizer_state(groups.optimizer, groups.whole, [own, *others]) if others else {}
 
 
 def copies_of_state(checkpoint: Mapping[str, Any], keys: Collection[str]) -> list[dict[str, Any]]:
-    """The module's own state in a checkpoint, and what callbacks keep that has the same keys, such as an average."""
+    """Return the module's state in a checkpoint, and what callbacks keep that has the same keys, such as an average."""
     callbacks = checkpoint.get("callbacks", {}).values()
     kept = [value for state in callbacks if isinstance(state, Mapping) for value in state.values()]
     values = [checkpoint.get("state_dict"), *kept]
     return [value for value in values if isinstance(value, dict) and value.keys() == set(keys)]
-
-
-def parameter_groups(optimizer: Optimizer) -> list[list[nn.Parameter]]:
-    """The parameters of each group of an optimizer over the whole module, in the order of its state's indices."""
-    return [list(group["params"]) for group in optimizer.param_groups]
-
-
-def keep_only(optimizer: Optimizer, own: Iterable[nn.Parameter]) -> None:
-    """Takes all other parameters out of an optimizer; its groups stay, so that schedulers align on all ranks."""
-    kept = {id(parameter) for parameter in own}
-    for group in optimizer.param_groups:
-        group["params"] = [parameter for parameter in group["params"] if id(parameter) in kept]
-    # An optimizer may have a state of its own beside, under another key.
-    for key in [key for key in optimizer.state if isinstance(key, Tensor) and id(key) not in kept]:
-        del optimizer.state[key]
-
-
-def keep_options(optimizer: Optimizer) -> Callable[[], None]:
-    """Remembers the options of an optimizer's groups, such as the learning rate; returns what gives them back."""
-    before = [
-        {name: value.clone() if isinstance(value, Tensor) else value for name, value in group.items()}
-        for group in optimizer.param_groups
-    ]
-
-    def restore() -> None:
-        for group, options in zip(optimizer.param_groups, before, strict=False):
-            for name, value in options.items():
-                if isinstance(value, Tensor) and isinstance(group[name], Tensor):
-                    group[name].copy_(value)
-                elif name != "params":
-                    group[name] = value
-
-    return restore
-
-
-def adopt_groups(
-    optimizer: Optimizer, groups: Sequence[Sequence[nn.Parameter]], own: Iterable[nn.Parameter]
-) -> list[list[nn.Parameter]]:
-    """What :func:`parameter_groups` says of an optimizer whose groups were changed after :func:`keep_only`.
-
-    Groups that were added or replaced, over the whole module, are reduced to this stage's own parameters.
-
-    Args:
-        optimizer: The optimizer.
-        groups: What :func:`parameter_groups` said before.
-        own: This stage's parameters.
-
-    Returns:
-        The parameters of each group over the whole module.
-    """
-    own = list(own)
-    kept = {id(parameter) for parameter in own}
-    adopted = []
-    for index, group in enumerate(optimizer.param_groups):
-        known = list(groups[index]) if index < len(groups) else []
-        reduced = [id(parameter) for parameter in known if id(parameter) in kept]
-        unchanged = index < len(groups) and reduced == [id(parameter) for parameter in group["params"]]
-        adopted.append(known if unchanged else list(group["params"]))
-    keep_only(optimizer, own)
-    return adopted
 
 
 def _full_indices(groups: Sequence[Sequence[nn.Parameter]]) -> dict[int, int]:
@@ -135,11 +84,11 @@ def _full_indices(groups: Sequence[Sequence[nn.Parameter]]) -> dict[int, int]:
 
 
 def stage_optimizer_state(optimizer: Optimizer, groups: Sequence[Sequence[nn.Parameter]]) -> dict[Any, Any]:
-    """State of a stage's optimizer by the indices of the whole module; what belongs to no parameter keeps its key.
+    """Return the state of a stage's optimizer by the indices of the whole module; other keys stay as they are.
 
     Args:
-        optimizer: The optimizer after :func:`keep_only`.
-        groups: What :func:`parameter_groups` said before.
+        optimizer: The optimizer of one stage.
+        groups: The parameters of each group over the whole module.
     """
     full = _full_indices(groups)
     local = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -150,7 +99,7 @@ def stage_optimizer_state(optimizer: Optimizer, groups: Sequence[Sequence[nn.Par
 def full_optimizer_state(
     optimizer: Optimizer, groups: Sequence[Sequence[nn.Parameter]], states: Sequence[Mapping[Any, Any]]
 ) -> dict[str, Any]:
-    """The state dict of the user's optimizer over the whole module, from the states of all stages.
+    """Return the state dict of the user's optimizer over the whole module, from the states of all stages.
 
     What belongs to no parameter is taken from the first of them.
     """
@@ -166,7 +115,7 @@ def full_optimizer_state(
 def local_optimizer_state(
     state_dict: Mapping[str, Any], optimizer: Optimizer, groups: Sequence[Sequence[nn.Parameter]]
 ) -> dict[str, Any]:
-    """The part of a full optimizer state that a stage's optimizer can load.
+    """Return the part of a full optimizer state that a stage's optimizer can load.
 
     Raises:
         ValueError: If the state was saved for another number of parameters or groups.

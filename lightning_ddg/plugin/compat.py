@@ -1,6 +1,6 @@
 """Every touch of Lightning's private parts, each with its reason; the tests say when one has moved.
 
-Nothing else in the package may use a name of Lightning that begins with an underscore. Each function that changes
+Nothing else in the package uses a name of Lightning that begins with an underscore. Each function that changes
 something returns the function that undoes it.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import Any
 
@@ -24,13 +24,8 @@ from lightning.fabric.utilities.optimizer import _optimizers_to_device as optimi
 from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_zero_only
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import (
-    BaseFinetuning,
-    ModelCheckpoint,
-    ModelPruning,
-    OnExceptionCheckpoint,
-    Timer,
-)
+from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint, OnExceptionCheckpoint, Timer
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher as MultiProcessingLauncher
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher as SubprocessScriptLauncher
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -53,7 +48,7 @@ __all__ = [
 Undo = Callable[[], None]
 
 
-def _replace(obj: Any, name: str, value: Any) -> Undo:
+def replaced(obj: Any, name: str, value: Any) -> Undo:
     """Sets an instance attribute; undoing removes it again, so that the class's own shows."""
     had, old = name in vars(obj), vars(obj).get(name)
     object.__setattr__(obj, name, value)
@@ -72,7 +67,7 @@ def silence_sigterm_broadcast(trainer: Trainer) -> Undo:
     loop = trainer.fit_loop.epoch_loop
     if not hasattr(loop, "_broadcast_sigterm_tensor"):
         return lambda: None
-    return _replace(loop, "_broadcast_sigterm_tensor", lambda: None)
+    return replaced(loop, "_broadcast_sigterm_tensor", lambda: None)
 
 
 def on_sigterm(trainer: Trainer, handle: Callable[[int], object]) -> Undo:
@@ -80,7 +75,7 @@ def on_sigterm(trainer: Trainer, handle: Callable[[int], object]) -> Undo:
 
     Must be called before Lightning registers its handlers, which is when a strategy has been set up.
     """
-    return _replace(trainer._signal_connector, "_sigterm_notifier_fn", lambda number, frame: handle(number))
+    return replaced(trainer._signal_connector, "_sigterm_notifier_fn", lambda number, frame: handle(number))
 
 
 def mark_sigterm(trainer: Trainer) -> None:
@@ -93,7 +88,7 @@ def save_on_exception_if(trainer: Trainer, allowed: Callable[[BaseException], bo
     undo = ExitStack()
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, OnExceptionCheckpoint) or getattr(callback, "save_on_exception", False):
-            undo.callback(_replace(callback, "on_exception", _if_allowed(callback.on_exception, allowed)))
+            undo.callback(replaced(callback, "on_exception", _if_allowed(callback.on_exception, allowed)))
     return undo.close
 
 
@@ -113,12 +108,12 @@ def _if_allowed(hook: Callable[..., None], allowed: Callable[[BaseException], bo
 
 def bypass_before_batch_transfer(module: LightningModule) -> Undo:
     """On a rank that does not read, the loader yields stand-ins that the user's hooks must not see."""
-    return _replace(module, "_on_before_batch_transfer", lambda batch, dataloader_idx=0: batch)
+    return replaced(module, "_on_before_batch_transfer", lambda batch, dataloader_idx=0: batch)
 
 
 def mute_logging(module: LightningModule) -> Undo:
     """While the layers are measured, the training step must log nothing."""
-    return _replace(module, "log", lambda *args, **kwargs: None)
+    return replaced(module, "log", lambda *args, **kwargs: None)
 
 
 def mute_training_logs(trainer: Trainer, module: LightningModule) -> Undo:
@@ -132,7 +127,7 @@ def mute_training_logs(trainer: Trainer, module: LightningModule) -> Undo:
             # Lightning resets a metric that it logs; this one has seen placeholders only, and would keep them all.
             value.reset()
 
-    return _replace(module, "log", log_unless_training)
+    return replaced(module, "log", log_unless_training)
 
 
 def uses_step_outputs(module: LightningModule) -> bool:
@@ -159,23 +154,7 @@ def after_hook(module: LightningModule, name: str, function: Callable[[], object
         function()
         return result
 
-    return _replace(module, name, hook_and_function)
-
-
-def remembered_clipping(module: LightningModule) -> tuple[Callable[[], object], Undo]:
-    """Remembers how a step in manual optimization clips, for the gradients that are applied outside any step.
-
-    Returns:
-        What clips as the last step did, and what undoes this.
-    """
-    clip = module.clip_gradients
-    last: list[Callable[[], object]] = []
-
-    def clip_and_remember(*args: Any, **kwargs: Any) -> None:
-        last[:] = [functools.partial(clip, *args, **kwargs)]
-        clip(*args, **kwargs)
-
-    return lambda: [again() for again in last], _replace(module, "clip_gradients", clip_and_remember)
+    return replaced(module, name, hook_and_function)
 
 
 def _never_distributed() -> bool:
@@ -193,7 +172,7 @@ def hide_example_input(module: LightningModule) -> Undo:
         "`example_input_array` is not used in this fit, as each process has one stage only on its device: a summary"
         " shows no sizes, and loggers draw no graph. Leave the attribute out to be rid of this warning."
     )
-    return _replace(module, "_example_input_array", None)
+    return replaced(module, "_example_input_array", None)
 
 
 def keep_metrics_local(module: LightningModule) -> Undo:
@@ -224,20 +203,6 @@ def silence_sync_dist_advice() -> Undo:
     return undo
 
 
-def clip_norm_per_stage(plugin: Any, stages: Sequence[Sequence[nn.Parameter]]) -> Undo:
-    """In one process, clips the norm of each stage's gradients by itself, as K processes must do."""
-    stage_of = {id(parameter): number for number, parameters in enumerate(stages) for parameter in parameters}
-
-    def clip_grad_by_norm(optimizer: torch.optim.Optimizer, clip_val: float) -> None:
-        parts: dict[int, list[nn.Parameter]] = {}
-        for parameter in plugin.main_params(optimizer):
-            parts.setdefault(stage_of.get(id(parameter), len(stages) - 1), []).append(parameter)
-        for parameters in parts.values():
-            torch.nn.utils.clip_grad_norm_(parameters, clip_val)
-
-    return _replace(plugin, "clip_grad_by_norm", clip_grad_by_norm)
-
-
 def insert_callback(trainer: Trainer, callback: Callback) -> Undo:
     """Puts a callback before all others: strategies have no hook at the end of a batch or an epoch."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
@@ -264,7 +229,7 @@ def on_exception_in_fit(trainer: Trainer, tell: Callable[[BaseException], object
             tell(error)
             raise
 
-    return _replace(trainer.fit_loop, "run", run_and_tell)
+    return replaced(trainer.fit_loop, "run", run_and_tell)
 
 
 def set_rank_zero_only(rank: int) -> None:
@@ -274,7 +239,7 @@ def set_rank_zero_only(rank: int) -> None:
 
 def keep_in_place(module: nn.Module) -> Undo:
     """Makes ``.to(device)`` of a parent leave a module where it is."""
-    return _replace(module, "_apply", lambda fn, recurse=True: module)
+    return replaced(module, "_apply", lambda fn, recurse=True: module)
 
 
 def transfer_batch(module: LightningModule, batch: Any, device: torch.device) -> Any:
@@ -287,31 +252,6 @@ def step_arguments(step: Callable[..., Any], batch: Any) -> list[Any]:
     """The arguments of a training step: the batch, and its index where the step asks for one."""
     takes_index = is_param_in_hook_signature(step, "batch_idx", min_args=2)
     return [batch, 0] if takes_index else [batch]
-
-
-def refuse_dataloader_iter(module: LightningModule) -> None:
-    """Refuses steps that fetch their batches themselves.
-
-    Raises:
-        TypeError: If a step takes ``dataloader_iter``.
-    """
-    for name in ("training_step", "validation_step", "test_step", "predict_step"):
-        if is_param_in_hook_signature(getattr(module, name), "dataloader_iter", explicit=True):
-            raise TypeError(
-                f"`{type(module).__name__}.{name}` takes `dataloader_iter`, but only one process reads the data. Take"
-                " `batch` and `batch_idx` instead."
-            )
-
-
-def clip_values_that_exist(plugin: Any) -> Undo:
-    """torch's clipping by value fails without any gradient, which a stage has while it warms up, or is frozen."""
-
-    def clip_grad_by_value(optimizer: torch.optim.Optimizer, clip_val: float) -> None:
-        parameters = [parameter for parameter in plugin.main_params(optimizer) if parameter.grad is not None]
-        if parameters:
-            torch.nn.utils.clip_grad_value_(parameters, clip_val)
-
-    return _replace(plugin, "clip_grad_by_value", clip_grad_by_value)
 
 
 def seed_workers_as_one_device(loader: Any) -> None:
@@ -340,72 +280,25 @@ def skips_backward(trainer: Trainer) -> bool:
     return trainer.fit_loop._skip_backward
 
 
-def time_on_rank_zero(trainer: Trainer, leads: bool) -> Undo:
-    """A Timer asks rank 0 whether its time is up, after every batch; waiting for the answer would lock all stages.
-
-    Rank 0 just looks at its clock instead: its ``should_stop`` reaches the other ranks anyway.
-    """
-    undo = ExitStack()
-
-    def check(timer: Timer) -> None:
-        left = timer.time_remaining()
-        if leads and left is not None and left <= 0:
-            trainer.should_stop = True
-
-    for timer in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(timer, Timer):
-            undo.callback(_replace(timer, "_check_time_remaining", lambda _, timer=timer: check(timer)))
-    return undo.close
+def on_timer_check(timer: Timer, check: Callable[[], None]) -> Undo:
+    """A Timer asks rank 0 whether its time is up, after every batch; this is called in place of that."""
+    return replaced(timer, "_check_time_remaining", lambda _: check())
 
 
-class TimedCheckpoints:
-    """The checkpoints with a ``train_time_interval``: they save when allowed to, not when their own clock says so.
+def saves_by_time(callback: ModelCheckpoint) -> bool:
+    """Whether a checkpoint has a ``train_time_interval``."""
+    return callback._train_time_interval is not None
 
-    Each would ask rank 0 after every batch whether to save, and lock all stages together by waiting for the answer.
 
-    Args:
-        trainer: The Trainer, with all its callbacks.
-    """
+def is_save_due(callback: ModelCheckpoint) -> bool:
+    """Whether the ``train_time_interval`` of a checkpoint has passed, by its own clock, which training starts."""
+    last, interval = callback._last_time_checked, callback._train_time_interval
+    return last is not None and interval is not None and time.monotonic() - last >= interval.total_seconds()
 
-    def __init__(self, trainer: Trainer) -> None:
-        self._trainer = trainer
-        self._allowed: set[str] = set()
-        self._undo = ExitStack()
-        self._callbacks = {
-            f"save {number}": callback
-            for number, callback in enumerate(trainer.checkpoint_callbacks)
-            if isinstance(callback, ModelCheckpoint) and callback._train_time_interval is not None
-        }
-        for name, callback in self._callbacks.items():
-            self._undo.callback(self._guard(name, callback))
 
-    def elapsed(self) -> list[str]:
-        """Names of those whose interval has passed by this rank's clock."""
-        names, now = [], time.monotonic()
-        for name, callback in self._callbacks.items():
-            last, interval = callback._last_time_checked, callback._train_time_interval
-            if last is not None and interval is not None and now - last >= interval.total_seconds():
-                names.append(name)
-        return names
-
-    def allow(self, names: Collection[str]) -> bool:
-        """Lets those of the given names save after this batch, and no other; whether there are any that monitor."""
-        self._allowed = set(names) & self._callbacks.keys()
-        return any(self._callbacks[name].monitor is not None for name in self._allowed)
-
-    def restore(self) -> None:
-        """Gives the callbacks their own hooks back."""
-        self._undo.close()
-
-    def _guard(self, name: str, callback: ModelCheckpoint) -> Undo:
-        hook = callback.on_train_batch_end
-
-        def save_if_allowed(*args: Any, **kwargs: Any) -> None:
-            if name in self._allowed:
-                callback._last_time_checked = float("-inf")
-                hook(*args, **kwargs)
-
-        return _replace(callback, "on_train_batch_end", save_if_allowed)
+def make_save_due(callback: ModelCheckpoint) -> None:
+    """Lets a checkpoint with a ``train_time_interval`` find it passed."""
+    callback._last_time_checked = float("-inf")
 
 
 def monitors_after_batch(trainer: Trainer) -> bool:
@@ -462,30 +355,16 @@ def training_iterables(trainer: Trainer) -> Any:
     return None if combined is None else combined.iterables
 
 
-def refuse_callbacks(trainer: Trainer) -> None:
-    """Refuses callbacks that a single rank cannot serve.
-
-    Raises:
-        ValueError: For pruning.
-    """
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, ModelPruning):
-            raise ValueError(
-                f"{type(callback).__name__} replaces parameters while training, by comparing the weights of all stages,"
-                " but a process knows only its own stage's. Prune after the fit, or train in one process (devices=1)."
-            )
+def validation_interval(trainer: Trainer) -> float | None:
+    """Seconds between validations, where ``val_check_interval`` is a time, which Lightning knows since 2.6."""
+    return getattr(trainer, "_val_check_time_interval", None)
 
 
-def refuse_trainer_flags(trainer: Trainer) -> None:
-    """Refuses what cannot agree on all ranks.
+def reset_optimizers(strategy: Strategy) -> None:
+    """Forgets the optimizers of an earlier fit, as Lightning's own strategies do before they make new ones."""
+    strategy._reset_optimizers_and_schedulers()
 
-    Raises:
-        ValueError: For a time-based ``val_check_interval``.
-    """
-    interval = getattr(trainer, "_val_check_time_interval", None)
-    if interval is not None:
-        raise ValueError(
-            f"A time-based `val_check_interval` ({interval} seconds) is measured by each process for itself, so that"
-            " the stages would validate at different batches. Give a number of batches or a fraction of an epoch"
-            " instead."
-        )
+
+def trainer_of(module: object) -> Trainer | None:
+    """The Trainer of a module, if it has one: its property raises where there is none."""
+    return getattr(module, "_trainer", None)

@@ -1,4 +1,4 @@
-"""``torch.compile`` for stages; what is compiled of one may be changed here."""
+"""``torch.compile`` for stages."""
 
 from __future__ import annotations
 
@@ -9,9 +9,27 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_ddg.network.find import Network
+from lightning_ddg.network.replay.part import ReplayedChain
+from lightning_ddg.plugin.step import describe
+
+
+def check_compilable(network: Network) -> None:
+    """Refuse to compile a network that runs its own code in every stage.
+
+    Raises:
+        ValueError: Naming it.
+    """
+    if isinstance(network.chain, ReplayedChain):
+        raise ValueError(
+            f"The network ({describe(network.target_name)}) cannot be traced and runs its own code in every stage,"
+            " which torch.compile cannot follow. Leave `compile` out and compile its layers in your module"
+            " (`layer.compile()`), or return its layers from `configure_stages()`."
+        )
+
 
 def compile_stage(segment: nn.Module, number: int, options: Mapping[str, Any]) -> None:
-    """Compiles a stage's forward, and with it its backward.
+    """Compile a stage's forward, and with it its backward.
 
     torch keeps what it has compiled with the code that was compiled, and gives up after some versions of it. Stages of
     one process run the same code, and so each gets a copy of its own.

@@ -10,6 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch.utils.data import DistributedSampler
+
 
 class RemoteBatch:
     """Stands for a batch that another rank reads; the strategy exchanges it for the received one."""
@@ -148,3 +152,33 @@ class RemoteLoader(_PassThrough):
         else:
             for _ in range(self._length):
                 yield RemoteBatch()
+
+
+def check_sampler(loader: Any) -> None:
+    """Refuse a sampler that would leave out a part of the data: one process reads for all.
+
+    Raises:
+        ValueError: Naming the number of replicas.
+    """
+    samplers = (getattr(loader, "sampler", None), getattr(getattr(loader, "batch_sampler", None), "sampler", None))
+    for sampler in samplers:
+        if isinstance(sampler, DistributedSampler) and sampler.num_replicas > 1:
+            raise ValueError(
+                f"A data loader has a {type(sampler).__name__} with num_replicas={sampler.num_replicas}, which gives"
+                " each process a part of the data, but here one process reads for all stages. Leave the sampler out"
+                " (shuffle=True), or give it num_replicas=1, rank=0."
+            )
+
+
+def check_steps(module: LightningModule) -> None:
+    """Refuse steps that fetch their batches themselves.
+
+    Raises:
+        TypeError: If a step takes ``dataloader_iter``.
+    """
+    for name in ("training_step", "validation_step", "test_step", "predict_step"):
+        if is_param_in_hook_signature(getattr(module, name), "dataloader_iter", explicit=True):
+            raise TypeError(
+                f"`{type(module).__name__}.{name}` takes `dataloader_iter`, but only one process reads the data. Take"
+                " `batch` and `batch_idx` instead."
+            )

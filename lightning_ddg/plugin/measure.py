@@ -27,8 +27,9 @@ from lightning_ddg.network.layers import Layers
 from lightning_ddg.network.profile import NotTheSame, Profile, check_same, flop_costs, measure_profile, parameter_costs
 from lightning_ddg.network.restore import untouched
 from lightning_ddg.plugin import compat
+from lightning_ddg.plugin.ownership import Weights
 from lightning_ddg.plugin.redirection import Seam, StepDone
-from lightning_ddg.plugin.refusals import no_call_of
+from lightning_ddg.plugin.step import no_call_of
 
 BALANCES = {"time": "measured time", "parameters": "parameters", "flops": "FLOPs"}
 
@@ -269,7 +270,7 @@ def call_of_network(
     def capture(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         raise StepDone((args, kwargs))
 
-    seam = Seam(target, {})
+    seam = Seam(target, {}, Weights())
     unmute = compat.mute_logging(module)
     try:
         with untouched(module.modules()), seam.handled_by(capture), context(), torch.enable_grad():

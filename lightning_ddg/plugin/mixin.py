@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from lightning_ddg.plugin import compat
+from lightning_ddg.plugin.strategy import DDGStrategy
+
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
 
@@ -49,9 +52,7 @@ class DDGMixin:
     @property
     def ddg(self) -> DDGInfo:
         """This process's stage, the number of stages and its delay."""
-        from lightning_ddg.plugin.strategy import DDGStrategy
-
-        trainer = getattr(self, "_trainer", None)
+        trainer = compat.trainer_of(self)
         strategy = None if trainer is None else trainer.strategy
         if not isinstance(strategy, DDGStrategy):
             return DDGInfo(stage=1, num_stages=1, delay=0)

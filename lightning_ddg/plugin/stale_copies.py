@@ -1,4 +1,4 @@
-"""Copies of the network's layers outside it, as a mean teacher is; what counts as one may be changed here.
+"""Copies of the network's layers outside it, as a mean teacher is.
 
 A process has the current weights of its own stage only. A copy that is updated by hand while training would follow
 weights of the other stages that have long moved on, and nothing would look wrong.
@@ -6,11 +6,12 @@ weights of the other stages that have long moved on, and nothing would look wron
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from lightning_ddg.plugin.ownership import Ownership
 
 # Batches after which values are looked at: so many at first, since most copies follow from the first batch on.
 _LOOKS = 16
@@ -35,48 +36,42 @@ class _State(NamedTuple):
         return cls(tensor._version, tensor.data_ptr(), values)
 
 
-class Followers:
-    """The copies, on the rank whose training step may use them.
+class StaleCopies:
+    """The copies of layers that other processes train, on the rank whose training step may use them.
 
     Args:
-        root: The LightningModule.
-        target: The network inside it.
-        foreign: Parameters of the network that other processes train, with their stage.
+        target: The network inside the LightningModule.
+        ownership: Whose tensor is whose.
     """
 
-    def __init__(self, root: nn.Module, target: nn.Module, foreign: Iterable[tuple[nn.Parameter, int]]) -> None:
-        stage_of = {id(parameter): stage for parameter, stage in foreign}
-        names = {id(parameter): name for name, parameter in root.named_parameters()}
-        inside = {id(parameter) for parameter in target.parameters()}
-        originals = [
-            (f".{name}", names[id(parameter)], parameter.shape, stage_of[id(parameter)])
-            for name, parameter in target.named_parameters()
-            if id(parameter) in stage_of
-        ]
-        self._watched: list[tuple[nn.Parameter, str, str, int]] = [
-            (copy, copy_name, name, stage)
-            for copy_name, copy in root.named_parameters()
-            if id(copy) not in inside
-            for ending, name, shape, stage in originals
-            if copy_name.endswith(ending) and copy.shape == shape
+    def __init__(self, target: nn.Module, ownership: Ownership) -> None:
+        inside = {parameter: f".{name}" for name, parameter in target.named_parameters()}
+        named = list(ownership.root.named_parameters())
+        self._watched = [
+            (copy, copy_name, name, ownership.stage_of(original))
+            for copy_name, copy in named
+            if copy not in inside
+            for name, original in named
+            if original in inside and ownership.stage_of(original) != ownership.stage
+            if copy_name.endswith(inside[original]) and copy.shape == original.shape
         ]
         # Those that get gradients are layers in their own right, of a shape and a name that are the same by chance.
         self._trained: set[int] = set()
-        copies = [copy for copy, _, _, _ in self._watched if copy.requires_grad]
         self._handles = [
             copy.register_post_accumulate_grad_hook(lambda copy: self._trained.add(id(copy)))  # type: ignore[no-untyped-call]
-            for copy in copies
+            for copy, _, _, _ in self._watched
+            if copy.requires_grad
         ]
         self._marks = 0
         self._before: list[_State] = []
 
     def forget(self) -> None:
-        """Takes the hooks away."""
+        """Take the hooks away."""
         for handle in self._handles:
             handle.remove()
 
     def mark(self, look: bool = False) -> None:
-        """Notes what the copies are now.
+        """Note what the copies are now.
 
         Args:
             look: Whether to look at values in any case. An update by ``.data`` is seen from them alone, but on a GPU
@@ -87,7 +82,7 @@ class Followers:
         self._before = [_State.of(copy, look) for copy, _, _, _ in self._watched]
 
     def check(self) -> None:
-        """Refuses a copy that has changed since :meth:`mark`.
+        """Refuse a copy that has changed since :meth:`mark`.
 
         Raises:
             RuntimeError: Naming the copy, its original and the stage that trains it.

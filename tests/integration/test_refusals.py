@@ -5,73 +5,18 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable
-from datetime import timedelta
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_ddg import DDGMixin, DDGStrategy, Staleness
-from lightning_ddg.plugin.refusals import check_backend, check_recurrent
 from tests.harness import run_ranks, run_ranks_raw
 from tests.networks import BEFORE_2_6, Classifier, ManualClassifier, dataset, loader, quiet_trainer
-
-ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"num_stages": 0}, ValueError, "num_stages=0 is not a number of stages. Use a positive integer or 'auto'"),
-    ({"num_stages": 2.0}, ValueError, "num_stages=2.0 is not"),
-    ({"num_stages": True}, ValueError, "num_stages=True is not"),
-    ({"num_stages": "two"}, ValueError, "num_stages='two' is not"),
-    ({"balance": "memory"}, ValueError, "balance='memory' is not known. Use one of 'time', 'parameters', 'flops'"),
-    ({"max_memory": "lots"}, ValueError, "'lots' is not a number of bytes: give .* such as '12GB'"),
-    (
-        {"max_memory": "1kB", "num_stages": 2, "split_points": ["net.3"]},
-        ValueError,
-        r"max_memory=1000 bytes has no part in a cut by split_points=\['net.3'\].*Leave out one",
-    ),
-    ({"max_memory": 1000, "balance": "flops"}, ValueError, "max_memory=1000 bytes .* balance='flops'.*Leave out one"),
-    ({"drain": "step"}, ValueError, "drain='step' is not known. Use one of 'epoch', 'fit', 'never'"),
-    ({"start_method": "thread"}, ValueError, "start_method='thread' is not known. Use one of 'popen'"),
-    ({"split_points": "net.3"}, TypeError, r"split_points='net.3' is a string.*split_points=\['net.3'\]"),
-    (
-        {"num_stages": 3, "split_points": ["net.3"]},
-        ValueError,
-        "begin 1 stages after the first, but num_stages=3 needs 2",
-    ),
-    ({"timeout": timedelta(0)}, ValueError, "timeout=datetime.timedelta.0. is not a limit. Use a positive"),
-    ({"timeout": 30}, ValueError, "timeout=30 is not a limit"),
-    ({"compile": "inductor"}, TypeError, "compile='inductor' is neither a bool nor a dictionary.*Use True"),
-    ({"compile": True, "num_stages": 1}, ValueError, r"num_stages=1 cuts nothing.*self.net.compile\(\)"),
-    (
-        {"compile": {"mode": "max-autotune"}},
-        ValueError,
-        "'max-autotune'.* records CUDA graphs.*Use mode='max-autotune-no-",
-    ),
-    ({"compile": {"options": {"triton.cudagraphs": True}}}, ValueError, "triton.cudagraphs.* records CUDA graphs"),
-    ({"staleness": {"shrink": 0.5}}, TypeError, "staleness=.*'shrink': 0.5.* is no Staleness. Use lightning_ddg.Stal"),
-    ({"recompute": 1}, TypeError, "recompute=1 is not a bool. Use True or False"),
-    (
-        {"staleness": Staleness(stash=False), "compile": True},
-        ValueError,
-        "stash=False uses today's weights.*compiled.*Use recompute=True with it, or leave `compile` out",
-    ),
-    (
-        {"precision_plugin": MixedPrecision("16-mixed", "cpu")},
-        ValueError,
-        "precision='16-mixed'.*Use precision='bf16-mixed'",
-    ),
-]
-
-
-@pytest.mark.parametrize(("arguments", "error", "message"), ARGUMENTS, ids=[str(a[0]) for a in ARGUMENTS])
-def test_arguments(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        DDGStrategy(**arguments)
-
 
 RULES: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"shrink": 0}, ValueError, "shrink=0 is not a factor that shrinks. Use one above 0 and up to 1"),
@@ -101,33 +46,6 @@ def test_todays_weights_in_a_backward_of_casts() -> None:
     with pytest.raises(ValueError, match="stash=False .*precision='bf16-mixed' keeps copies.*Use recompute=True"):
         fit(False)
     fit(True)
-
-
-def test_nccl_between_processes_that_share_a_device() -> None:
-    device = torch.device("cuda", 0)
-    with pytest.raises(
-        ValueError, match="process_group_backend='nccl' cannot .* share a device.*cuda:0, cuda:0.*'gloo'"
-    ):
-        check_backend("nccl", [device, device])
-    check_backend("nccl", [device, torch.device("cuda", 1)])
-    check_backend("gloo", [device, device])
-    shared = DDGStrategy(parallel_devices=[device, device])
-    assert shared._get_process_group_backend() == "gloo"
-    shared.parallel_devices = [device]
-    shared.cluster_environment = LightningEnvironment()
-    assert shared._get_process_group_backend() == "nccl"
-
-
-def test_todays_weights_in_recurrent_layers_on_a_gpu() -> None:
-    rule, device = Staleness(stash=False), torch.device("cuda", 0)
-    segments = [nn.Linear(2, 2), nn.Sequential(nn.LSTM(2, 2))]
-    with pytest.raises(
-        ValueError, match=r"stash=False .* on cuda:0 LSTM keeps them .*Leave stash=False out, or train on"
-    ):
-        check_recurrent(rule, segments, device)
-    check_recurrent(rule, segments, torch.device("cpu"))
-    check_recurrent(rule, segments[:1], device)
-    check_recurrent(Staleness(), segments, device)
 
 
 class ClosesTwice(torch.optim.SGD):

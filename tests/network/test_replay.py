@@ -27,6 +27,7 @@ from lightning_ddg.core.tensors import map_tensors, tensors_of
 from lightning_ddg.network.cut import cut_at, forbidden_cuts
 from lightning_ddg.network.profile import flop_costs
 from lightning_ddg.network.replay.part import ReplayedChain
+from lightning_ddg.plugin.ownership import Weights
 from lightning_ddg.plugin.redirection import Seam
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -440,7 +441,7 @@ def test_it_runs_inside_the_seam_and_in_mixed_precision() -> None:
     network = made(Handmade).float()
     call = FAMILIES["handmade"].call(2, 6)
     chain = ReplayedChain(network, "net", call)
-    seam = Seam(network, {})
+    seam = Seam(network, {}, Weights())
     network.eval()
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         with seam.handled_by(lambda args, kwargs: run_parts(chain, [2, 4], (args, kwargs))):

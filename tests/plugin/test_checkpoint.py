@@ -1,4 +1,4 @@
-"""Tests of ``checkpoint.py``: every tensor has one owner, and optimizer states split and join without loss."""
+"""Tests of ``checkpoint.py``: optimizer states split and join without loss, and what is written is found again."""
 
 from __future__ import annotations
 
@@ -8,93 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from lightning_ddg.plugin.checkpoint import (
-    adopt_groups,
+    CheckpointAssembler,
     full_optimizer_state,
-    keep_only,
-    keep_options,
-    keys_of_stage,
     local_optimizer_state,
-    owner_by_name,
-    parameter_groups,
+    record_cut,
+    recorded_cut,
     stage_optimizer_state,
 )
-
-
-class Extra(nn.Linear):
-    def __init__(self) -> None:
-        super().__init__(2, 2)
-        self.note = 0
-
-    def get_extra_state(self) -> Any:
-        return {"note": self.note}
-
-    def set_extra_state(self, state: Any) -> None:
-        self.note = state["note"]
-
-
-class Root(nn.Module):
-    """Two stages of two layers, a head outside and a second name for a layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), Extra(), nn.Linear(2, 2))
-        self.alias = self.net[3]
-        self.first = self.net[0]
-        self.head = Extra()
-        self.register_buffer("count", torch.zeros(()))
-
-    def segments(self) -> list[nn.Module]:
-        return [self.net[:2], self.net[2:]]
-
-
-def test_owners_by_name() -> None:
-    root = Root()
-    owner = owner_by_name(root, root.segments())
-    assert owner.keys() == {*dict(root.named_parameters(remove_duplicate=False)), *dict(root.named_buffers())}
-    first = {name for name, stage in owner.items() if stage == 1}
-    assert first == {
-        "net.0.weight", "net.0.bias", "first.weight", "first.bias", "net.1.weight", "net.1.bias",
-        "net.1.running_mean", "net.1.running_var", "net.1.num_batches_tracked",
-    }  # fmt: skip
-    assert {owner[name] for name in owner.keys() - first} == {2}
-
-
-def test_every_key_of_a_state_dict_has_one_owner() -> None:
-    root = Root()
-    state = root.state_dict()
-    parts = [keys_of_stage(state, root, root.segments(), stage) for stage in (1, 2)]
-    assert sorted(parts[0] + parts[1]) == sorted(state)
-    assert "net.2._extra_state" in parts[1]
-    assert "head._extra_state" in parts[1]
-    moved = [root.net[2:], root.net[:2]]
-    assert "net.2._extra_state" in keys_of_stage(state, root, moved, 1)
-
-
-def test_renamed_keys_are_found_by_their_memory() -> None:
-    root = Root()
-    renamed = {
-        f"model.{name.replace('.', '_')}" if isinstance(value, Tensor) else name: value
-        for name, value in root.state_dict().items()
-    }
-    assert "model.net_0_weight" in renamed
-    parts = [keys_of_stage(renamed, root, root.segments(), stage) for stage in (1, 2)]
-    assert sorted(parts[0] + parts[1]) == sorted(renamed)
-    assert {"model.net_0_weight", "model.first_weight", "model.net_1_running_mean"} <= set(parts[0])
-    assert {"model.net_2_weight", "model.head_weight", "model.count", "net.2._extra_state"} <= set(parts[1])
-
-
-def test_empty_tensors_share_no_memory() -> None:
-    root = nn.Module()
-    root.a, root.b = (nn.Module() for _ in range(2))
-    root.a.weight, root.b.weight = (nn.Parameter(torch.empty(2, 0)) for _ in range(2))
-    segments = [root.a, root.b]
-    assert keys_of_stage({"x": root.a.weight, "y": root.b.weight}, root, segments, 1) == []
-    assert keys_of_stage(root.state_dict(), root, segments, 1) == ["a.weight"]
-
+from lightning_ddg.plugin.ownership import OptimizerGroups, Ownership, Weights
 
 Make = Callable[[nn.Module], Optimizer]
 
@@ -147,10 +72,9 @@ def step(net: nn.Module, optimizer: Optimizer, times: int) -> None:
 
 
 def stage_of(net: nn.Sequential, make: Make, stage: int) -> tuple[Optimizer, list[list[nn.Parameter]]]:
-    optimizer = make(net)
-    groups = parameter_groups(optimizer)
-    keep_only(optimizer, (net[:1], net[1:])[stage - 1].parameters())
-    return optimizer, groups
+    ownership = Ownership(net, [net[:1], net[1:]], stage)
+    groups = OptimizerGroups(make(net), lambda: ownership.own_parameters)
+    return groups.optimizer, groups.whole
 
 
 @pytest.mark.parametrize("name", MAKE)
@@ -205,18 +129,6 @@ def test_the_part_of_a_stage_keeps_its_values() -> None:
     assert local["state"][1]["exp_avg"] is saved["state"][2]["exp_avg"]
 
 
-def test_keep_only_keeps_groups_and_own_state() -> None:
-    net = network()
-    optimizer = grouped(net)
-    step(net, optimizer, 1)
-    keep_only(optimizer, net[0].parameters())
-    assert [len(group["params"]) for group in optimizer.param_groups] == [1, 1, 0, 0]
-    assert set(optimizer.state) == set(net[0].parameters())
-    before = [parameter.detach().clone() for parameter in net[1:].parameters()]
-    step(net, optimizer, 1)
-    assert all(torch.equal(a, b) for a, b in zip(net[1:].parameters(), before, strict=True))
-
-
 def test_a_state_of_another_optimizer_is_refused() -> None:
     net = network()
     saved = MAKE["sgd"](net).state_dict()
@@ -225,40 +137,33 @@ def test_a_state_of_another_optimizer_is_refused() -> None:
         local_optimizer_state(saved, optimizer, groups)
 
 
-def ids(groups: Any) -> list[list[int]]:
-    return [[id(parameter) for parameter in group] for group in groups]
+def test_a_recorded_cut_is_found_for_as_many_stages_only() -> None:
+    checkpoint: dict[str, Any] = {"state_dict": {}}
+    assert recorded_cut(checkpoint, 2) is None
+    record_cut(checkpoint, 2, ("net.1",))
+    assert checkpoint["lightning_ddg"] == {"num_stages": 2, "split_points": ["net.1"]}
+    assert recorded_cut(checkpoint, 2) == ["net.1"]
+    assert recorded_cut(checkpoint, 3) is None
 
 
-def test_groups_that_were_added_or_replaced_are_adopted() -> None:
-    a, b, c, d, e = (nn.Parameter(torch.zeros(1)) for _ in range(5))
-    optimizer = torch.optim.SGD([{"params": [a, b]}, {"params": [c]}], lr=0.1)
-    groups, own = parameter_groups(optimizer), [a, d]
-    keep_only(optimizer, own)
-    assert ids(adopt_groups(optimizer, groups, own)) == ids(groups), "nothing has changed"
+def test_a_checkpoint_is_completed_by_what_the_others_have() -> None:
+    """On rank 0, the last stage: the module's state while its weights are here in part, and copies in any case."""
+    net, weights = network(), Weights()
+    theirs = {"0.weight": torch.full((2, 2), 7.0), "0.bias": torch.full((2,), 7.0)}
+    given: list[set[str]] = []
 
-    optimizer.add_param_group({"params": [e, d]})
-    groups = adopt_groups(optimizer, groups, own)
-    assert ids(groups) == ids([[a, b], [c], [e, d]])
-    assert ids(group["params"] for group in optimizer.param_groups) == ids([[a], [], [d]])
+    def gather(own: dict[Any, Any]) -> list[dict[Any, Any]]:
+        given.append(set(own))
+        return [theirs]
 
-    # Whoever restores groups by the names of their parameters gives the whole module's.
-    optimizer.param_groups = [{**optimizer.param_groups[0], "params": [b, a]}]
-    groups = adopt_groups(optimizer, groups, own)
-    assert ids(groups) == ids([[b, a]])
-    assert ids(group["params"] for group in optimizer.param_groups) == ids([[a]])
-
-
-def test_options_of_groups_are_given_back() -> None:
-    parameter = nn.Parameter(torch.zeros(1))
-    rate = torch.tensor(0.5)
-    optimizer = torch.optim.Adam([{"params": [parameter]}], lr=rate, betas=(0.8, 0.9))
-    restore = keep_options(optimizer)
-    (group,) = optimizer.param_groups
-    group["lr"].fill_(7.0)
-    group["betas"] = (0.1, 0.2)
-    group["params"] = []
-    restore()
-    assert group["lr"] is rate
-    assert float(rate) == 0.5
-    assert group["betas"] == (0.8, 0.9)
-    assert group["params"] == [], "which parameters there are is not an option"
+    assembler = CheckpointAssembler(Ownership(net, [net[:1], net[1:]], 2), weights, gather)
+    assert not (assembler.module_state()["0.weight"] == 7.0).any()
+    assert given == []
+    weights.whole = False
+    state = assembler.module_state()
+    assert state["0.weight"] is theirs["0.weight"]
+    average, other = net.state_dict(), {"0.weight": torch.zeros(2, 2)}
+    assembler.complete_copies({"state_dict": state, "callbacks": {"Average": {"average": average, "other": other}}})
+    assert given == [net.state_dict().keys() - theirs.keys()] * 2, "the module's own state is complete by now"
+    assert average["0.bias"] is theirs["0.bias"]
+    assert (other["0.weight"] == 0).all()

@@ -9,7 +9,6 @@ import csv
 import inspect
 import warnings
 from collections.abc import Iterator
-from datetime import timedelta
 from typing import Any
 
 import lightning.pytorch as pl
@@ -25,14 +24,13 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
-from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities.rank_zero import rank_zero_only  # type: ignore[attr-defined]
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from torchmetrics import Accuracy, MetricCollection
 
 from lightning_ddg.plugin import compat
-from tests.networks import BEFORE_2_6, SAFELY, Classifier, dataset, loader, quiet_trainer
+from tests.networks import SAFELY, Classifier, dataset, loader, quiet_trainer
 
 
 def fitted(module: pl.LightningModule, data: Any = None, **flags: Any) -> pl.Trainer:
@@ -195,28 +193,6 @@ def test_the_advice_is_still_worded_so() -> None:
     assert "sync_dist=True)` when logging on epoch level" in text
 
 
-def test_norms_are_clipped_per_stage() -> None:
-    stages = [[nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))], [nn.Parameter(torch.zeros(2))]]
-    outside = nn.Parameter(torch.zeros(2))
-    everything = [*stages[0], *stages[1], outside]
-    optimizer = torch.optim.SGD(everything, lr=1.0)
-
-    def clipped(plugin: Precision) -> list[float]:
-        for parameter, value in zip(everything, (3.0, 4.0, 0.06, 0.08), strict=True):
-            parameter.grad = torch.tensor([value, 0.0])
-        plugin.clip_gradients(optimizer, 1.0)
-        return [round(float(parameter.grad[0]), 4) for parameter in everything if parameter.grad is not None]
-
-    plugin = Precision()
-    undo = compat.clip_norm_per_stage(plugin, stages)
-    # The last stage, with what is outside the network, is short enough; one norm over all would shrink it too.
-    assert clipped(plugin) == [0.6, 0.8, 0.06, 0.08]
-    everything[0].grad = None
-    plugin.clip_gradients(optimizer, 1.0)
-    undo()
-    assert clipped(plugin) == [0.5999, 0.7998, 0.012, 0.016]
-
-
 def test_a_callback_is_put_before_all_others() -> None:
     first, mine = pl.Callback(), pl.Callback()
     trainer = quiet_trainer(devices=1, callbacks=[first])
@@ -262,15 +238,14 @@ def test_arguments_of_a_step() -> None:
     assert compat.step_arguments(anything, "batch") == ["batch", 0]
 
 
-def fetching(self: Any, dataloader_iter: Iterator[Any]) -> None: ...
-
-
-@pytest.mark.parametrize("name", ["training_step", "validation_step", "test_step", "predict_step"])
-def test_steps_that_fetch_their_batches_are_refused(name: str) -> None:
-    compat.refuse_dataloader_iter(Classifier())
-    module = type("Fetching", (Classifier,), {name: fetching})()
-    with pytest.raises(TypeError, match=f"`Fetching.{name}` takes `dataloader_iter`.*Take `batch` and `batch_idx`"):
-        compat.refuse_dataloader_iter(module)
+def test_what_a_strategy_and_a_module_have_of_their_own() -> None:
+    module = Classifier()
+    assert compat.trainer_of(module) is compat.trainer_of(nn.Module()) is None
+    trainer = fitted(module)
+    assert compat.trainer_of(module) is trainer
+    assert trainer.optimizers
+    compat.reset_optimizers(trainer.strategy)
+    assert trainer.optimizers == trainer.strategy.lr_scheduler_configs == []
 
 
 def test_workers_are_seeded_as_those_of_rank_zero(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -387,13 +362,6 @@ def test_without_training_data_there_are_no_loaders() -> None:
     assert seen.iterables is None
 
 
-@pytest.mark.skipif(BEFORE_2_6, reason="Lightning 2.6 brought an interval in seconds")
-def test_a_time_based_validation_interval_is_refused() -> None:
-    compat.refuse_trainer_flags(quiet_trainer(devices=1, val_check_interval=2))
-    with pytest.raises(ValueError, match=r"time-based `val_check_interval` \(90.0 seconds\).*number of batches"):
-        compat.refuse_trainer_flags(quiet_trainer(devices=1, val_check_interval="00:00:01:30"))
-
-
 def test_names_used_as_they_are() -> None:
     assert compat.default_process_group_backend(torch.device("cpu")) == "gloo"
     assert compat.default_process_group_backend(torch.device("cuda", 0)) == "nccl"
@@ -487,47 +455,6 @@ def test_whether_a_batch_has_a_backward() -> None:
     averaging = StochasticWeightAveraging(0.1, swa_epoch_start=1)
     fitted(Classifier("convnet", step_lr=False), loader("convnet", 5), callbacks=[averaging, notes], max_epochs=3)
     assert notes.skipped == [False, False, False, True]
-
-
-@pytest.mark.parametrize("leads", [True, False])
-def test_a_timer_does_not_ask_other_ranks(leads: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    timer = Timer(timedelta(hours=1))
-    trainer = quiet_trainer(devices=1, callbacks=[timer])
-    undo = compat.time_on_rank_zero(trainer, leads)
-    monkeypatch.setattr(trainer.strategy, "broadcast", lambda *args: pytest.fail("it asked"))
-    timer.on_train_batch_end(trainer)
-    assert not trainer.should_stop
-    monkeypatch.setattr(timer, "time_elapsed", lambda *args: 3600.0)
-    timer.on_train_batch_end(trainer)
-    assert trainer.should_stop == leads
-    undo()
-    monkeypatch.setattr(trainer.strategy, "broadcast", lambda value: value)
-    trainer.should_stop = False
-    timer.on_train_batch_end(trainer)
-    assert trainer.should_stop
-
-
-def test_timed_checkpoints_know_when_their_interval_has_passed(tmp_path: Any) -> None:
-    """They take their own clock's word where no word is given, and save when allowed to."""
-    timed = ModelCheckpoint(tmp_path, "timed-{step}", train_time_interval=timedelta(0), save_top_k=-1)
-    untimed = ModelCheckpoint(tmp_path, "untimed", every_n_train_steps=100)
-    trainer = quiet_trainer(devices=1, max_epochs=1, callbacks=[timed, untimed], enable_checkpointing=True)
-    checkpoints = compat.TimedCheckpoints(trainer)
-    assert checkpoints.elapsed() == [], "training has not begun"
-    allowed = {2: ["save 0"], 4: ["save 0"]}
-
-    class Allows(pl.Callback):
-        def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-            assert checkpoints.elapsed() == ["save 0"]
-            assert not checkpoints.allow(allowed.get(batch_idx, ["stop"])), "it monitors nothing"
-
-    trainer.callbacks.insert(0, Allows())  # type: ignore[attr-defined]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        trainer.fit(Classifier(), loader("mlp"))
-    assert sorted(path.name for path in tmp_path.glob("timed*")) == ["timed-step=3.ckpt", "timed-step=5.ckpt"]
-    checkpoints.restore()
-    assert "on_train_batch_end" not in vars(timed)
 
 
 class Asks(pl.Callback):

@@ -10,7 +10,8 @@ import torch
 from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
 from torch.utils.data import BatchSampler, DataLoader, TensorDataset
 
-from lightning_ddg.plugin.data import RemoteBatch, RemoteLoader, SourceLoader
+from lightning_ddg.plugin.data import RemoteBatch, RemoteLoader, SourceLoader, check_steps
+from tests.networks import Classifier
 
 
 class Stateful:
@@ -178,3 +179,14 @@ def test_a_loader_that_knows_no_samples_tells_none() -> None:
     assert source.new_indices() == []
     remote.add_indices([])
     assert len(list(remote)) == 2
+
+
+def fetching(self: Any, dataloader_iter: Iterator[Any]) -> None: ...
+
+
+@pytest.mark.parametrize("name", ["training_step", "validation_step", "test_step", "predict_step"])
+def test_steps_that_fetch_their_batches_are_refused(name: str) -> None:
+    check_steps(Classifier())
+    module = type("Fetching", (Classifier,), {name: fetching})()
+    with pytest.raises(TypeError, match=f"`Fetching.{name}` takes `dataloader_iter`.*Take `batch` and `batch_idx`"):
+        check_steps(module)

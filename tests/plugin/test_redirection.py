@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_ddg.plugin.ownership import Weights
 from lightning_ddg.plugin.redirection import Seam, StepDone
 
 
@@ -20,7 +21,7 @@ class Twice(nn.Module):
 
 def test_calls_are_handled_and_counted_only_inside() -> None:
     net = Twice()
-    seam = Seam(net, {})
+    seam = Seam(net, {}, Weights())
     asked: list[Any] = []
 
     def handler(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
@@ -43,7 +44,7 @@ def test_calls_are_handled_and_counted_only_inside() -> None:
 
 def test_the_handler_may_call_the_network_itself() -> None:
     net = Twice()
-    seam = Seam(net, {})
+    seam = Seam(net, {}, Weights())
     with seam.handled_by(lambda args, kwargs: net(*args, **kwargs) + 1):
         assert net(torch.ones(1)).item() == 3.0
         assert seam.calls == 1
@@ -51,7 +52,7 @@ def test_the_handler_may_call_the_network_itself() -> None:
 
 def test_an_error_in_the_handler_leaves_the_seam_usable() -> None:
     net = Twice()
-    seam = Seam(net, {})
+    seam = Seam(net, {}, Weights())
 
     def fail(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         raise StepDone("what was captured")
@@ -72,14 +73,14 @@ def test_hooks_of_the_network_fire_around_the_handler() -> None:
     net = Twice()
     net.register_forward_pre_hook(lambda module, args: (args[0] + 1,))
     net.register_forward_hook(lambda module, args, output: output * 10)
-    seam = Seam(net, {})
+    seam = Seam(net, {}, Weights())
     with seam.handled_by(lambda args, kwargs: args[0]):
         assert net(1) == 20
 
 
 def test_removing_gives_the_class_its_forward_back() -> None:
     net = Twice()
-    seam = Seam(net, {})
+    seam = Seam(net, {}, Weights())
     assert "forward" in vars(net)
     seam.remove()
     assert "forward" not in vars(net)
@@ -94,7 +95,7 @@ def test_removing_gives_the_instance_its_own_forward_back() -> None:
 
     net.forward = hundredfold  # type: ignore[method-assign, assignment]
     own = net.forward
-    seam = Seam(net, {})
+    seam = Seam(net, {}, Weights())
     assert net(torch.ones(1)).item() == 100.0
     seam.remove()
     assert net.forward is own
@@ -103,7 +104,7 @@ def test_removing_gives_the_instance_its_own_forward_back() -> None:
 def test_a_copy_made_meanwhile_runs_by_itself() -> None:
     """Callbacks that keep an average of the weights copy the module during the fit."""
     net = nn.Sequential(nn.Linear(1, 1, bias=False))
-    seam = Seam(net, {})
+    seam = Seam(net, {}, Weights())
     twin = copy.deepcopy(net)
     with torch.no_grad():
         next(twin.parameters()).fill_(7.0)
@@ -114,7 +115,8 @@ def test_a_copy_made_meanwhile_runs_by_itself() -> None:
 
 def test_layers_of_other_ranks_are_guarded() -> None:
     net = nn.Sequential(nn.Linear(1, 1), nn.ReLU())
-    seam = Seam(net, {net[1]: 2})
+    weights = Weights()
+    seam = Seam(net, {net[1]: 2}, weights)
     net(torch.ones(1))
     with (
         seam.handled_by(lambda args, kwargs: "handled"),
@@ -123,14 +125,14 @@ def test_layers_of_other_ranks_are_guarded() -> None:
         net[1](torch.ones(1))
     with seam.handled_by(lambda args, kwargs: "handled"):
         net[0](torch.ones(1))
-    seam.stale = True
+    weights.whole = False
     with pytest.raises(
         RuntimeError, match=r"current weights of stage 2 \(ReLU\) live in another process.*after the fit"
     ):
         net(torch.ones(1))
-    seam.stale = False
+    weights.whole = True
     net(torch.ones(1))
-    seam.stale = True
+    weights.whole = False
     seam.remove()
     net(torch.ones(1))
     assert not net[1]._forward_pre_hooks

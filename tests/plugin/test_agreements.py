@@ -1,14 +1,18 @@
-"""Tests of ``decisions.py``: what rank 0 asks for is due after the same batch everywhere, once, in this run only."""
+"""Tests of ``agreements.py``: what rank 0 asks for is due after the same batch everywhere, once, in this run only."""
 
 from __future__ import annotations
 
+import warnings
+from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 
-from lightning_ddg.plugin.decisions import Decisions
+from lightning_ddg.plugin.agreements import Decisions, TimedCheckpoints, time_on_rank_zero
+from tests.networks import Classifier, loader, quiet_trainer
 
 
 class Line:
@@ -97,8 +101,6 @@ def test_where_the_ranks_meet_a_stop_is_due_at_once(asked: bool) -> None:
 
 
 def test_a_timed_checkpoint_saves_when_it_is_due_and_at_no_other_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    from datetime import timedelta
-
     saved: list[int] = []
     monkeypatch.setattr(ModelCheckpoint, "on_train_batch_end", lambda self, batch: saved.append(batch))
     checkpoint = ModelCheckpoint(train_time_interval=timedelta(seconds=0))
@@ -114,3 +116,44 @@ def test_a_timed_checkpoint_saves_when_it_is_due_and_at_no_other_batch(monkeypat
     made.restore()
     checkpoint.on_train_batch_end(9)  # type: ignore[call-arg, arg-type]
     assert saved == [2, 4, 9]
+
+
+def test_timed_checkpoints_know_when_their_interval_has_passed(tmp_path: Any) -> None:
+    """They take their own clock's word where no word is given, and save when allowed to."""
+    timed = ModelCheckpoint(tmp_path, "timed-{step}", train_time_interval=timedelta(0), save_top_k=-1)
+    untimed = ModelCheckpoint(tmp_path, "untimed", every_n_train_steps=100)
+    trainer = quiet_trainer(devices=1, max_epochs=1, callbacks=[timed, untimed], enable_checkpointing=True)
+    checkpoints = TimedCheckpoints(trainer)
+    assert checkpoints.elapsed() == [], "training has not begun"
+    allowed = {2: ["save 0"], 4: ["save 0"]}
+
+    class Allows(pl.Callback):
+        def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            assert checkpoints.elapsed() == ["save 0"]
+            assert not checkpoints.allow(allowed.get(batch_idx, ["stop"])), "it monitors nothing"
+
+    trainer.callbacks.insert(0, Allows())  # type: ignore[attr-defined]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.fit(Classifier(), loader("mlp"))
+    assert sorted(path.name for path in tmp_path.glob("timed*")) == ["timed-step=3.ckpt", "timed-step=5.ckpt"]
+    checkpoints.restore()
+    assert "on_train_batch_end" not in vars(timed)
+
+
+@pytest.mark.parametrize("leads", [True, False])
+def test_a_timer_does_not_ask_other_ranks(leads: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    timer = Timer(timedelta(hours=1))
+    trainer = quiet_trainer(devices=1, callbacks=[timer])
+    undo = time_on_rank_zero(trainer, leads)
+    monkeypatch.setattr(trainer.strategy, "broadcast", lambda *args: pytest.fail("it asked"))
+    timer.on_train_batch_end(trainer)
+    assert not trainer.should_stop
+    monkeypatch.setattr(timer, "time_elapsed", lambda *args: 3600.0)
+    timer.on_train_batch_end(trainer)
+    assert trainer.should_stop == leads
+    undo()
+    monkeypatch.setattr(trainer.strategy, "broadcast", lambda value: value)
+    trainer.should_stop = False
+    timer.on_train_batch_end(trainer)
+    assert trainer.should_stop

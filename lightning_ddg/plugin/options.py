@@ -1,0 +1,311 @@
+"""What a user chooses: the strategy's arguments, and the Trainer's options beside them, with what is checked of each.
+
+What is wrong with the arguments alone is said when they are given; what depends on the processes, the devices or the
+module, as soon as these are known.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelPruning
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
+from torch import nn
+
+from lightning_ddg.core.staleness import Staleness
+from lightning_ddg.plugin import compat
+
+_CHOICES = {
+    "balance": ("time", "parameters", "flops"),
+    "drain": ("epoch", "fit", "never"),
+    "start_method": ("popen", "spawn", "fork", "forkserver"),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """The strategy's own arguments; what each means is said in :class:`~lightning_ddg.DDGStrategy`.
+
+    Attributes:
+        num_stages: Number of stages ``K``, or ``"auto"``.
+        split_points: Names of the submodules that begin stages ``2..K``.
+        balance: What the automatic cut evens out.
+        max_memory: What the automatic cut allows a stage to need on its device, in bytes.
+        compile: Whether stages are compiled; a dictionary gives the options of ``torch.compile``.
+        drain: When the gradients still in flight are applied.
+        recompute: Whether activations are computed again in the backward.
+        staleness: What stages do with stale gradients.
+        process_group_backend: Backend of ``torch.distributed``; ``None``: by the devices.
+        timeout: The longest a rank waits for a message from another.
+        start_method: How processes are started.
+
+    Raises:
+        TypeError: If a value has another type.
+        ValueError: If a value has no meaning, or two do not go together; the message names them and the remedy.
+    """
+
+    num_stages: int | Literal["auto"] = "auto"
+    split_points: list[str] | None = None
+    balance: Literal["time", "parameters", "flops"] = "time"
+    max_memory: int | None = None
+    compile: bool | dict[str, Any] = False
+    drain: Literal["epoch", "fit", "never"] = "epoch"
+    recompute: bool = False
+    staleness: Staleness = field(default_factory=Staleness)
+    process_group_backend: str | None = None
+    timeout: timedelta = timedelta(minutes=30)
+    start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen"
+
+    def __post_init__(self) -> None:
+        for name, known in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in known:
+                raise ValueError(f"{name}={value!r} is not known. Use one of {', '.join(map(repr, known))}.")
+        _check_stages(self.num_stages, self.split_points)
+        if not isinstance(self.timeout, timedelta) or self.timeout <= timedelta(0):
+            raise ValueError(f"timeout={self.timeout!r} is not a limit. Use a positive datetime.timedelta.")
+        _check_compile(self.compile, self.num_stages)
+        _check_staleness(self.staleness, self.recompute, self.compile)
+        _check_memory_limit(self.max_memory, self.split_points, self.balance)
+
+    @property
+    def compile_options(self) -> dict[str, Any] | None:
+        """Arguments of ``torch.compile``; ``None`` if nothing is compiled."""
+        if isinstance(self.compile, dict):
+            return self.compile
+        return {} if self.compile else None
+
+    def stages(self, world_size: int) -> int:
+        """Return the number of stages ``K`` that ``world_size`` processes train."""
+        if self.num_stages != "auto":
+            return self.num_stages
+        if world_size > 1:
+            return world_size
+        return 2 if self.split_points is None else len(self.split_points) + 1
+
+    # ---- checks against what is known later
+
+    def check_world_size(self, world_size: int) -> None:
+        """Refuse several processes that are not as many as the stages, and one with a limit to each stage's device.
+
+        Raises:
+            ValueError: Naming the numbers.
+        """
+        if world_size == 1:
+            if self.max_memory is not None:
+                raise ValueError(
+                    f"max_memory={self.max_memory} bytes limits a stage's device, but with one process all stages share"
+                    " one. Leave it out, or use as many devices as stages."
+                )
+            return
+        if self.num_stages != "auto" and self.num_stages != world_size:
+            raise ValueError(
+                f"num_stages={self.num_stages} stages cannot be trained by {world_size} processes: each process trains"
+                f" one stage. Use devices={self.num_stages}, num_stages={world_size} or num_stages='auto', or one"
+                " process."
+            )
+        if self.split_points is not None and (named := len(self.split_points) + 1) != world_size:
+            raise ValueError(
+                f"split_points={list(self.split_points)!r} make {named} stages, but there are {world_size} processes,"
+                f" and each trains one stage. Use devices={named}, or name {world_size - 1} split points."
+            )
+
+    def check_launch(self, started_by: str | None) -> None:
+        """Refuse to start processes where somebody else has, or in a way that needs a script where there is none.
+
+        Args:
+            started_by: Who has started the processes; ``None`` if they have yet to be started.
+
+        Raises:
+            ValueError: Naming the way that works there.
+        """
+        if started_by is not None and self.start_method != "popen":
+            raise ValueError(
+                f"start_method={self.start_method!r} would start processes, but they have been started already"
+                f" ({started_by}). Use strategy='ddg' (start_method='popen'), which takes those there are."
+            )
+        if started_by is None and self.start_method != "fork" and (hasattr(sys, "ps1") or sys.flags.interactive):
+            raise ValueError(
+                f"start_method={self.start_method!r} starts a script again, but this is a notebook or an interactive"
+                " session. Use strategy='ddg_notebook' (start_method='fork'), or one process (devices=1)."
+            )
+
+    def check_casts(self, plugin: Precision) -> None:
+        """Refuse today's weights in a backward that would use those cast in its forward.
+
+        Raises:
+            ValueError: Naming the precision.
+        """
+        if isinstance(plugin, MixedPrecision) and not self.staleness.stash and not self.recompute:
+            raise ValueError(
+                f"stash=False uses today's weights in a backward, but precision={plugin.precision!r} keeps copies of"
+                " the weights from its forward. Use recompute=True with it, or another precision: 'bf16-true' or"
+                " '32-true'."
+            )
+
+    def check_recurrent(self, segments: Iterable[nn.Module], device: torch.device) -> None:
+        """Refuse today's weights in a backward of layers that keep their weights in a form of their own.
+
+        Raises:
+            ValueError: Naming the kind of layer and the device.
+        """
+        if self.staleness.stash or device.type != "cuda":
+            return
+        modules = (module for segment in segments for module in segment.modules())
+        kinds = {type(module).__name__ for module in modules if isinstance(module, nn.RNNBase)}
+        if kinds:
+            raise ValueError(
+                f"stash=False uses today's weights in a backward, but on {device} {', '.join(sorted(kinds))} keeps them"
+                " in another form from its forward. Leave stash=False out, or train on the CPU."
+            )
+
+
+def _check_stages(num_stages: Any, split_points: Any) -> None:
+    if num_stages != "auto" and (not isinstance(num_stages, int) or isinstance(num_stages, bool) or num_stages < 1):
+        raise ValueError(f"num_stages={num_stages!r} is not a number of stages. Use a positive integer or 'auto'.")
+    if isinstance(split_points, str):
+        raise TypeError(
+            f"split_points={split_points!r} is a string. Use a list of submodule names:"
+            f" split_points=[{split_points!r}]."
+        )
+    if split_points is not None and num_stages != "auto" and len(split_points) != num_stages - 1:
+        raise ValueError(
+            f"split_points={split_points!r} begin {len(split_points)} stages after the first, but"
+            f" num_stages={num_stages} needs {num_stages - 1}. Name the submodules that begin stages 2 to {num_stages}."
+        )
+
+
+def _check_compile(compile: Any, num_stages: Any) -> None:
+    if not isinstance(compile, bool | dict):
+        raise TypeError(f"compile={compile!r} is neither a bool nor a dictionary of torch.compile's options. Use True.")
+    if compile is not False and num_stages == 1:
+        raise ValueError(
+            "compile needs stages to compile, but num_stages=1 cuts nothing. Compile the network in your module:"
+            " `self.net.compile()`."
+        )
+    asked = compile if isinstance(compile, dict) else {}
+    graphs = asked.get("mode") if asked.get("mode") in ("reduce-overhead", "max-autotune") else None
+    if graphs is not None or (asked.get("options") or {}).get("triton.cudagraphs"):
+        raise ValueError(
+            f"compile={compile!r} records CUDA graphs, which a new forward overwrites, while stages have several"
+            " batches in flight. Use mode='max-autotune-no-cudagraphs', or no mode."
+        )
+
+
+def _check_staleness(staleness: Any, recompute: Any, compile: Any) -> None:
+    if not isinstance(staleness, Staleness):
+        raise TypeError(f"staleness={staleness!r} is no Staleness. Use lightning_ddg.Staleness(...), or leave it out.")
+    if not isinstance(recompute, bool):
+        raise TypeError(f"recompute={recompute!r} is not a bool. Use True or False.")
+    if not staleness.stash and not recompute and compile is not False:
+        raise ValueError(
+            "stash=False uses today's weights in a backward, but what is compiled may keep weights in another form from"
+            " its forward. Use recompute=True with it, or leave `compile` out."
+        )
+
+
+def _check_memory_limit(max_memory: int | None, split_points: Any, balance: str) -> None:
+    if max_memory is None:
+        return
+    other = f"{split_points=}" if split_points is not None else f"{balance=}"
+    if split_points is not None or balance != "time":
+        raise ValueError(
+            f"max_memory={max_memory} bytes has no part in a cut by {other}: it is kept by the cut by measured time."
+            " Leave out one of the two."
+        )
+
+
+# ---- the Trainer's options
+
+
+def check_started(started: int, devices: int, num_nodes: int, local_rank: int, environment: str) -> None:
+    """Refuse a Trainer that counts otherwise than whoever has started its processes.
+
+    Args:
+        started: The number of processes started.
+        devices: The Trainer's number of processes on a node.
+        num_nodes: The Trainer's number of nodes.
+        local_rank: Which process of its node this is.
+        environment: Who has started it, for the message.
+
+    Raises:
+        ValueError: Naming the numbers.
+    """
+    asked = f"devices={devices} and num_nodes={num_nodes} ask for {devices * num_nodes}"
+    if started != devices * num_nodes:
+        raise ValueError(
+            f"{asked} processes, but {started} have been started ({environment}). Let devices x num_nodes be {started},"
+            f" or start {devices * num_nodes}. A script that trains in turn with several numbers of stages can use"
+            " strategy='ddg_spawn' throughout."
+        )
+    if started > 1 and local_rank >= devices:
+        raise ValueError(
+            f"{asked} processes, {devices} on each node, but this is process {local_rank} of its node, counted from 0"
+            f" ({environment}). Let `devices` be the number of processes on each node."
+        )
+
+
+def check_backend(backend: str, devices: Sequence[torch.device]) -> None:
+    """Refuse to let NCCL connect processes that share a device.
+
+    Raises:
+        ValueError: Naming the devices.
+    """
+    if "nccl" in backend and len(set(devices)) < len(devices):
+        raise ValueError(
+            f"process_group_backend={backend!r} cannot connect processes that share a device, as those on"
+            f" {', '.join(map(str, devices))} do. Use process_group_backend='gloo', or a device for each process."
+        )
+
+
+def check_precision(plugin: Any) -> None:
+    """Refuse a precision that scales the loss.
+
+    Raises:
+        ValueError: For ``"16-mixed"``.
+    """
+    if getattr(plugin, "scaler", None) is not None or getattr(plugin, "precision", None) == "16-mixed":
+        raise ValueError(
+            f"precision={plugin.precision!r} scales the loss, and has to skip a batch whose gradient overflows, on all"
+            " stages; but the last stage has applied that batch's gradient before the first has computed its own. Use"
+            " precision='bf16-mixed'."
+        )
+
+
+def check_trainer(trainer: Trainer, layer_sync: Any, one_process: bool) -> None:
+    """Refuse options and callbacks of a Trainer that stages cannot serve.
+
+    Args:
+        trainer: The Trainer.
+        layer_sync: Its plugin that synchronises layers between replicas, if any.
+        one_process: Whether one process trains all stages.
+
+    Raises:
+        ValueError: For a time-based ``val_check_interval``, for ``sync_batchnorm=True``, and in several processes for
+            pruning.
+    """
+    interval = compat.validation_interval(trainer)
+    if interval is not None:
+        raise ValueError(
+            f"A time-based `val_check_interval` ({interval} seconds) is measured by each process for itself, so that"
+            " the stages would validate at different batches. Give a number of batches or a fraction of an epoch"
+            " instead."
+        )
+    if layer_sync is not None:
+        raise ValueError(
+            "sync_batchnorm=True synchronises the replicas of a layer, but each stage has only one, and its BatchNorm"
+            " sees the whole batch already. Remove sync_batchnorm=True."
+        )
+    callbacks = () if one_process else trainer.callbacks  # type: ignore[attr-defined]
+    for callback in callbacks:
+        if isinstance(callback, ModelPruning):
+            raise ValueError(
+                f"{type(callback).__name__} replaces parameters while training, by comparing the weights of all stages,"
+                " but a process knows only its own stage's. Prune after the fit, or train in one process (devices=1)."
+            )
