@@ -33,9 +33,6 @@ OWED: dict[str, set[str]] = {
         "core.pipeline -> comm.mailbox",
         "core.pipeline -> comm.wire",
         "core.pipeline -> plugin.redirection",
-        "planning.plan -> plugin.measure",
-        "planning.rebalance -> observe.metrics",
-        "planning.rebalance -> plugin.measure",
     },
     "circles": {"plugin.callbacks", "plugin.strategy"},
     "lines": {
@@ -48,7 +45,7 @@ OWED: dict[str, set[str]] = {
         "plugin.refusals",
         "plugin.strategy",
     },
-    "foreign": {"lightning: planning.plan"},
+    "foreign": set(),
     "private": {"plugin.mixin: _trainer", "plugin.strategy: _reset_optimizers_and_schedulers"},
 }
 

@@ -37,9 +37,9 @@ from lightning_ddg.core.staged import Lockstep
 from lightning_ddg.core.stale_stage import make_stage
 from lightning_ddg.core.staleness import Staleness
 from lightning_ddg.core.tensors import map_tensors, tensors_of
+from lightning_ddg.network.cut import Costs, Cut, decide_cut
 from lightning_ddg.network.find import Network, find_network
-from lightning_ddg.network.profile import Profile
-from lightning_ddg.planning.plan import NUM_STAGES, Plan, plan_module
+from lightning_ddg.planning.plan import NUM_STAGES, Plan
 from lightning_ddg.planning.report import print_cut
 from lightning_ddg.planning.simulate import SECONDS_PER_BYTE
 from lightning_ddg.planning.units import parse_bytes
@@ -61,7 +61,7 @@ from lightning_ddg.plugin.checkpoint import (
 from lightning_ddg.plugin.compiling import compile_stage
 from lightning_ddg.plugin.data import RemoteLoader, SourceLoader
 from lightning_ddg.plugin.decisions import Decisions
-from lightning_ddg.plugin.measure import Cut, Measured, copies_kept, decide_cut, first_call, measured_costs
+from lightning_ddg.plugin.measure import copies_kept, first_call, measured_costs, plan_module
 from lightning_ddg.plugin.redirection import Seam, StepDone
 from lightning_ddg.plugin.refusals import (
     check_backend,
@@ -535,29 +535,33 @@ class DDGStrategy(ParallelStrategy):
         assert self.lightning_module is not None
         module, fitting = self.lightning_module, trainer.state.fn == TrainerFn.FITTING
 
-        def measure() -> Measured | list[float] | None:
-            loaders = compat.training_iterables(trainer) if fitting else None
+        def measure() -> Costs:
+            loaders = compat.training_iterables(trainer) if fitting and self._balance != "parameters" else None
+            costs = Costs.by_parameters(network.chain)
             if loaders is None:
-                return None
-            costs = None
+                return costs
             if self._reads:
                 with self._seeded(0, libraries=True):
                     costs = measured_costs(
                         module, network, loaders, self._balance, self.precision_plugin, self.root_device
                     )
             costs = self.broadcast(costs, src=self._reading_rank)
-            if not isinstance(costs, Profile):
+            if costs.model is None:
                 return costs
-            copies = copies_kept(self.optimizers[0] if self.optimizers else None)
-            costs = replace(costs, recompute=self._recompute, stash=self._staleness.stash)
-            return Measured(costs, self._seconds_per_byte(), copies)
+            model = replace(
+                costs.model,
+                recompute=self._recompute,
+                stash=self._staleness.stash,
+                optimizer_copies=copies_kept(self.optimizers[0] if self.optimizers else None),
+                seconds_per_byte=self._seconds_per_byte(),
+            )
+            return Costs.measured(model)
 
         self._cut = decide_cut(
             network.chain,
             self.num_stages,
             self._split_points,
             self._recorded_cut,
-            self._balance,
             measure,
             self._max_memory if fitting else None,
         )
@@ -568,9 +572,7 @@ class DDGStrategy(ParallelStrategy):
         check_ties_outside(module, self._segments)
         self._owner = owner_by_name(module, self._segments)
         if fitting and self.is_global_zero and not trainer.barebones:
-            cut, measured = self._cut, self._cut.measured
-            extras = () if measured is None else (measured.profile, measured.optimizer_copies)
-            print_cut(cut.chain, cut.starts, cut.costs, cut.unit, *extras)
+            print_cut(self._cut)
 
     def _seconds_per_byte(self) -> float:
         """What a byte costs on its way from the first stage to the second."""
