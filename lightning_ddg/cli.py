@@ -1,4 +1,4 @@
-"""The command line lives here: LightningCLI with this package's strategies; change here what the commands accept.
+"""The command line: LightningCLI with this package's strategies, and the command ``plan``.
 
 ``lightning-ddg`` and ``python -m lightning_ddg`` are the same program: ``fit``, ``validate``, ``test`` and ``predict``
 as :class:`~lightning.pytorch.cli.LightningCLI` has them, with three differences.
@@ -23,9 +23,9 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.cli import ArgsType, LightningCLI
 from lightning.pytorch.loggers.logger import DummyLogger
 
-from lightning_ddg.planning.plan import NUM_STAGES, Plan, plan_module
+from lightning_ddg.planning.plan import NUM_STAGES, Plan
 from lightning_ddg.planning.timeline import check_picture
-from lightning_ddg.plugin.measure import copies_kept
+from lightning_ddg.plugin.measure import copies_kept, plan_module
 
 __all__ = ["main"]
 
@@ -34,11 +34,11 @@ _KEPT = ("accelerator", "precision", "deterministic", "benchmark", "reload_datal
 
 
 class _Planned(BaseException):
-    """Ends a fit before its first step."""
+    """End a fit before its first step."""
 
 
 class _Planner(Callback):
-    """Plans with the first batch of a fit, as its training step would get it."""
+    """Plan with the first batch of a fit, as its training step would get it."""
 
     def __init__(self, num_stages: int | list[int], recompute: bool, stash: bool) -> None:
         self.plan: Plan | None = None
@@ -83,7 +83,7 @@ class _Trainer(Trainer):
             model: The LightningModule.
             datamodule: Its data.
             num_stages: One number of stages, or a list of them. What is asked for is shown stage by stage.
-            picture: Where to draw the predicted timelines; the name ends in .png or .svg.
+            picture: Where to draw the simulated timelines; the name ends in .png or .svg.
             recompute: As the strategy's argument; the strategy in the config is not looked at.
             stash: As that of the strategy's staleness.
             ckpt_path: Accepted, so that a fit's saved config can be planned; not read.

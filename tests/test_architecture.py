@@ -29,24 +29,10 @@ MAY_IMPORT = {
     "torch.distributed": {"comm", "plugin"},
 }
 OWED: dict[str, set[str]] = {
-    "arrows": {
-        "core.pipeline -> comm.mailbox",
-        "core.pipeline -> comm.wire",
-        "core.pipeline -> plugin.redirection",
-        "planning.plan -> plugin.measure",
-        "planning.rebalance -> observe.metrics",
-        "planning.rebalance -> plugin.measure",
-    },
-    "circles": {"plugin.callbacks", "plugin.strategy"},
-    "lines": {
-        "comm.mailbox",
-        "network.replay.part",
-        "network.trace.graph",
-        "network.trace.tracer",
-        "observe.monitor",
-        "plugin.strategy",
-    },
-    "foreign": {"lightning: planning.plan"},
+    "arrows": set(),
+    "circles": set(),
+    "lines": {"network.replay.part", "network.trace.graph", "network.trace.tracer", "observe.monitor"},
+    "foreign": set(),
     "private": set(),
 }
 

@@ -1,323 +1,249 @@
-"""Where to cut: the best positions, the user's positions, the positions that may not be cut.
-
-A cut is the list of the K - 1 positions at which stages 2 to K start; position p lies between the layers p - 1 and p.
-What makes one cut better than another, and what makes a cut impossible, changes here.
-"""
+"""What the stages of a cut cost, the cut that costs least, and who decides: the user, an earlier run, a measurement."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from difflib import get_close_matches
+from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate, pairwise
-from itertools import chain as joined
-from math import isfinite
+from math import inf
+
+from torch import nn
 
 from lightning_ddg.core.schedule import delay
+from lightning_ddg.network.balance import best_cut, cheapest_cut, check_cut, cut_at, forbidden_cuts, sums_of_layers
 from lightning_ddg.network.layers import Layers
-from lightning_ddg.network.profile import Profile
-
-Cost = tuple[float, ...]
+from lightning_ddg.network.profile import Profile, parameter_costs
 
 
-def best_cut(costs: Sequence[float], num_stages: int, forbidden: Collection[int] = ()) -> list[int]:
-    """Cut layers into consecutive stages so that the dearest stage is as cheap as it can be.
+@dataclass(frozen=True)
+class CostModel:
+    """What the stages of any cut of measured layers cost; a cut is given by the start positions of stages 2 to K.
 
-    Exact, by dynamic programming in O(L^2 K) steps. Among cuts with the same dearest stage, the one whose second
-    dearest stage is the cheapest is taken, and so on; among cuts with the same stage costs, the earliest.
-
-    Args:
-        costs: Cost of each layer, in any unit, none negative.
-        num_stages: K.
-        forbidden: Positions that may not be cut.
-
-    Returns:
-        The K - 1 start positions of stages 2 to K, ascending. Each stage has at least one layer.
-
-    Raises:
-        ValueError: ``num_stages`` is below 1 or above the number of layers, too many positions are forbidden, or a
-            cost is negative or not finite.
+    Attributes:
+        profile: What was measured of the layers.
+        recompute: Whether a stage with a delay keeps no activations of batches in flight, and runs its forward again.
+        stash: Whether a stage with a delay keeps the weights of batches in flight.
+        optimizer_copies: Tensors of a parameter's size that the optimizer keeps for it.
+        seconds_per_byte: What sending or receiving a byte costs a stage.
     """
-    _check_costs(costs)
-    # Not differences of running sums: stages of the same layers must have the very same cost.
-    load = [[0.0, *accumulate(costs[start:])] for start in range(len(costs))]
-    starts = _cheapest(len(costs), num_stages, forbidden, lambda stage, start, stop: load[start][stop - start])
-    assert starts is not None
-    return starts
+
+    profile: Profile
+    recompute: bool = False
+    stash: bool = True
+    optimizer_copies: int = 2
+    seconds_per_byte: float = 0.0
+
+    def stage_seconds(self, starts: Sequence[int]) -> list[float]:
+        """Return how long each stage is busy with a batch: forward, again if recomputed, backward, and its messages."""
+        return [self._seconds(*stage) for stage in self._stages(starts)]
+
+    def stage_memory(self, starts: Sequence[int]) -> list[int]:
+        """Return the bytes that each stage needs at its fullest, between a forward and the backward that follows it.
+
+        That is its weights and their gradients, what the optimizer keeps, and :meth:`stage_in_flight`. Not counted is
+        what a layer needs only while it runs, what lies outside the network, and on the CPU the layers of the other
+        stages.
+        """
+        return [self._memory(*stage) for stage in self._stages(starts)]
+
+    def stage_in_flight(self, starts: Sequence[int]) -> list[int]:
+        """Return the bytes that each stage holds of the batches between forward and backward.
+
+        Stage k of K, with the delay d = K - k, holds d older sets of weights (unless nothing is stashed) and d + 1
+        batches: what the layers keep for their backward (of one batch only, if forwards are done again), and what was
+        received; and up to two activations and two gradients that have arrived before their turn. (A neighbour can be
+        no further ahead: its next forward waits for a backward here, and the other way round.)
+        """
+        return [self._in_flight(*stage) for stage in self._stages(starts)]
+
+    def stage_sends(self, starts: Sequence[int]) -> list[int]:
+        """Return the bytes that each stage sends per batch: activations to the next, gradients to the one before."""
+        there, back = self._crossing
+        return [there[stop] + back[start] for _, start, stop in self._stages(starts)]
+
+    def best_stages(self, num_stages: int, forbidden: Collection[int] = (), max_memory: int | None = None) -> list[int]:
+        """Cut the layers so that the slowest stage, its messages included, is as fast as it can be.
+
+        Args:
+            num_stages: K.
+            forbidden: Positions that may not be cut.
+            max_memory: Bytes that no stage may exceed, as :meth:`stage_memory` counts them.
+
+        Returns:
+            The K - 1 start positions of stages 2 to K, ascending.
+
+        Raises:
+            ValueError: As :func:`~lightning_ddg.network.balance.best_cut`; or no cut keeps ``max_memory``.
+        """
+
+        def seconds(stage: int, start: int, stop: int) -> float:
+            late = delay(stage, num_stages)
+            fits = max_memory is None or self._memory(late, start, stop) <= max_memory
+            return self._seconds(late, start, stop) if fits else inf
+
+        def memory(stage: int, start: int, stop: int) -> float:
+            return self._memory(delay(stage, num_stages), start, stop)
+
+        count = len(self.profile.forward)
+        starts = cheapest_cut(count, num_stages, forbidden, seconds)
+        if max_memory is not None and max(self.stage_memory(starts)) > max_memory:
+            needed = max(self.stage_memory(cheapest_cut(count, num_stages, forbidden, memory)))
+            raise ValueError(
+                f"max_memory={max_memory} bytes cannot be kept with {num_stages} stages: the cut that needs least "
+                f"still has a stage of about {needed} bytes. Use more stages, a smaller batch or activation "
+                "checkpointing."
+            )
+        return starts
+
+    def _stages(self, starts: Sequence[int]) -> list[tuple[int, int, int]]:
+        """The delay of each stage, and the positions at which it starts and stops."""
+        bounds = pairwise([0, *starts, len(self.profile.forward)])
+        return [(delay(stage, len(starts) + 1), *span) for stage, span in enumerate(bounds, start=1)]
+
+    def _seconds(self, late: int, start: int, stop: int) -> float:
+        there, back = self._crossing
+        messages = there[start] + back[start] + there[stop] + back[stop]
+        return self._compute[late > 0][start][stop - start] + self.seconds_per_byte * messages
+
+    def _memory(self, late: int, start: int, stop: int) -> int:
+        weights, frozen, _ = self._sizes
+        at_rest = (2 + self.optimizer_copies) * (weights[stop] - weights[start]) + frozen[stop] - frozen[start]
+        return at_rest + self._in_flight(late, start, stop)
+
+    def _in_flight(self, late: int, start: int, stop: int) -> int:
+        (weights, _, kept), (there, back) = self._sizes, self._crossing
+        older = (late if self.stash else 0) * (weights[stop] - weights[start])
+        activations = (1 if self.recompute else late + 1) * (kept[stop] - kept[start])
+        return older + activations + (late + 1) * there[start] + 2 * (there[start] + back[stop])
+
+    @cached_property
+    def _compute(self) -> tuple[list[list[float]], list[list[float]]]:
+        """Seconds of consecutive layers in a stage without a delay, and in one with a delay."""
+        once = self.profile.seconds
+        late = [forward + both for forward, both in zip(self.profile.forward, once, strict=True)]
+        return sums_of_layers(once), sums_of_layers(late if self.recompute else once)
+
+    @cached_property
+    def _crossing(self) -> tuple[list[int], list[int]]:
+        """Bytes across a cut before each layer, there and back, and across the network's end."""
+        return [*self.profile.crossing, 0], [*self.profile.crossing_grad, 0]
+
+    @cached_property
+    def _sizes(self) -> tuple[list[int], list[int], list[int]]:
+        """Running sums of the bytes of trainable weights, of frozen ones and buffers, and of activations."""
+        frozen = self.profile.frozen or [0] * len(self.profile.parameters)
+        weights, rest, kept = ([0, *accumulate(s)] for s in (self.profile.parameters, frozen, self.profile.activations))
+        return weights, rest, kept
 
 
-def best_stages(
-    profile: Profile,
+@dataclass(frozen=True)
+class Costs:
+    """What each layer of a network costs.
+
+    Attributes:
+        of_layers: The cost of each.
+        unit: What they count, as it stands after "share of", e.g. ``"measured time"``.
+        model: What stages cost, where the layers were measured.
+    """
+
+    of_layers: list[float]
+    unit: str
+    model: CostModel | None = None
+
+    @classmethod
+    def measured(cls, model: CostModel) -> Costs:
+        """Return costs by measured time."""
+        return cls(model.profile.seconds, "measured time", model)
+
+    @classmethod
+    def by_parameters(cls, chain: Layers) -> Costs:
+        """Return costs by the number of parameters."""
+        return cls(parameter_costs(chain), "parameters")
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A network's layers and where its stages begin.
+
+    Attributes:
+        chain: The layers.
+        starts: Positions at which stages ``2..K`` begin.
+        costs: What was evened out, or is shown instead.
+    """
+
+    chain: Layers
+    starts: list[int]
+    costs: Costs
+
+    @property
+    def bounds(self) -> list[int]:
+        """Where each stage begins, and the end of the last."""
+        return [0, *self.starts, len(self.chain)]
+
+    @property
+    def split_points(self) -> list[str]:
+        """Names of the layers that begin stages ``2..K``."""
+        return [self.chain.names[start] for start in self.starts]
+
+    def segments(self) -> list[nn.Module]:
+        """Return the stages as modules, sharing the layers."""
+        return [self.chain.segment(start, stop) for start, stop in pairwise(self.bounds)]
+
+    def layers_of(self, stage: int) -> Sequence[nn.Module]:
+        """Return the layers of stage ``1..K``."""
+        return self.chain.modules(self.bounds[stage - 1], self.bounds[stage])
+
+
+def decide_cut(
+    chain: Layers,
     num_stages: int,
-    forbidden: Collection[int] = (),
-    *,
-    seconds_per_byte: float = 0.0,
+    split_points: list[str] | None,
+    recorded: list[str] | None,
+    measure: Callable[[], Costs],
     max_memory: int | None = None,
-    optimizer_copies: int = 2,
-) -> list[int]:
-    """Cut measured layers so that the slowest stage, its messages included, is as fast as it can be.
-
-    Exact, as :func:`best_cut`, which is the same without messages and without a limit.
-
-    Args:
-        profile: What the layers cost.
-        num_stages: K.
-        forbidden: Positions that may not be cut.
-        seconds_per_byte: What sending or receiving a byte costs a stage.
-        max_memory: Bytes that no stage may exceed, as :func:`stage_memory` counts them.
-        optimizer_copies: Tensors of a parameter's size that the optimizer keeps for it.
-
-    Returns:
-        The K - 1 start positions of stages 2 to K, ascending.
-
-    Raises:
-        ValueError: As :func:`best_cut`; or no cut keeps ``max_memory``.
-    """
-    _check_costs(profile.seconds)
-    # Not differences of running sums, as above.
-    once, twice = (
-        [[0.0, *accumulate(costs[start:])] for start in range(len(costs))]
-        for costs in (profile.seconds, _delayed_seconds(profile))
-    )
-    sent = [there + back for there, back in zip(profile.crossing, profile.crossing_grad, strict=True)] + [0]
-    memory = _Memory(profile, num_stages, optimizer_copies)
-
-    def slowness(stage: int, start: int, stop: int) -> float | None:
-        if max_memory is not None and memory(stage, start, stop) > max_memory:
-            return None
-        seconds = twice if delay(stage, num_stages) else once
-        return seconds[start][stop - start] + seconds_per_byte * (sent[start] + sent[stop])
-
-    count = len(profile.seconds)
-    starts = _cheapest(count, num_stages, forbidden, slowness)
-    if starts is None:
-        least = _cheapest(count, num_stages, forbidden, memory)
-        assert least is not None
-        needed = max(stage_memory(profile, least, optimizer_copies))
-        raise ValueError(
-            f"max_memory={max_memory} bytes cannot be kept with {num_stages} stages: the cut that needs least "
-            f"still has a stage of about {needed} bytes. Use more stages, a smaller batch or activation checkpointing."
-        )
-    return starts
-
-
-def stage_seconds(profile: Profile, starts: Sequence[int], seconds_per_byte: float = 0.0) -> list[float]:
-    """Return how long each stage is busy with a batch: forward, again if recomputed, backward, and its messages.
-
-    Args:
-        profile: What the layers cost.
-        starts: The start positions of stages 2 to K.
-        seconds_per_byte: What sending or receiving a byte costs a stage.
-    """
-    sent = [there + back for there, back in zip(profile.crossing, profile.crossing_grad, strict=True)] + [0]
-    bounds = [0, *starts, len(profile.seconds)]
-    return [
-        sum((_delayed_seconds(profile) if delay(stage, len(bounds) - 1) else profile.seconds)[start:stop])
-        + seconds_per_byte * (sent[start] + sent[stop])
-        for stage, (start, stop) in enumerate(pairwise(bounds), start=1)
-    ]
-
-
-def _delayed_seconds(profile: Profile) -> list[float]:
-    """Seconds of each layer where it is in a stage with a delay."""
-    if not profile.recompute:
-        return profile.seconds
-    return [forward + once for forward, once in zip(profile.forward, profile.seconds, strict=True)]
-
-
-def stage_memory(profile: Profile, starts: Sequence[int], optimizer_copies: int = 2) -> list[int]:
-    """Return the bytes that each stage needs at its fullest, between a forward and the backward that follows it.
-
-    Stage k of K with the delay d = K - k holds its weights and their gradients, what the optimizer keeps, d older sets
-    of weights (unless nothing is stashed), and d + 1 batches in flight: what the layers keep for their backward (of one
-    batch only, if forwards are done again), and what was received; and up to two activations and two gradients that
-    have arrived before their turn.
-    (A neighbour can be no further ahead: its next forward waits for a backward here, and the other way round.) Not
-    counted is what a layer needs only while it runs, what lies outside the network, and on the CPU the layers of the
-    other stages.
-
-    Args:
-        profile: What the layers cost.
-        starts: The start positions of stages 2 to K.
-        optimizer_copies: Tensors of a parameter's size that the optimizer keeps for it.
-    """
-    bounds = [0, *starts, len(profile.seconds)]
-    memory = _Memory(profile, len(bounds) - 1, optimizer_copies)
-    return [memory(stage, start, stop) for stage, (start, stop) in enumerate(pairwise(bounds), start=1)]
-
-
-class _Memory:
-    def __init__(self, profile: Profile, num_stages: int, optimizer_copies: int) -> None:
-        self._weights = [0, *accumulate(profile.parameters)]
-        self._kept = [0, *accumulate(profile.activations)]
-        self._frozen = [0, *accumulate(profile.frozen or [0] * len(profile.parameters))]
-        self._crossing, self._crossing_grad = profile.crossing, [*profile.crossing_grad, 0]
-        self._num_stages, self._copies = num_stages, 2 + optimizer_copies
-        self._recompute, self._stash = profile.recompute, profile.stash
-
-    def __call__(self, stage: int, start: int, stop: int) -> int:
-        late = delay(stage, self._num_stages)
-        weights = self._weights[stop] - self._weights[start]
-        kept = (1 if self._recompute else late + 1) * (self._kept[stop] - self._kept[start])
-        received = (late + 1) * self._crossing[start]
-        frozen = self._frozen[stop] - self._frozen[start]
-        waiting = 2 * (self._crossing[start] + self._crossing_grad[stop])
-        older = late if self._stash else 0
-        return (self._copies + older) * weights + frozen + kept + received + waiting
-
-
-def _check_costs(costs: Sequence[float]) -> None:
-    for position, cost in enumerate(costs):
-        if not (isfinite(cost) and cost >= 0):
-            raise ValueError(f"The cost of layer {position} is {cost}: costs must be finite and not negative.")
-
-
-def _cheapest(
-    count: int, num_stages: int, forbidden: Collection[int], cost: Callable[[int, int, int], float | None]
-) -> list[int] | None:
-    """Cut ``count`` layers; ``cost(stage, start, stop)`` is ``None`` where the stage cannot have these layers."""
-    _check_num_stages(count, num_stages)
-    places = [*(p for p in range(1, count) if p not in forbidden), count]
-    if len(places) < num_stages:
-        raise ValueError(
-            f"num_stages={num_stages}, but layers that share parameters or buffers leave only {len(places)} parts that "
-            f"can be cut apart (of {count} layers): lower num_stages to {len(places)} or less, or give each layer "
-            "its own."
-        )
-    # best[j]: stage costs (dearest first) and starts of the best cut of the layers before places[j]. The order of two
-    # cuts does not change when the same stage is added to both, so the best cut is made of best cuts.
-    best: list[tuple[Cost, tuple[int, ...]] | None] = [
-        None if (load := cost(1, 0, place)) is None else ((load,), ()) for place in places
-    ]
-    for stage in range(2, num_stages + 1):
-        row: list[tuple[Cost, tuple[int, ...]] | None] = [None] * len(places)
-        for j in range(stage - 1, len(places)):
-            chosen: tuple[Cost, tuple[int, ...]] | None = None
-            for i in range(j - 1, stage - 3, -1):
-                before = best[i] if i >= 0 else None
-                if before is None or chosen is not None and before[0][0] > chosen[0][0]:
-                    continue
-                load = cost(stage, places[i], places[j])
-                if load is None or chosen is not None and load > chosen[0][0]:
-                    continue
-                candidate = tuple(sorted((*before[0], load), reverse=True)), (*before[1], places[i])
-                chosen = candidate if chosen is None else min(chosen, candidate)
-            row[j] = chosen
-        best = row
-    return None if best[-1] is None else list(best[-1][1])
-
-
-def cut_at(chain: Layers, split_points: Sequence[str], num_stages: int) -> list[int]:
-    """Turn the names of the modules that begin stages 2 to K into positions.
+) -> Cut:
+    """Cut where the user says, else where an earlier run did, else evenly.
 
     Args:
         chain: The layers.
-        split_points: K - 1 names, in order: of a layer, or of a module that holds layers (its first one is meant).
-        num_stages: K.
-
-    Returns:
-        The K - 1 start positions, ascending.
-
-    Raises:
-        TypeError: ``split_points`` is one string.
-        ValueError: ``num_stages`` does not fit the chain; or the names are too few or too many, unknown, out of order,
-            or begin the first stage.
-    """
-    _check_num_stages(len(chain), num_stages)
-    if isinstance(split_points, str):
-        raise TypeError(f"split_points={split_points!r} is one string: give a list of names, [{split_points!r}].")
-    if len(split_points) != num_stages - 1:
-        raise ValueError(
-            f"split_points has {len(split_points)} names, but num_stages={num_stages} needs {num_stages - 1}: give one "
-            "name for each stage after the first."
-        )
-    starts: list[int] = []
-    for name in split_points:
-        start = _position(chain, name)
-        if start == 0:
-            raise ValueError(
-                f"split point {name!r} begins the first stage, which needs no name: start with the module that begins "
-                "stage 2."
-            )
-        if starts and start <= starts[-1]:
-            raise ValueError(
-                f"split point {name!r} does not come after {split_points[len(starts) - 1]!r}: give the names in the "
-                "order of the network, each once."
-            )
-        starts.append(start)
-    return starts
-
-
-def _position(chain: Layers, name: str) -> int:
-    if name in chain.names:
-        return chain.names.index(name)
-    inside = (position for position, label in enumerate(chain.names) if label.startswith(f"{name}."))
-    position = next(inside, None)
-    if position is None:
-        close = get_close_matches(name, dict.fromkeys(joined(*map(_with_parents, chain.names))), n=3)
-        hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
-        some = chain.names[1:9]
-        more = f" and {len(chain) - 1 - len(some)} more" if len(chain) - 1 > len(some) else ""
-        raise ValueError(
-            f"split point {name!r} names no layer that can begin a stage.{hint} "
-            f"Layers that can: {', '.join(map(repr, some)) or 'none, the network has one layer'}{more}."
-        )
-    return position
-
-
-def _with_parents(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[:depth]) for depth in range(len(parts), 0, -1)]
-
-
-def forbidden_cuts(chain: Layers) -> dict[int, tuple[str, str, str]]:
-    """Find the positions where a cut would separate layers that share a parameter or a buffer.
-
-    Sharing is by identity of the tensor object; a module that occurs twice shares all its tensors.
-
-    Returns:
-        For each such position: the name of a shared tensor, and the labels of two layers that use it, one on each side.
-    """
-    last_use: dict[int, tuple[int, str]] = {}
-    forbidden: dict[int, tuple[str, str, str]] = {}
-    for position, label in enumerate(chain.names):
-        layer = chain.segment(position, position + 1)
-        for name, tensor in joined(layer.named_parameters(), layer.named_buffers()):
-            if name in getattr(layer, "read_only", ()):
-                continue
-            if id(tensor) in last_use:
-                earlier, first_name = last_use[id(tensor)]
-                for between in range(earlier + 1, position + 1):
-                    forbidden.setdefault(between, (first_name, chain.names[earlier], label))
-                name = first_name
-            last_use[id(tensor)] = (position, name)
-    return forbidden
-
-
-def check_cut(starts: Sequence[int], forbidden: Mapping[int, tuple[str, str, str]]) -> None:
-    """Refuse a cut that separates layers that share a tensor.
-
-    Args:
-        starts: The start positions of stages 2 to K.
-        forbidden: What :func:`forbidden_cuts` returned.
+        num_stages: ``K``.
+        split_points: The user's choice, if any.
+        recorded: An earlier run's choice, if any; ignored where it does not fit the network, or ``max_memory``.
+        measure: Returns what to even out, the same on every rank; called only if needed, and then on every rank.
+        max_memory: Bytes that no stage may need; for measured layers.
 
     Raises:
-        ValueError: A start position is forbidden.
+        ValueError: The network cannot be cut so.
     """
-    for stage, start in enumerate(starts, start=2):
-        if start in forbidden:
-            tensor, before, after = forbidden[start]
+    forbidden = forbidden_cuts(chain)
+    parameters = Costs.by_parameters(chain)
+    if split_points is not None:
+        starts = cut_at(chain, split_points, num_stages)
+        check_cut(starts, forbidden)
+        return Cut(chain, starts, parameters)
+    earlier: list[int] | None = None
+    if recorded is not None:
+        # The network, or the number of stages, may be another one since.
+        with suppress(ValueError):
+            starts = cut_at(chain, recorded, num_stages)
+            check_cut(starts, forbidden)
+            earlier = starts
+    if earlier is not None and max_memory is None:
+        return Cut(chain, earlier, parameters)
+    # Before anything is measured: it says whether so many stages are possible at all.
+    best_cut(parameters.of_layers, num_stages, forbidden)
+    costs = measure()
+    model = costs.model
+    if model is None:
+        if max_memory is not None:
             raise ValueError(
-                f"Stage {stage} cannot start at position {start}: {tensor!r} is used by {before!r} and by {after!r}, "
-                "on both sides of the cut, and each stage updates its own. Move the split point so that both are in "
-                "one stage, or give each its own."
+                f"max_memory={max_memory} bytes cannot be kept, as the layers could not be measured (a warning says"
+                " why). Make the training step run on the first batch, or leave `max_memory` out and give"
+                " `split_points`."
             )
-
-
-def _check_num_stages(num_layers: int, num_stages: int) -> None:
-    if num_stages < 1:
-        raise ValueError(f"num_stages={num_stages}: a network is cut into 1 stage or more.")
-    if num_stages > num_layers:
-        raise ValueError(
-            f"num_stages={num_stages}, but the network has {num_layers} layers and each stage needs at least one: "
-            f"lower num_stages to {num_layers} or less, or return smaller layers from `configure_stages()`."
-        )
+        return Cut(chain, best_cut(costs.of_layers, num_stages, forbidden), costs)
+    if earlier is not None and max_memory is not None and max(model.stage_memory(earlier)) <= max_memory:
+        return Cut(chain, earlier, costs)
+    return Cut(chain, model.best_stages(num_stages, forbidden, max_memory), costs)

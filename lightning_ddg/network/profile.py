@@ -69,8 +69,6 @@ class Profile:
             receives is counted with an earlier one, what the network returns with its last.
         parameters: Bytes of each layer's trainable parameters; a shared one counts where it is used first.
         frozen: Bytes of each layer's other parameters and its buffers, counted likewise; empty if there are none.
-        recompute: Whether a stage with a delay keeps no activations of batches in flight, and runs its forward again.
-        stash: Whether a stage with a delay keeps the weights of batches in flight.
     """
 
     forward: list[float]
@@ -80,8 +78,6 @@ class Profile:
     activations: list[int]
     parameters: list[int]
     frozen: Sequence[int] = ()
-    recompute: bool = False
-    stash: bool = True
 
     @property
     def seconds(self) -> list[float]:

@@ -1,4 +1,4 @@
-"""DDGMonitor: a callback that measures what a fit does, logs it, and sets it beside the prediction.
+"""DDGMonitor: a callback that measures what a fit does, logs it, and sets it beside the simulation.
 
 It looks on from outside: it stands between the strategy's execution and its callers while a fit trains, and before and
 after that nothing of it runs. What is measured in every batch is in :mod:`~lightning_ddg.observe.metrics`; how it is
@@ -21,18 +21,18 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
-from rich.table import Table
 
 from lightning_ddg.comm.mailbox import Kind
 from lightning_ddg.comm.sharing import gather_to_rank_zero
 from lightning_ddg.core.pipeline import Pipeline
 from lightning_ddg.core.staged import Lockstep
-from lightning_ddg.observe.metrics import Gauge, Reading, Tally, replaced
-from lightning_ddg.planning.plan import work_of
+from lightning_ddg.observe.metrics import Gauge, Reading, replaced
 from lightning_ddg.planning.rebalance import idle_warning
-from lightning_ddg.planning.simulate import Event, Work, predict, simulate
+from lightning_ddg.planning.report import print_table, summary_table
+from lightning_ddg.planning.simulate import Event, Work, simulate, steady_state
+from lightning_ddg.planning.stages import work_of
+from lightning_ddg.planning.tally import Tally
 from lightning_ddg.planning.timeline import Panel, check_picture, draw_timeline
-from lightning_ddg.planning.units import show_ms
 from lightning_ddg.plugin import compat
 from lightning_ddg.plugin.strategy import DDGStrategy
 
@@ -48,7 +48,7 @@ _SHOWN = 4  # periods in the picture
 
 
 class DDGMonitor(Callback):
-    """Measures how long stages wait and how old their gradients are, and compares the timeline with the prediction.
+    """Measures how long stages wait and how old their gradients are, and compares the timeline with the simulated one.
 
     Every ``every_n_steps`` batches all loggers get, of each stage k, as ``ddg/stage_k/...``:
 
@@ -69,7 +69,7 @@ class DDGMonitor(Callback):
     better cut.
 
     On every rank it also notes when the forwards, the backwards and the waits for messages of 21 batches of the first
-    epoch begin and end. When the fit ends, rank 0 gathers them, prints the measured and the predicted period, and draws
+    epoch begin and end. When the fit ends, rank 0 gathers them, prints the measured and the simulated period, and draws
     both timelines below each other, on one scale. What is blank in the measured one is neither a stage's forward or
     backward nor a wait: the optimizer, Lightning's loop, the data. The recording skips the batches that fill the
     pipeline, where the epoch is long enough.
@@ -225,7 +225,7 @@ class DDGMonitor(Callback):
         self.figures = {stage: self._totals[stage].figures(waits) for stage in sorted(self._totals)}
         console = Console(soft_wrap=True)
         if rows:
-            (console if console.is_terminal else Console(width=120)).print(summary_table(self._totals, waits))
+            print_table(summary_table(self._totals, waits))
             self.measured = summarize([rows[stage] for stage in sorted(rows)], _planned(strategy))
             self._show_timeline(console, Path(folder or trainer.default_root_dir))
 
@@ -293,34 +293,6 @@ class DDGMonitor(Callback):
             self._undo = None
 
 
-def summary_table(totals: Mapping[int, Tally], waits: bool) -> Table:
-    """The means over a fit, a row for each stage.
-
-    Args:
-        totals: What was measured, by stage.
-        waits: Whether the stages are in several processes.
-    """
-    timed = [tally for tally in totals.values() if tally.batches]
-    period = f", {show_ms(max(tally.seconds / tally.batches for tally in timed))} per batch" if timed else ""
-    table = Table(title=f"DDGMonitor: {len(totals)} stages{period}")
-    table.add_column("stage", justify="right")
-    columns = {
-        "waits_activations": ("waits for\nactivations", "{:.1%}"),
-        "waits_gradients": ("waits for\ngradients", "{:.1%}"),
-        "delay": ("delay in\nbatches", "{:.3g}"),
-        "delay_updates": ("delay in\nupdates", "{:.3g}"),
-        "staleness": ("staleness\n‖w(t) − w(t−d)‖ / ‖w(t)‖", "{:.2g}"),
-        "cosine": ("cosine of applied\nand own gradient", "{:.3f}"),
-    }
-    rows = {stage: tally.figures(waits) for stage, tally in sorted(totals.items())}
-    shown = [name for name in columns if any(name in row for row in rows.values())]
-    for name in shown:
-        table.add_column(columns[name][0], justify="right", no_wrap=True)
-    for stage, row in rows.items():
-        table.add_row(str(stage), *(columns[name][1].format(row[name]) if name in row else "-" for name in shown))
-    return table
-
-
 @dataclass(frozen=True)
 class Measured:
     """Some steady batches of a fit.
@@ -342,15 +314,15 @@ class Measured:
         sources = {"the layers, measured before the fit": self.planned, "this fit's forwards and backwards": self.work}
         for source, work in sources.items():
             if work is not None:
-                got = predict(*work)
+                got = steady_state(work)
                 lines.append(
-                    f"predicted {got.period * 1e3:.2f} ms ({got.period / self.period - 1:+.1%}) from {source}, limited"
+                    f"simulated {got.period * 1e3:.2f} ms ({got.period / self.period - 1:+.1%}) from {source}, limited"
                     f" by {got.reason}"
                 )
         return "; ".join(lines)
 
     def draw(self, path: str | Path) -> None:
-        """Draws some typical batches of the measured timeline above the predicted one, from the same batch on.
+        """Draws some typical batches of the measured timeline above the simulated one, from the same batch on.
 
         Raises:
             ValueError: ``path`` ends neither in ``.png`` nor in ``.svg``.
@@ -360,11 +332,11 @@ class Measured:
         work, source = self.work, "this fit's forwards and backwards"
         if self.planned is not None:
             work, source = self.planned, "the layers, measured before the fit"
-        prediction = predict(*work)
+        settled = steady_state(work)
         measured = [event for row in self.rows for event in row]
         first = self._typical_batch()
-        shown = _SHOWN * max(self.period, prediction.period)
-        on_paper = simulate(*work, first + num_rows + ceil(shown / prediction.period) + 1)
+        shown = _SHOWN * max(self.period, settled.period)
+        on_paper = simulate(work, first + num_rows + ceil(shown / settled.period) + 1)
         panels = [
             Panel(
                 "measured (blank: the optimizer, Lightning's loop, the data)",
@@ -372,7 +344,7 @@ class Measured:
                 num_rows,
                 self.period,
             ),
-            Panel(f"predicted from {source}", _from(on_paper, first), num_rows, prediction.period),
+            Panel(f"simulated from {source}", _from(on_paper, first), num_rows, settled.period),
         ]
         draw_timeline(panels, path, span=(0.0, shown))
 
@@ -426,12 +398,12 @@ def aligned(rows: Sequence[Sequence[Event]]) -> list[list[Event]]:
 def _planned(strategy: DDGStrategy) -> Work | None:
     """How long the work of each row takes by what was measured when the network was cut, if it was."""
     cut = strategy._cut
-    if cut is None or cut.measured is None:
+    if cut is None or cut.costs.model is None:
         return None
     if strategy.stage is not None:
-        return work_of(cut.measured.profile, cut.starts, cut.measured.seconds_per_byte)
+        return work_of(cut.costs.model, cut.starts)
     # Where one process trains all stages, it does what it would do for a single one, unless it has to keep them apart.
-    all_stages = work_of(cut.measured.profile, [] if strategy.staleness.stash else cut.starts)
+    all_stages = work_of(cut.costs.model, [] if strategy.staleness.stash else cut.starts)
     return Work([sum(all_stages.forward)], [sum(all_stages.backward)], [], [])
 
 

@@ -1,22 +1,17 @@
-"""From what the stages of a fit really took to a cut that would be better, and the sentence that says so.
-
-Numbers and names in, a cut and text out; where a network may be cut at all is decided in
-:mod:`~lightning_ddg.network`. What counts as idle, and as better, may be changed here.
-"""
+"""From what the stages of a fit really took to a cut that would be better, and the sentence that says so."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import NamedTuple
 
-from lightning_ddg.network.cut import best_cut, best_stages, forbidden_cuts, stage_seconds
-from lightning_ddg.network.profile import Profile
-from lightning_ddg.observe.metrics import Tally
+from lightning_ddg.network.balance import best_cut, forbidden_cuts
+from lightning_ddg.network.cut import CostModel, Cut
+from lightning_ddg.planning.report import split_points_line
+from lightning_ddg.planning.tally import Tally
 from lightning_ddg.planning.units import show_ms
-from lightning_ddg.plugin.measure import Cut
 
 IDLE = 0.2
 # Of the slowest stage's time: below that, what is estimated may be noise.
@@ -36,7 +31,7 @@ class Proposal(NamedTuple):
 
 
 def shared_out(costs: Sequence[float], starts: Sequence[int], seconds: Sequence[float]) -> list[float]:
-    """Shares each stage's seconds out among its layers, in proportion to what they cost, or evenly if that is nothing.
+    """Share each stage's seconds out among its layers, in proportion to what they cost, or evenly if that is nothing.
 
     Args:
         costs: Cost of each layer, in any unit.
@@ -51,7 +46,7 @@ def shared_out(costs: Sequence[float], starts: Sequence[int], seconds: Sequence[
 
 
 def better_cut(cut: Cut, seconds: Sequence[float], max_memory: int | None = None) -> Proposal | None:
-    """The cut whose slowest stage is fastest by what the stages took, if it is clearly faster than now.
+    """Return the cut whose slowest stage is fastest by what the stages took, if it is clearly faster than now.
 
     Args:
         cut: The cut that was trained with.
@@ -59,38 +54,36 @@ def better_cut(cut: Cut, seconds: Sequence[float], max_memory: int | None = None
         max_memory: Bytes that no stage may need.
     """
     forbidden, num_stages = forbidden_cuts(cut.chain), len(seconds)
-    if cut.measured is None:
-        layers = shared_out(cut.costs, cut.starts, seconds)
+    if cut.costs.model is None:
+        layers = shared_out(cut.costs.of_layers, cut.starts, seconds)
         starts = best_cut(layers, num_stages, forbidden)
         slowest = max(sum(layers[start:stop]) for start, stop in pairwise([0, *starts, len(layers)]))
     else:
-        profile, copies = cut.measured.profile, cut.measured.optimizer_copies
-        today = _scaled(profile, cut.starts, seconds)
-        starts = best_stages(today, num_stages, forbidden, max_memory=max_memory, optimizer_copies=copies)
-        slowest = max(stage_seconds(today, starts))
+        model = _scaled(cut.costs.model, cut.starts, seconds)
+        starts = model.best_stages(num_stages, forbidden, max_memory)
+        slowest = max(model.stage_seconds(starts))
     if slowest > (1 - _BETTER) * max(seconds):
         return None
     return Proposal([cut.chain.names[start] for start in starts], slowest)
 
 
-def _scaled(profile: Profile, starts: Sequence[int], seconds: Sequence[float]) -> Profile:
+def _scaled(model: CostModel, starts: Sequence[int], seconds: Sequence[float]) -> CostModel:
     """What the layers would have cost if each stage had taken what it took, messages left out."""
+    model = replace(model, seconds_per_byte=0.0)
     forward, backward = [], []
-    modelled = stage_seconds(profile, starts)
-    for (start, stop), took, should in zip(
-        pairwise([0, *starts, len(profile.forward)]), seconds, modelled, strict=True
-    ):
+    bounds = pairwise([0, *starts, len(model.profile.forward)])
+    for (start, stop), took, should in zip(bounds, seconds, model.stage_seconds(starts), strict=True):
         if should:
-            forward += [took * there / should for there in profile.forward[start:stop]]
-            backward += [took * back / should for back in profile.backward[start:stop]]
+            forward += [took * there / should for there in model.profile.forward[start:stop]]
+            backward += [took * back / should for back in model.profile.backward[start:stop]]
         else:
             forward += [0.0] * (stop - start)
             backward += [took / (stop - start)] * (stop - start)
-    return replace(profile, forward=forward, backward=backward)
+    return replace(model, profile=replace(model.profile, forward=forward, backward=backward))
 
 
 def idle_warning(cut: Cut, tallies: Sequence[Tally], max_memory: int | None = None) -> str | None:
-    """What to say where a stage waits for more than a fifth of the time; ``None`` where none does.
+    """Return what to say where a stage waits for more than a fifth of the time; ``None`` where none does.
 
     Args:
         cut: The cut.
@@ -100,7 +93,6 @@ def idle_warning(cut: Cut, tallies: Sequence[Tally], max_memory: int | None = No
     idlest = max(tallies, key=lambda tally: tally.waiting)
     if idlest.waiting <= IDLE:
         return None
-    seconds = [tally.busy for tally in tallies]
     slowest = max(tallies, key=lambda tally: tally.busy)
     text = (
         f"Stage {tallies.index(idlest) + 1} waits {idlest.waiting:.0%} of the time"
@@ -108,17 +100,17 @@ def idle_warning(cut: Cut, tallies: Sequence[Tally], max_memory: int | None = No
         f" gradients): stage {tallies.index(slowest) + 1} is busy for {show_ms(slowest.busy)} of its"
         f" {show_ms(slowest.seconds / slowest.batches)} per batch."
     )
-    proposal = better_cut(cut, seconds, max_memory)
+    proposal = better_cut(cut, [tally.busy for tally in tallies], max_memory)
     if proposal is None:
         return (
             f"{text} No other cut of the {len(cut.chain)} layers is clearly better: use fewer stages, or return smaller"
             " layers from `configure_stages()`."
         )
-    points = json.dumps(proposal.split_points, ensure_ascii=False)
-    text += f" A better cut, with about {show_ms(proposal.seconds)} per batch: split_points: {points}"
-    if cut.measured is None:
+    points = split_points_line(proposal.split_points)
+    text += f" A better cut, with about {show_ms(proposal.seconds)} per batch: {points}"
+    if cut.costs.model is None:
         text += (
-            f" (a stage's time shared out among its layers by their {cut.unit}, as they were not measured;"
+            f" (a stage's time shared out among its layers by their {cut.costs.unit}, as they were not measured;"
             " `lightning-ddg plan` measures them)"
         )
     return text

@@ -1,12 +1,9 @@
-"""Show a cut to a person: one row per stage, and the line that repeats the cut from a YAML file.
-
-What the table says changes here; nothing else prints a cut.
-"""
+"""Every table that is printed: of a cut, of a plan, of what a fit's stages have measured."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 from rich.console import Console
@@ -14,36 +11,25 @@ from rich.table import Table
 from rich.text import Text
 
 from lightning_ddg.core.schedule import delay
-from lightning_ddg.network.cut import stage_memory, stage_seconds
-from lightning_ddg.network.layers import Layers
-from lightning_ddg.network.profile import Profile
-from lightning_ddg.planning.units import show_bytes
+from lightning_ddg.network.cut import Cut
+from lightning_ddg.planning.stages import CutPlan, work_of
+from lightning_ddg.planning.tally import Tally
+from lightning_ddg.planning.units import show_bytes, show_ms
+
+_WIDTH = 120  # of what is printed elsewhere than on a terminal
 
 
-def cut_table(
-    chain: Layers,
-    starts: Sequence[int],
-    costs: Sequence[float],
-    unit: str,
-    profile: Profile | None = None,
-    optimizer_copies: int = 2,
-) -> Table:
-    """Lay out a cut as a table: stage, layers, parameters, share of the cost, delay; measured: bytes sent, memory.
+def print_cut(cut: Cut) -> None:
+    """Print a cut on the standard output: a title, the table, and the ``split_points`` that repeat it."""
+    table = cut_table(cut)
+    table.title = f"Network cut into {count_of_stages(len(cut.starts) + 1)}"
+    print_table(table)
+    _print_line(split_points_line(cut.split_points))
 
-    Args:
-        chain: The layers.
-        starts: The start positions of stages 2 to K.
-        costs: Cost of each layer.
-        unit: What the costs count, as it stands after "share of", e.g. ``"measured time"``.
-        profile: What was measured, if it was.
-        optimizer_copies: Tensors of a parameter's size that the optimizer keeps for it.
-    """
-    num_stages = len(starts) + 1
-    bounds = [0, *starts, len(chain)]
-    shares = [sum(costs[start:stop]) for start, stop in pairwise(bounds)]
-    if profile is not None:
-        shares = stage_seconds(profile, starts)
-    total = sum(shares)
+
+def cut_table(cut: Cut) -> Table:
+    """Lay out a cut as a table: stage, layers, parameters, share of the cost, delay; measured: bytes sent, memory."""
+    model, unit, num_stages = cut.costs.model, cut.costs.unit, len(cut.starts) + 1
     table = Table()
     table.add_column("stage", justify="right")
     table.add_column("layers", overflow="fold")
@@ -51,60 +37,129 @@ def cut_table(
     # Two lines of header leave the room to the names of the layers.
     table.add_column(f"share of {unit}", justify="right", max_width=max(len("share of"), len(unit)))
     table.add_column("delay", justify="right")
-    memory = None if profile is None else stage_memory(profile, starts, optimizer_copies)
-    if profile is not None:
+    if model is None:
+        loads = [sum(cut.costs.of_layers[start:stop]) for start, stop in pairwise(cut.bounds)]
+        sizes: list[list[str]] = [[] for _ in loads]
+    else:
+        loads = work_of(model, cut.starts).busy
+        both = zip(model.stage_sends(cut.starts), model.stage_memory(cut.starts), strict=True)
+        sizes = [[show_bytes(sends), show_bytes(memory)] for sends, memory in both]
         table.add_column("sends per batch", justify="right", max_width=len("per batch"))
         table.add_column("memory", justify="right", no_wrap=True)
-    for stage, (start, stop) in enumerate(pairwise(bounds), start=1):
-        names = chain.names[start:stop]
-        span = names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}"
-        parameters = sum(parameter.numel() for parameter in chain.segment(start, stop).parameters())
-        share = shares[stage - 1] / total if total else 0.0
-        table.add_row(
-            str(stage),
-            # Not a str: rich would read a label such as "layers[x]" as markup.
-            Text(f"{span} ({len(names)})"),
-            f"{parameters:,}",
-            f"{share:.1%}",
-            str(delay(stage, num_stages)),
-            *_measured(profile, memory, stage, start, stop),
-        )
+    rows = zip(pairwise(cut.bounds), cut.segments(), loads, sizes, strict=True)
+    for stage, ((start, stop), segment, load, shown) in enumerate(rows, start=1):
+        count = sum(parameter.numel() for parameter in segment.parameters())
+        share = load / sum(loads) if load else 0.0
+        figures = f"{count:,}", f"{share:.1%}", str(delay(stage, num_stages)), *shown
+        table.add_row(str(stage), _span(cut.chain.names[start:stop]), *figures)
     return table
 
 
-def _measured(profile: Profile | None, memory: list[int] | None, stage: int, start: int, stop: int) -> list[str]:
-    if profile is None or memory is None:
-        return []
-    # Activations go on to the next stage, gradients back to the one before.
-    sent = profile.crossing_grad[start] + (profile.crossing[stop] if stop < len(profile.crossing) else 0)
-    return [show_bytes(sent), show_bytes(memory[stage - 1])]
-
-
-def print_cut(
-    chain: Layers,
-    starts: Sequence[int],
-    costs: Sequence[float],
-    unit: str,
-    profile: Profile | None = None,
-    optimizer_copies: int = 2,
-) -> None:
-    """Print a cut on the standard output: a title, the table, and the ``split_points`` that repeat it.
+def print_plan(rows: Mapping[int, CutPlan | str], seconds: float, *, details: bool) -> None:
+    """Print a plan on the standard output: a row for each number of stages, then each cut.
 
     Args:
-        chain: The layers.
-        starts: The start positions of stages 2 to K.
-        costs: Cost of each layer.
-        unit: What the costs count, as in :func:`cut_table`.
-        profile: What was measured, if it was.
-        optimizer_copies: Tensors of a parameter's size that the optimizer keeps for it.
+        rows: By the number of stages K: the plan, or why the network cannot be cut so.
+        seconds: What a batch takes on one device with plain backpropagation.
+        details: Whether to print a table of the stages of each cut.
     """
+    print_table(_summary(rows, seconds))
+    for num_stages, cut in rows.items():
+        if isinstance(cut, str):
+            _print_line(f"{num_stages} stages: {cut}")
+        elif details:
+            _print_line("")
+            print_table(_details(cut))
+            _print_line(split_points_line(cut.split_points))
+        else:
+            _print_line(f"{split_points_line(cut.split_points)}  # {count_of_stages(num_stages)}")
+
+
+def summary_table(totals: Mapping[int, Tally], waits: bool) -> Table:
+    """Lay out the means over a fit, a row for each stage.
+
+    Args:
+        totals: What was measured, by stage.
+        waits: Whether the stages are in several processes.
+    """
+    timed = [tally for tally in totals.values() if tally.batches]
+    period = f", {show_ms(max(tally.seconds / tally.batches for tally in timed))} per batch" if timed else ""
+    table = Table(title=f"DDGMonitor: {len(totals)} stages{period}")
+    table.add_column("stage", justify="right")
+    columns = {
+        "waits_activations": ("waits for\nactivations", "{:.1%}"),
+        "waits_gradients": ("waits for\ngradients", "{:.1%}"),
+        "delay": ("delay in\nbatches", "{:.3g}"),
+        "delay_updates": ("delay in\nupdates", "{:.3g}"),
+        "staleness": ("staleness\n‖w(t) − w(t−d)‖ / ‖w(t)‖", "{:.2g}"),
+        "cosine": ("cosine of applied\nand own gradient", "{:.3f}"),
+    }
+    rows = {stage: tally.figures(waits) for stage, tally in sorted(totals.items())}
+    shown = [name for name in columns if any(name in row for row in rows.values())]
+    for name in shown:
+        table.add_column(columns[name][0], justify="right", no_wrap=True)
+    for stage, row in rows.items():
+        table.add_row(str(stage), *(columns[name][1].format(row[name]) if name in row else "-" for name in shown))
+    return table
+
+
+def print_table(table: Table) -> None:
+    """Print a table on the standard output, as wide as the terminal, or 120 characters where there is none."""
     console = Console()
-    if not console.is_terminal:
-        console = Console(width=100)
-    num_stages = len(starts) + 1
-    table = cut_table(chain, starts, costs, unit, profile, optimizer_copies)
-    table.title = f"Network cut into {num_stages} stage{'s' if num_stages > 1 else ''}"
-    console.print(table)
-    # JSON is YAML whatever the names hold; soft wrap, because a line that is broken cannot be pasted.
-    points = json.dumps([chain.names[start] for start in starts], ensure_ascii=False)
-    console.print(f"split_points: {points}", markup=False, highlight=False, soft_wrap=True)
+    (console if console.is_terminal else Console(width=_WIDTH)).print(table)
+
+
+def split_points_line(names: Sequence[str]) -> str:
+    """Return the line of a YAML file that repeats a cut.
+
+    Args:
+        names: Of the layers that begin stages ``2..K``.
+    """
+    # JSON is YAML whatever the names hold.
+    return f"split_points: {json.dumps(list(names), ensure_ascii=False)}"
+
+
+def count_of_stages(num_stages: int) -> str:
+    """Return ``"1 stage"``, ``"2 stages"``, and so on."""
+    return f"{num_stages} stage{'s' if num_stages > 1 else ''}"
+
+
+def _print_line(text: str) -> None:
+    # Soft wrap, because a line that is broken cannot be pasted.
+    Console().print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _span(names: Sequence[str]) -> Text:
+    span = names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}"
+    # Not a str: rich would read a label such as "layers[x]" as markup.
+    return Text(f"{span} ({len(names)})")
+
+
+def _summary(rows: Mapping[int, CutPlan | str], seconds: float) -> Table:
+    table = Table(title=f"Plain backpropagation on one device: {show_ms(seconds)} per batch")
+    for name in ("stages", "per batch", "speed-up", "efficiency"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("limited by")
+    table.add_column("largest memory", justify="right", no_wrap=True)
+    for num_stages, cut in rows.items():
+        if isinstance(cut, str):
+            table.add_row(str(num_stages), "-", "-", "-", "cannot be cut, see below", "-")
+            continue
+        period, reason = cut.steady_state.period, cut.steady_state.reason
+        speedup, memory = seconds / period, max(stage.memory for stage in cut.stages)
+        figures = show_ms(period), f"{speedup:.2f}x", f"{speedup / num_stages:.0%}", reason, show_bytes(memory)
+        table.add_row(str(num_stages), *figures)
+    return table
+
+
+def _details(cut: CutPlan) -> Table:
+    table = Table(title=count_of_stages(len(cut.stages)), title_justify="left")
+    table.add_column("stage", justify="right")
+    table.add_column("layers", overflow="fold")
+    for name in ("parameters", "time", "share", "sends", "in flight", "memory"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for number, stage in enumerate(cut.stages, start=1):
+        sizes = map(show_bytes, (stage.sends, stage.in_flight, stage.memory))
+        figures = f"{stage.parameters:,}", show_ms(stage.seconds), f"{stage.share:.1%}", *sizes
+        table.add_row(str(number), _span(stage.layers), *figures)
+    return table

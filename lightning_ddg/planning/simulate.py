@@ -1,16 +1,12 @@
 """The free-running schedule on paper: what each stage does when, given how long its work and its messages take.
 
-Numbers in, numbers out: no torch, no Lightning. A change here needs its reason in the rule that a stage waits for its
-activation before a forward and for its gradient before a backward, and for nothing else.
-
-Times are in seconds. With K stages the lists of stages have K entries and those of messages K - 1: entry i of a list of
-messages belongs to the link between the stages i + 1 and i + 2.
+A stage waits for its activation before a forward and for its gradient before a backward, and for nothing else. Here are
+numbers alone, without torch. Times are in seconds.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from math import isfinite
@@ -42,12 +38,12 @@ class Event(NamedTuple):
 
 
 class Work(NamedTuple):
-    """How long the work of each stage and its messages take: the arguments of :func:`simulate` and :func:`predict`.
+    """How long the work of K stages takes, and the messages on the K - 1 links between them.
 
     Attributes:
         forward: Seconds of each stage's forward.
         backward: Seconds of each stage's backward and update.
-        send: Seconds of each link's activations.
+        send: Seconds of each link's activations; entry i belongs to the link between stages i + 1 and i + 2.
         send_grad: Seconds of each link's gradients.
     """
 
@@ -56,17 +52,27 @@ class Work(NamedTuple):
     send: list[float]
     send_grad: list[float]
 
+    @property
+    def busy(self) -> list[float]:
+        """Seconds per batch in which each stage computes."""
+        return [there + back for there, back in zip(self.forward, self.backward, strict=True)]
+
+    def recomputed(self) -> Work:
+        """Return the work with forwards done again, as a part of the backward: in all stages but the last."""
+        again = [*self.forward[:-1], 0.0]
+        return self._replace(backward=[back + there for back, there in zip(self.backward, again, strict=True)])
+
 
 @dataclass(frozen=True)
-class Prediction:
-    """The steady state of the schedule.
+class SteadyState:
+    """What a simulated schedule settles into.
 
     Attributes:
         period: Seconds from one batch to the next.
         busy: Of each stage, the part of the period in which it computes, in 0..1.
         first: First of the stages that set the period.
         last: Last of them; equal to ``first`` where one stage alone sets it.
-        reason: What sets the period, for people.
+        reason: What sets the period, in words.
     """
 
     period: float
@@ -76,14 +82,8 @@ class Prediction:
     reason: str
 
 
-def simulate(
-    forward: Sequence[float],
-    backward: Sequence[float],
-    send: Sequence[float],
-    send_grad: Sequence[float],
-    num_batches: int,
-) -> list[Event]:
-    """Runs the schedule from an empty pipeline until every batch's backward has reached every stage.
+def simulate(work: Work, num_batches: int) -> list[Event]:
+    """Run the schedule from an empty pipeline until every batch's backward has reached every stage.
 
     Stage ``k`` of ``K`` does the forward of batch t, then the backward of batch ``t - (K - k)`` if there is one, then
     goes on to t + 1; after the last forward it does the backwards that are left. Sending takes no time of the stage's:
@@ -91,55 +91,46 @@ def simulate(
     direction.
 
     Args:
-        forward: Seconds of each stage's forward.
-        backward: Seconds of each stage's backward and update.
-        send: Seconds of each link's activations.
-        send_grad: Seconds of each link's gradients.
+        work: What takes how long.
         num_batches: How many batches there are.
 
     Returns:
         The events, stage by stage, each stage's in the order of time; a wait is an event where it is longer than zero.
 
     Raises:
-        ValueError: If the lists' lengths do not fit, a time is negative or not finite, or there is no batch.
+        ValueError: The lists' lengths do not fit, a time is negative or not finite, or there is no batch.
     """
-    _check(forward, backward, send, send_grad)
+    _check(work)
     if num_batches < 1:
         raise ValueError(f"num_batches={num_batches}: a schedule needs 1 batch or more.")
-    num_stages = len(forward)
+    num_stages = len(work.forward)
+    seconds, messages = {"F": work.forward, "B": work.backward}, {"F": work.send, "B": work.send_grad}
     programs = [_program(delay(stage, num_stages), num_batches) for stage in range(1, num_stages + 1)]
     clock = [0.0] * num_stages
-    busy = {"F": [0.0] * num_stages, "B": [0.0] * num_stages}
-    arrival = {("F", 0, batch): 0.0 for batch in range(num_batches)}
+    busy = {kind: [0.0] * num_stages for kind in "FB"}
+    # The first stage reads its batches, and the last one's gradient is its own: neither waits for a message.
+    arrival = {(kind, at, batch): 0.0 for kind, at in (("F", 0), ("B", num_stages - 1)) for batch in range(num_batches)}
     events: list[list[Event]] = [[] for _ in range(num_stages)]
     while any(programs):
         for at, program in enumerate(programs):
-            while program:
-                kind, batch = program[0]
-                needs_message = kind == "F" or at < num_stages - 1
-                if needs_message and (kind, at, batch) not in arrival:
-                    break
-                program.popleft()
-                ready = arrival.pop((kind, at, batch)) if needs_message else clock[at]
-                start = max(clock[at], ready)
+            while program and (program[0][0], at, program[0][1]) in arrival:
+                kind, batch = program.popleft()
+                start = max(clock[at], arrival.pop((kind, at, batch)))
                 if start > clock[at]:
                     events[at].append(Event(at + 1, "idle", batch, clock[at], start))
-                clock[at] = start + (forward if kind == "F" else backward)[at]
+                clock[at] = start + seconds[kind][at]
                 events[at].append(Event(at + 1, kind, batch, start, clock[at]))
                 to = at + 1 if kind == "F" else at - 1
                 if 0 <= to < num_stages:
                     link = min(at, to)
                     # The link may still carry the message before.
-                    left = max(clock[at], busy[kind][link])
-                    busy[kind][link] = left + (send if kind == "F" else send_grad)[link]
+                    busy[kind][link] = max(clock[at], busy[kind][link]) + messages[kind][link]
                     arrival[kind, to, batch] = busy[kind][link]
     return [event for row in events for event in row]
 
 
-def predict(
-    forward: Sequence[float], backward: Sequence[float], send: Sequence[float], send_grad: Sequence[float]
-) -> Prediction:
-    """The steady state that :func:`simulate` settles into.
+def steady_state(work: Work) -> SteadyState:
+    """Return what :func:`simulate` settles into, in closed form.
 
     The schedule is a marked graph, whose period is the greatest mean weight of its circuits (Reiter, Journal of the ACM
     1968). A circuit goes forward from stage l to stage m and back, and meets the batch m - l + 1 iterations later::
@@ -150,27 +141,23 @@ def predict(
     messages are short enough to hide behind work.
 
     Args:
-        forward: Seconds of each stage's forward.
-        backward: Seconds of each stage's backward and update.
-        send: Seconds of each link's activations.
-        send_grad: Seconds of each link's gradients.
+        work: What takes how long.
 
     Raises:
-        ValueError: If the lists' lengths do not fit, a time is negative or not finite, or no stage takes any time.
+        ValueError: The lists' lengths do not fit, a time is negative or not finite, or no stage takes any time.
     """
-    _check(forward, backward, send, send_grad)
-    work = [f + b for f, b in zip(forward, backward, strict=True)]
-    if not any(work):
+    _check(work)
+    if not any(work.busy):
         raise ValueError("No stage takes any time, so that there is no period: measure the stages first.")
-    num_stages = len(work)
-    works = [*accumulate(work, initial=0.0)]
-    messages = [*accumulate((a + b for a, b in zip(send, send_grad, strict=True)), initial=0.0)]
+    num_stages = len(work.forward)
+    works = [*accumulate(work.busy, initial=0.0)]
+    messages = [*accumulate((there + back for there, back in zip(work.send, work.send_grad, strict=True)), initial=0.0)]
 
     def mean(first: int, last: int) -> float:
         return (works[last] - works[first - 1] + messages[last - 1] - messages[first - 1]) / (last - first + 1)
 
     # A single stage first: where a longer circuit is no slower, the stage is what sets the period.
-    period, first = max((seconds, -stage) for stage, seconds in enumerate(work, start=1))
+    period, first = max((seconds, -stage) for stage, seconds in enumerate(work.busy, start=1))
     first, last, reason = -first, -first, f"stage {-first}"
     for low in range(1, num_stages + 1):
         for high in range(low + 1, num_stages + 1):
@@ -178,12 +165,12 @@ def predict(
             if mean(low, high) > period * (1 + 1e-9):
                 period, first, last = mean(low, high), low, high
                 reason = f"the messages between stages {low} {'and' if high == low + 1 else 'to'} {high}"
-    for what, seconds in (("activations", send), ("gradients", send_grad)):
-        for low, longest in enumerate(seconds, start=1):
+    for what, links in (("activations", work.send), ("gradients", work.send_grad)):
+        for low, longest in enumerate(links, start=1):
             if longest > period:
                 period, first, last = longest, low, low + 1
                 reason = f"the {what} between stages {low} and {low + 1}"
-    return Prediction(period, [seconds / period for seconds in work], first, last, reason)
+    return SteadyState(period, [seconds / period for seconds in work.busy], first, last, reason)
 
 
 def _program(lag: int, num_batches: int) -> deque[tuple[Literal["F", "B"], int]]:
@@ -196,21 +183,17 @@ def _program(lag: int, num_batches: int) -> deque[tuple[Literal["F", "B"], int]]
     return program
 
 
-def _check(
-    forward: Sequence[float], backward: Sequence[float], send: Sequence[float], send_grad: Sequence[float]
-) -> None:
-    num_stages = len(forward)
+def _check(work: Work) -> None:
+    num_stages = len(work.forward)
     if not num_stages:
         raise ValueError("forward=[]: a schedule needs the seconds of 1 stage or more.")
-    wanted = {"backward": (backward, num_stages), "send": (send, num_stages - 1)}
-    wanted["send_grad"] = (send_grad, num_stages - 1)
-    for name, (values, length) in wanted.items():
-        if len(values) != length:
+    for name, values in work._asdict().items():
+        needed, what = (num_stages - 1, "link between two stages") if "send" in name else (num_stages, "stage")
+        if len(values) != needed:
             raise ValueError(
-                f"{name} has {len(values)} entries, but {num_stages} stages need {length}: give one for each"
-                f" {'stage' if name == 'backward' else 'link between two stages'}."
+                f"{name} has {len(values)} entries, but {num_stages} stages need {needed}: give one for each {what}."
             )
-    for name, values in (("forward", forward), *((name, values) for name, (values, _) in wanted.items())):
+    for name, values in work._asdict().items():
         for value in values:
             if not (isfinite(value) and value >= 0):
                 raise ValueError(f"{name} holds {value}: a time must be finite and not negative.")

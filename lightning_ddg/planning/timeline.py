@@ -1,8 +1,7 @@
 """Pictures of a schedule, as pipeline papers draw them: one row a stage, a box for each forward and backward.
 
-How it looks changes here. What is drawn are :class:`~lightning_ddg.planning.simulate.Event` objects, wherever they
-come from.
-matplotlib is imported only when something is drawn, and its global state is left alone.
+What is drawn are :class:`~lightning_ddg.planning.simulate.Event` objects, simulated or measured. matplotlib is imported
+only when something is drawn, and its global state is left alone.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ class Panel:
 
 
 def check_picture(path: str | Path) -> None:
-    """Says before any work is done whether a picture can be drawn.
+    """Refuse a picture that cannot be drawn, before any work is done.
 
     Args:
         path: Where the picture shall be written.
@@ -71,7 +70,7 @@ def check_picture(path: str | Path) -> None:
 
 
 def draw_timeline(panels: Sequence[Panel], path: str | Path, *, span: tuple[float, float]) -> None:
-    """Draws schedules below each other, on one scale of time.
+    """Draw schedules below each other, on one scale of time.
 
     A colour is a batch; forwards are pale, backwards are full, waits are grey.
 
@@ -136,7 +135,7 @@ def _draw_panel(axes: Axes, panel: Panel, start: float, stop: float) -> None:
 
 
 def _mark_period(axes: Axes, panel: Panel, start: float, stop: float) -> None:
-    """Marks one period below the last stage, as late as it fits: there the schedule has settled."""
+    """Mark one period below the last stage, as late as it fits: there the schedule has settled."""
     last = panel.num_stages
     begins = [event.start for event in panel.events if event.stage == last and event.kind == "F"]
     fitting = [begin for begin in begins if begin >= start and begin + panel.period <= stop]

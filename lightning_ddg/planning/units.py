@@ -1,4 +1,4 @@
-"""Bytes as people write and read them. Add a unit here; nothing else parses or prints one."""
+"""Bytes and seconds as text: parsed and shown."""
 
 from __future__ import annotations
 

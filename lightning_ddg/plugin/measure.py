@@ -1,16 +1,13 @@
-"""Where a LightningModule's network is cut: the user says so, a checkpoint remembers, or a real batch is measured.
+"""A LightningModule's network, measured on a batch as the module's own training step passes it on.
 
-The arithmetic of cutting is in :mod:`~lightning_ddg.network`, which knows no Lightning; only what needs the module's
-own training step and data lives here.
+Called when a fit needs the costs of the layers to cut by, and for a plan of cuts without a fit.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -21,156 +18,36 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
 from lightning_ddg.core.tensors import map_tensors
-from lightning_ddg.network.cut import best_cut, best_stages, check_cut, cut_at, forbidden_cuts, stage_memory
-from lightning_ddg.network.find import Network
-from lightning_ddg.network.layers import Layers
-from lightning_ddg.network.profile import NotTheSame, Profile, check_same, flop_costs, measure_profile, parameter_costs
+from lightning_ddg.network.cut import CostModel, Costs
+from lightning_ddg.network.find import Network, find_network
+from lightning_ddg.network.profile import NotTheSame, check_same, flop_costs, measure_profile
 from lightning_ddg.network.restore import untouched
+from lightning_ddg.planning.plan import NUM_STAGES, Plan, make_plan
+from lightning_ddg.planning.simulate import SECONDS_PER_BYTE
 from lightning_ddg.plugin import compat
 from lightning_ddg.plugin.ownership import Weights
 from lightning_ddg.plugin.redirection import Seam, StepDone
 from lightning_ddg.plugin.step import no_call_of
 
-BALANCES = {"time": "measured time", "parameters": "parameters", "flops": "FLOPs"}
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What the layers, and the way between two stages, cost.
-
-    Attributes:
-        profile: Of the layers.
-        seconds_per_byte: For a message from one stage to the next.
-        optimizer_copies: Tensors of a parameter's size that the optimizer keeps for it.
-    """
-
-    profile: Profile
-    seconds_per_byte: float
-    optimizer_copies: int
-
-
-@dataclass(frozen=True)
-class Cut:
-    """A network's layers and where its stages begin.
-
-    Attributes:
-        chain: The layers.
-        starts: Positions at which stages ``2..K`` begin.
-        costs: Cost of each layer.
-        unit: What the costs count, for people.
-        measured: What was measured to decide it, if it was.
-    """
-
-    chain: Layers
-    starts: list[int]
-    costs: list[float]
-    unit: str
-    measured: Measured | None = None
-
-    @property
-    def bounds(self) -> list[int]:
-        """Where each stage begins, and the end of the last."""
-        return [0, *self.starts, len(self.chain)]
-
-    @property
-    def split_points(self) -> list[str]:
-        """Names of the layers that begin stages ``2..K``."""
-        return [self.chain.names[start] for start in self.starts]
-
-    def segments(self) -> list[nn.Module]:
-        """The stages as modules, sharing the layers."""
-        return [self.chain.segment(start, stop) for start, stop in pairwise(self.bounds)]
-
-    def layers_of(self, stage: int) -> Sequence[nn.Module]:
-        """The layers of stage ``1..K``."""
-        return self.chain.modules(self.bounds[stage - 1], self.bounds[stage])
-
-
-def decide_cut(
-    chain: Layers,
-    num_stages: int,
-    split_points: list[str] | None,
-    recorded: list[str] | None,
-    balance: str,
-    measure: Callable[[], Measured | list[float] | None],
-    max_memory: int | None = None,
-) -> Cut:
-    """Cuts where the user says, else where an earlier run did, else evenly.
-
-    Args:
-        chain: The layers.
-        num_stages: ``K``.
-        split_points: The user's choice, if any.
-        recorded: An earlier run's choice, if any; ignored where it does not fit, into ``max_memory`` neither.
-        balance: What to even out.
-        measure: Gives the costs of the layers, the same on every rank: a profile, or numbers, or ``None`` if there are
-            none; called only if needed, and then on every rank.
-        max_memory: Bytes that no stage may need, for ``balance="time"``.
-
-    Raises:
-        ValueError: If the network cannot be cut so.
-    """
-    forbidden = forbidden_cuts(chain)
-    parameters = parameter_costs(chain)
-    if split_points is not None:
-        starts = cut_at(chain, split_points, num_stages)
-        check_cut(starts, forbidden)
-        return Cut(chain, starts, parameters, BALANCES["parameters"])
-    earlier: list[int] | None = None
-    if recorded is not None:
-        # The network, or the number of stages, may be another one since.
-        with suppress(ValueError):
-            starts = cut_at(chain, recorded, num_stages)
-            check_cut(starts, forbidden)
-            if max_memory is None:
-                return Cut(chain, starts, parameters, BALANCES["parameters"])
-            earlier = starts
-    # Before anything is measured: it says whether so many stages are possible at all.
-    starts = best_cut(parameters, num_stages, forbidden)
-    costs = None if balance == "parameters" else measure()
-    if max_memory is not None and not isinstance(costs, Measured):
-        raise ValueError(
-            f"max_memory={max_memory} bytes cannot be kept, as the layers could not be measured (a warning says why)."
-            " Make the training step run on the first batch, or leave `max_memory` out and give `split_points`."
-        )
-    if costs is None:
-        return Cut(chain, starts, parameters, BALANCES["parameters"])
-    if not isinstance(costs, Measured):
-        return Cut(chain, best_cut(costs, num_stages, forbidden), costs, BALANCES[balance])
-    profile, copies = costs.profile, costs.optimizer_copies
-    if earlier is not None and max_memory is not None and max(stage_memory(profile, earlier, copies)) <= max_memory:
-        return Cut(chain, earlier, profile.seconds, BALANCES[balance], costs)
-    starts = best_stages(
-        profile,
-        num_stages,
-        forbidden,
-        seconds_per_byte=costs.seconds_per_byte,
-        max_memory=max_memory,
-        optimizer_copies=copies,
-    )
-    return Cut(chain, starts, profile.seconds, BALANCES[balance], costs)
-
 
 def measured_costs(
     module: LightningModule, network: Network, loaders: Any, balance: str, precision: Precision, device: torch.device
-) -> Profile | list[float] | None:
-    """Cost of each layer for the first batch, by ``balance``; leaves the module as it was.
+) -> Costs:
+    """Return what each layer costs for the first batch, by ``balance``; leave the module as it was.
 
-    The batch also goes through the whole network, uncut: both must give the same.
+    The batch also goes through the whole network, uncut: both must give the same. Where the layers cannot be measured,
+    a warning says why, and they cost their parameters.
 
     Args:
         module: The LightningModule.
         network: Its network.
-        loaders: The training loaders that can :meth:`~lightning_ddg.plugin.data.SourceLoader.peek`, in the user's nest.
+        loaders: The training loaders, which can :meth:`~lightning_ddg.plugin.data.SourceLoader.peek`, as a pytree.
         balance: ``"time"`` or ``"flops"``.
         precision: Whose context the forward runs in.
         device: Where to measure.
 
-    Returns:
-        The costs, or ``None`` (and a warning) if the layers cannot be measured.
-
     Raises:
-        RuntimeError: If the layers one after the other compute something else than the network.
+        NotTheSame: The layers one after the other compute something else than the network.
     """
     wanted = [parameter.requires_grad for parameter in module.parameters()]
     try:
@@ -179,19 +56,20 @@ def measured_costs(
             args, kwargs = first_call(module, network.target, network.target_name, loaders, precision, device)
             check_same(network.chain, network.whole, args, kwargs, precision.train_step_context)
             if balance == "flops":
-                return flop_costs(network.chain, args, kwargs)
-            return measure_profile(network.chain, args, kwargs, context=precision.train_step_context)
+                return Costs(flop_costs(network.chain, args, kwargs), "FLOPs")
+            profile = measure_profile(network.chain, args, kwargs, context=precision.train_step_context)
+            return Costs.measured(CostModel(profile))
         except NotTheSame:
             raise
         except Exception as error:  # noqa: BLE001 - any layer and any user code may fail here; training will tell
             # Not on rank zero only: the rank that reads, and so measures, is another one.
             warnings.warn(
                 f"The layers could not be measured for balance={balance!r} ({type(error).__name__}: {error}),"
-                f" so that the network is cut by"
-                " its parameters. Give `split_points` or balance='parameters' to decide it yourself.",
+                " so that the network is cut by its parameters. Give `split_points` or balance='parameters' to decide"
+                " it yourself.",
                 stacklevel=2,
             )
-            return None
+            return Costs.by_parameters(network.chain)
     finally:
         for parameter, requires_grad in zip(module.parameters(), wanted, strict=True):
             parameter.requires_grad_(requires_grad)
@@ -203,7 +81,7 @@ def measured_costs(
 
 
 def copies_kept(optimizer: Optimizer | None) -> int:
-    """How many tensors of a parameter's size an optimizer keeps for it: what its kind needs, else Adam's 2."""
+    """Return how many tensors of a parameter's size an optimizer keeps for it: what its kind needs, else Adam's 2."""
     if isinstance(optimizer, torch.optim.SGD):
         return int(any(group["momentum"] for group in optimizer.param_groups))
     if optimizer is not None and any(group.get("amsgrad") for group in optimizer.param_groups):
@@ -223,18 +101,18 @@ def first_call(
     precision: Precision,
     device: torch.device,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What the user's training step passes to the network for the first batch.
+    """Return what the user's training step passes to the network for the first batch.
 
     Args:
         module: The LightningModule, on ``device``.
         target: The module whose call is the call of the network.
         target_name: Its name.
-        loaders: The training loaders that can :meth:`~lightning_ddg.plugin.data.SourceLoader.peek`, in the user's nest.
+        loaders: The training loaders, which can :meth:`~lightning_ddg.plugin.data.SourceLoader.peek`, as a pytree.
         precision: Whose context the step runs in.
         device: Where the batch goes.
 
     Raises:
-        RuntimeError: If the step does not call the network.
+        NotCalled: The step does not call the network.
     """
 
     unmute = compat.mute_logging(module)
@@ -254,7 +132,7 @@ def call_of_network(
     batch: Any,
     context: Callable[[], AbstractContextManager[object]],
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What the user's training step passes to the network for a batch.
+    """Return what the user's training step passes to the network for a batch.
 
     Args:
         module: The LightningModule.
@@ -264,7 +142,7 @@ def call_of_network(
         context: Entered around the step, e.g. autocast.
 
     Raises:
-        NotCalled: If the step does not call the network.
+        NotCalled: The step does not call the network.
     """
 
     def capture(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -288,3 +166,87 @@ def _peek(loader: Any) -> Any:
         return loader.peek()
     except StopIteration:
         raise RuntimeError("a training loader has no batch") from None
+
+
+def plan_module(
+    module: LightningModule,
+    batch: Any,
+    num_stages: int | Sequence[int] = NUM_STAGES,
+    *,
+    optimizer_copies: int = 2,
+    recompute: bool = False,
+    stash: bool = True,
+    context: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> Plan:
+    """Find a module's network, measure it on a batch, and plan cuts of it; leave the module as it was.
+
+    Args:
+        module: The module, on the device on which it shall be measured.
+        batch: What its ``training_step`` takes, on the same device.
+        num_stages: One number of stages, or several.
+        optimizer_copies: Tensors of a parameter's size that the optimizer will keep for it.
+        recompute: Whether stages shall run forwards again instead of keeping activations.
+        stash: Whether stages shall keep the weights of batches in flight.
+        context: Entered around each forward, e.g. autocast.
+
+    Raises:
+        TypeError: The network cannot be found.
+        ValueError: ``num_stages`` is empty, or the network cannot be cut at all.
+        RuntimeError: The training step does not call the network, or it or the layers fail, or the layers one after the
+            other compute something else than the network.
+    """
+    numbers = [num_stages] if isinstance(num_stages, int) else list(dict.fromkeys(num_stages))
+    if not numbers:
+        raise ValueError(f"num_stages={num_stages!r} names no number of stages: give one, or several, such as [2, 4].")
+    configure = getattr(module, "configure_stages", None)
+    layers = configure() if callable(configure) else None
+
+    def example(target: nn.Module, name: str) -> Any:
+        call = _call_of_network(module, target, name, batch, context)
+        return map_tensors(torch.Tensor.detach, call)
+
+    with _training_mode(module):
+        network = find_network(module, layers, example=example)
+        args, kwargs = _call_of_network(module, network.target, network.target_name, batch, context)
+        try:
+            check_same(network.chain, network.whole, args, kwargs, context)
+            profile = measure_profile(network.chain, args, kwargs, context=context)
+        except NotTheSame:
+            raise
+        except Exception as error:
+            raise RuntimeError(
+                f"The layers could not be measured one after the other ({type(error).__name__}: {error}). They must"
+                " run so for training in stages too; return others from `configure_stages()`."
+            ) from error
+    return make_plan(network.chain, CostModel(profile, recompute, stash, optimizer_copies, SECONDS_PER_BYTE), numbers)
+
+
+def _call_of_network(
+    module: LightningModule,
+    target: nn.Module,
+    name: str,
+    batch: Any,
+    context: Callable[[], AbstractContextManager[object]],
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What the training step passes to the network, the module ``target``."""
+    try:
+        # A copy: the step may change its batch in place.
+        return call_of_network(module, target, name, map_tensors(torch.clone, batch), context)
+    except NotCalled:
+        raise
+    except Exception as error:
+        raise RuntimeError(
+            f"`training_step` failed before it called the network ({type(error).__name__}: {error}). Give the batch as"
+            " the training step takes it, on the module's device."
+        ) from error
+
+
+@contextmanager
+def _training_mode(module: nn.Module) -> Iterator[None]:
+    before = [(part, part.training) for part in module.modules()]
+    module.train()
+    try:
+        yield
+    finally:
+        for part, training in before:
+            part.training = training

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from lightning_ddg.core.schedule import delay, stage_of_rank
-from lightning_ddg.network.cut import stage_memory
+from lightning_ddg.network.cut import CostModel
 from lightning_ddg.network.find import find_network
 from lightning_ddg.network.profile import measure_profile
 from recipes.benchmarks.contenders import KINDS, Job, Laps, own_stage, run
@@ -187,7 +187,7 @@ def fullest(job: Job) -> dict[str, float]:
     late = delay(number, size)
     weights = sum(profile.parameters[begin:end])
     kept = sum(profile.activations[begin:end]) + profile.crossing[begin]
-    planned = stage_memory(profile, starts, optimizer_copies=1)[number - 1]
+    planned = CostModel(profile, optimizer_copies=1).stage_memory(starts)[number - 1]
     own = segments(network, job.cuts[size])[number - 1]
     assert sum(p.numel() * p.element_size() for p in own.parameters()) == weights
     del training, network, inputs, own

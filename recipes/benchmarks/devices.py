@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
-from lightning_ddg.planning.simulate import predict
+from lightning_ddg.planning.simulate import Work as Seconds
+from lightning_ddg.planning.simulate import steady_state
 from recipes.benchmarks.works import Batch, Work
 
 #: Samples of a batch: as many as the most micro-batches that are tried.
@@ -194,7 +195,7 @@ def theory_ms(name: str, microbatches: int, stages: int, times: Times) -> float 
     """What a schedule takes for a batch, in milliseconds, if only devices and messages take time; ``None`` if unknown.
 
     One device alone takes F + B. DDG takes F + B where messages take no time: no stage ever waits. With messages, the
-    package predicts it. GPipe and 1F1B flush after every batch, which costs the time of K - 1 of m micro-batches,
+    package simulates it. GPipe and 1F1B flush after every batch, which costs the time of K - 1 of m micro-batches,
     (F + B)(m + K - 1)/m; two stages a device, interleaved, halve that cost (Narayanan et al., *Efficient Large-Scale
     Language Model Training on GPU Clusters Using Megatron-LM*, SC 2021, section 2.2).
     """
@@ -203,7 +204,7 @@ def theory_ms(name: str, microbatches: int, stages: int, times: Times) -> float 
         return both
     if name in ("ddg", "ddg-bare"):
         links = [times.message_ms] * (stages - 1)
-        return predict([times.forward_ms] * stages, [times.backward_ms] * stages, links, links).period
+        return steady_state(Seconds([times.forward_ms] * stages, [times.backward_ms] * stages, links, links)).period
     if times.message_ms:
         return None
     if name in ("gpipe", "1f1b"):

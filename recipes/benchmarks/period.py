@@ -1,8 +1,8 @@
-"""How far the predicted time per batch is from the measured one: the networks, the rounds and the table are here.
+"""How far the simulated time per batch is from the measured one: the networks, the rounds and the table are here.
 
 Run ``python -m recipes.benchmarks.period`` on a machine with nothing else to do. Each round trains each network for 40
-batches in two processes, on random data, with the automatic cut. The prediction is what the cut was decided by: the
-layers, measured one by one before the fit; the measured period is :class:`~lightning_ddg.DDGMonitor`'s. The rounds are
+batches in two processes, on random data, with the automatic cut. Simulated is what the cut was decided by: the layers,
+measured one by one before the fit; the measured period is :class:`~lightning_ddg.DDGMonitor`'s. The rounds are
 interleaved and the median of the ratios counts.
 """
 
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_ddg import DDGMonitor
-from lightning_ddg.planning.simulate import predict
+from lightning_ddg.planning.simulate import steady_state
 from recipes.gpt import GPT
 from recipes.resnet_cifar import CifarResNet
 
@@ -85,7 +85,7 @@ class Work(pl.LightningModule):
 
 
 def run(name: str, path: Path) -> None:
-    """Train one network once, and write what was predicted and measured."""
+    """Train one network once, and write what was simulated and measured."""
     pl.seed_everything(1)
     make, data = WORKS[name]
     samples = data()
@@ -106,7 +106,8 @@ def run(name: str, path: Path) -> None:
         measured = monitor.measured
         assert measured is not None
         assert measured.planned is not None
-        path.write_text(json.dumps({"predicted": predict(*measured.planned).period, "measured": measured.period}))
+        figures = {"simulated": steady_state(measured.planned).period, "measured": measured.period}
+        path.write_text(json.dumps(figures))
 
 
 def main() -> None:
@@ -136,12 +137,12 @@ def main() -> None:
                 if ended.returncode:
                     raise SystemExit(f"{name} failed in round {number + 1}:\n{ended.stderr}")
                 figures[name].append(json.loads(result.read_text()))
-    print(f"{'2 stages':16s} {'predicted':>12s} {'measured':>12s} {'predicted / measured':>34s}")
+    print(f"{'2 stages':16s} {'simulated':>12s} {'measured':>12s} {'simulated / measured':>34s}")
     for name, rounds in figures.items():
-        ratios = sorted(figure["predicted"] / figure["measured"] for figure in rounds)
-        predicted, measured = (median(figure[key] for figure in rounds) for key in ("predicted", "measured"))
+        ratios = sorted(figure["simulated"] / figure["measured"] for figure in rounds)
+        simulated, measured = (median(figure[key] for figure in rounds) for key in ("simulated", "measured"))
         spread = f"{median(ratios):.3f} (from {ratios[0]:.3f} to {ratios[-1]:.3f})"
-        print(f"{name:16s} {predicted * 1e3:9.1f} ms {measured * 1e3:9.1f} ms {spread:>34s}")
+        print(f"{name:16s} {simulated * 1e3:9.1f} ms {measured * 1e3:9.1f} ms {spread:>34s}")
     machine = {
         "date": datetime.now(timezone.utc).isoformat(timespec="minutes"),
         "torch": torch.__version__,

@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from lightning_ddg.core.tensors import flatten, tensors_of, unflatten
-from lightning_ddg.network.cut import best_stages, cut_at, forbidden_cuts, stage_seconds
+from lightning_ddg.network.balance import cut_at, forbidden_cuts
+from lightning_ddg.network.cut import CostModel
 from lightning_ddg.network.find import Network, find_network
 from lightning_ddg.network.profile import measure_profile
 from lightning_ddg.planning.simulate import SECONDS_PER_BYTE
+from lightning_ddg.planning.stages import work_of
 from recipes.gpt import GPT
 from recipes.resnet_cifar import CifarResNet
 
@@ -145,11 +147,12 @@ def measure_cuts(work: Work, counts: Sequence[int], repeats: int) -> dict[str, A
     network = find_network(training)
     chain = network.chain
     profile = measure_profile(chain, (inputs,), {}, repeats=repeats)
+    model = CostModel(profile, seconds_per_byte=SECONDS_PER_BYTE)
     forbidden = forbidden_cuts(chain)
     found: dict[str, Any] = {"cuts": {}, "shares": {}, "crossing": {}}
     for count in counts:
-        starts = best_stages(profile, count, forbidden, seconds_per_byte=SECONDS_PER_BYTE)
-        seconds = stage_seconds(profile, starts)
+        starts = model.best_stages(count, forbidden)
+        seconds = work_of(model, starts).busy
         found["shares"][count] = [part / sum(seconds) for part in seconds]
         found["crossing"][count] = [profile.crossing[start] for start in starts]
         found["cuts"][count] = [chain.names[start] for start in starts]

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from lightning_ddg import DDGStrategy
-from lightning_ddg.planning.plan import backward_with_forward
 from lightning_ddg.planning.simulate import Work, simulate
 from recipes.study.fit import make_data, make_module, make_trainer
 from recipes.study.grid import Recipe, Settings
@@ -44,9 +43,8 @@ class Cut:
             batches: Of the epoch.
             recompute: Whether all stages but the last, which has no delay, do each forward again in the backward.
         """
-        backward = backward_with_forward(self.forward, self.backward) if recompute else self.backward
-        work = Work(self.forward, backward, self.send, self.send_grad)
-        return max(event.end for event in simulate(*work, batches))
+        work = Work(self.forward, self.backward, self.send, self.send_grad)
+        return max(event.end for event in simulate(work.recomputed() if recompute else work, batches))
 
 
 def measure(recipe: Recipe, settings: Settings, stages: list[int], cache: Path) -> dict[int, Cut]:

@@ -167,9 +167,9 @@ def test_a_fit_after_an_evaluation_measures_its_cut() -> None:
     module = Classifier("mlp")
     trainer.validate(module, loader("mlp"), verbose=False)
     assert strategy._cut is not None
-    assert strategy._cut.unit == "parameters"
+    assert strategy._cut.costs.unit == "parameters"
     trainer.fit(module, loader("mlp"))
-    assert strategy._cut.unit == "measured time"
+    assert strategy._cut.costs.unit == "measured time"
     # And a cut that was trained with is used again.
     points = strategy._cut.split_points
     trainer.validate(module, loader("mlp"), verbose=False)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_ddg.network.cut import best_stages, forbidden_cuts, stage_seconds
+from lightning_ddg.network.balance import forbidden_cuts
+from lightning_ddg.network.cut import CostModel
 from lightning_ddg.network.find import find_network
 from lightning_ddg.network.profile import measure_profile
 from recipes.gpt import GPT
@@ -44,11 +45,10 @@ def test_no_cut_has_a_faster_slowest_stage(name: str) -> None:
     profile = measure_profile(chain, (batch(),), {}, repeats=1)
     for num_stages in (2, 3):
         for seconds_per_byte in (0.0, 1e-9):
-            slowest = max(stage_seconds(profile, best_stages(profile, num_stages, seconds_per_byte=seconds_per_byte),
-                                        seconds_per_byte))  # fmt: skip
+            model = CostModel(profile, seconds_per_byte=seconds_per_byte)
+            slowest = max(model.stage_seconds(model.best_stages(num_stages)))
             least = min(
-                max(stage_seconds(profile, starts, seconds_per_byte))
-                for starts in combinations(range(1, len(chain)), num_stages - 1)
+                max(model.stage_seconds(starts)) for starts in combinations(range(1, len(chain)), num_stages - 1)
             )
             # The same sums in another order.
             assert slowest == pytest.approx(least, rel=1e-9)

@@ -1,24 +1,17 @@
-"""Tests of ``network/cut.py``, the best cut against all cuts. Change them with what makes a cut good or possible."""
+"""Tests of ``network/cut.py`` and ``balance.py``: the best cut against all cuts, cuts by name, who decides."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from itertools import combinations, pairwise
 
 import pytest
 from torch import nn
 
-from lightning_ddg.network.cut import (
-    best_cut,
-    best_stages,
-    check_cut,
-    cut_at,
-    forbidden_cuts,
-    stage_memory,
-    stage_seconds,
-)
+from lightning_ddg.network.balance import best_cut, check_cut, cut_at, forbidden_cuts
+from lightning_ddg.network.cut import CostModel, Costs, Cut, decide_cut
 from lightning_ddg.network.layers import Chain
 from lightning_ddg.network.profile import Profile
 
@@ -189,26 +182,25 @@ def test_a_cut_through_a_tie_is_refused() -> None:
 # Measured layers.
 
 
-def random_profile(draw: random.Random, count: int) -> Profile:
+def random_model(draw: random.Random, count: int) -> CostModel:
     def numbers(top: int) -> list[int]:
         return [draw.randint(0, top) for _ in range(count)]
 
     seconds = [[float(n) for n in numbers(6)] for _ in range(2)]
     crossing, crossing_grad = ([0, *numbers(5)[1:]] for _ in range(2))
-    return Profile(*seconds, crossing, crossing_grad, numbers(9), numbers(9), numbers(9), recompute=draw.random() < 0.5)
+    profile = Profile(*seconds, crossing, crossing_grad, numbers(9), numbers(9), numbers(9))
+    return CostModel(profile, recompute=draw.random() < 0.5)
 
 
-def brute_force(
-    profile: Profile, num_stages: int, forbidden: Collection[int], per_byte: float, limit: int | None, copies: int
-) -> list[int] | None:
+def brute_force(model: CostModel, num_stages: int, forbidden: Collection[int], limit: int | None) -> list[int] | None:
     """Every cut tried: by the dearest stage, then the second dearest, ..., then the earliest."""
-    count = len(profile.forward)
+    count = len(model.profile.forward)
     cuts = [
         list(starts)
         for starts in combinations([p for p in range(1, count) if p not in forbidden], num_stages - 1)
-        if limit is None or max(stage_memory(profile, starts, copies)) <= limit
+        if limit is None or max(model.stage_memory(starts)) <= limit
     ]
-    return min(cuts, default=None, key=lambda s: (sorted(stage_seconds(profile, s, per_byte), reverse=True), s))
+    return min(cuts, default=None, key=lambda s: (sorted(model.stage_seconds(s), reverse=True), s))
 
 
 @pytest.mark.parametrize("seed", range(150))
@@ -216,22 +208,15 @@ def test_best_stages_is_the_best_of_all_cuts(seed: int) -> None:
     draw = random.Random(seed)
     count = draw.randint(1, 9)
     num_stages = draw.randint(1, min(4, count))
-    profile = random_profile(draw, count)
+    model = random_model(draw, count)
     forbidden = draw.sample(range(1, count), draw.randint(0, count - num_stages)) if count > num_stages else []
     # Powers of two, so that sums in another order are the same sums.
-    per_byte, copies = draw.choice([0.0, 0.25, 1.0]), draw.randint(0, 3)
+    model = replace(model, seconds_per_byte=draw.choice([0.0, 0.25, 1.0]), optimizer_copies=draw.randint(0, 3))
     limit = draw.choice([None, draw.randint(20, 200)])
-    wanted = brute_force(profile, num_stages, forbidden, per_byte, limit, copies)
+    wanted = brute_force(model, num_stages, forbidden, limit)
 
     def choose() -> list[int]:
-        return best_stages(
-            profile,
-            num_stages,
-            forbidden,
-            seconds_per_byte=per_byte,
-            max_memory=limit,
-            optimizer_copies=copies,
-        )
+        return model.best_stages(num_stages, forbidden, limit)
 
     if wanted is not None:
         assert choose() == wanted
@@ -241,13 +226,13 @@ def test_best_stages_is_the_best_of_all_cuts(seed: int) -> None:
 
 
 def test_the_least_memory_that_is_named_can_be_kept() -> None:
-    profile = random_profile(random.Random(3), 8)
+    model = random_model(random.Random(3), 8)
     with pytest.raises(ValueError, match="max_memory=1 bytes") as caught:
-        best_stages(profile, 3, max_memory=1)
+        model.best_stages(3, max_memory=1)
     needed = int(str(caught.value).split("about ")[1].split(" ")[0])
-    assert max(stage_memory(profile, best_stages(profile, 3, max_memory=needed))) <= needed
+    assert max(model.stage_memory(model.best_stages(3, max_memory=needed))) <= needed
     with pytest.raises(ValueError, match=f"max_memory={needed - 1} bytes"):
-        best_stages(profile, 3, max_memory=needed - 1)
+        model.best_stages(3, max_memory=needed - 1)
 
 
 def test_memory_of_a_stage() -> None:
@@ -256,29 +241,144 @@ def test_memory_of_a_stage() -> None:
     first = 4 * 100 + 100 + 2 * 10 + 2 * 4
     # Delay 0: one batch, with what was received; two activations.
     last = 4 * 500 + 50 + 5 + 2 * 5
-    assert stage_memory(profile, [1], 2) == [first, last]
-    assert stage_memory(profile, [], 0) == [2 * 600 + 60]
+    assert CostModel(profile).stage_memory([1]) == [first, last]
+    assert CostModel(profile, optimizer_copies=0).stage_memory([]) == [2 * 600 + 60]
     # Of what is never trained there is one copy, whatever the delay.
-    assert stage_memory(replace(profile, frozen=[1000, 2000, 3000]), [1], 2) == [first + 1000, last + 5000]
+    assert CostModel(replace(profile, frozen=[1000, 2000, 3000])).stage_memory([1]) == [first + 1000, last + 5000]
 
 
 def test_forwards_done_again_keep_one_batch_and_move_the_cut() -> None:
     profile = Profile([2.0] * 4, [1.0] * 4, [0, 5, 5, 5], [0, 4, 4, 4], [10] * 4, [100] * 4)
-    again = replace(profile, recompute=True)
-    assert (best_stages(profile, 2), stage_seconds(profile, [2])) == ([2], [6, 6])
+    model = CostModel(profile, optimizer_copies=0)
+    again = replace(model, recompute=True)
+    assert (model.best_stages(2), model.stage_seconds([2])) == ([2], [6, 6])
     # The last stage has no delay, and does its forwards once.
-    assert stage_seconds(again, [2]) == [10, 6]
-    assert (best_stages(again, 2), stage_seconds(again, [1])) == ([1], [5, 9])
+    assert again.stage_seconds([2]) == [10, 6]
+    assert (again.best_stages(2), again.stage_seconds([1])) == ([1], [5, 9])
     # Of the two batches in flight the first stage keeps nothing that it can read again; the second what it received.
-    assert stage_memory(profile, [2, 3], 0) == [4 * 200 + 3 * 20 + 8, 3 * 100 + 2 * 15 + 18, 2 * 100 + 15 + 10]
-    assert stage_memory(again, [2, 3], 0) == [4 * 200 + 20 + 8, 3 * 100 + 10 + 2 * 5 + 18, 2 * 100 + 15 + 10]
+    assert model.stage_memory([2, 3]) == [4 * 200 + 3 * 20 + 8, 3 * 100 + 2 * 15 + 18, 2 * 100 + 15 + 10]
+    assert again.stage_memory([2, 3]) == [4 * 200 + 20 + 8, 3 * 100 + 10 + 2 * 5 + 18, 2 * 100 + 15 + 10]
     # Weights and gradients alone, where nothing is stashed.
     today = replace(again, stash=False)
-    assert stage_memory(today, [2, 3], 0) == [2 * 200 + 20 + 8, 2 * 100 + 10 + 2 * 5 + 18, 2 * 100 + 15 + 10]
+    assert today.stage_memory([2, 3]) == [2 * 200 + 20 + 8, 2 * 100 + 10 + 2 * 5 + 18, 2 * 100 + 15 + 10]
 
 
 def test_messages_move_the_cut() -> None:
     profile = Profile([1.0] * 4, [0.0] * 4, [0, 1, 9, 1], [0, 1, 9, 1], [0] * 4, [0] * 4)
-    assert best_stages(profile, 2) == [2]
-    assert best_stages(profile, 2, seconds_per_byte=0.125) == [1]
-    assert stage_seconds(profile, [2], 0.125) == [2 + 2.25, 2 + 2.25]
+    assert CostModel(profile).best_stages(2) == [2]
+    model = CostModel(profile, seconds_per_byte=0.125)
+    assert model.best_stages(2) == [1]
+    assert model.stage_seconds([2]) == [2 + 2.25, 2 + 2.25]
+
+
+# Who decides.
+
+
+def chain(*widths: int) -> Chain:
+    """Layers ``net.0, net.1, ...``; a layer of width w has w parameters."""
+    return Chain([(f"net.{number}", nn.Linear(width, 1, bias=False)) for number, width in enumerate(widths)])
+
+
+def unmeasured() -> Costs:
+    raise AssertionError("nothing need be measured")
+
+
+def decide(
+    layers: Chain,
+    num_stages: int,
+    split_points: list[str] | None = None,
+    recorded: list[str] | None = None,
+    measure: Callable[[], Costs] | None = None,
+) -> Cut:
+    return decide_cut(layers, num_stages, split_points, recorded, measure or (lambda: Costs.by_parameters(layers)))
+
+
+def test_the_user_comes_first_then_an_earlier_run_then_the_balance() -> None:
+    layers = chain(1, 1, 1, 9)
+    assert decide(layers, 2, ["net.1"], ["net.2"], unmeasured).starts == [1]
+    assert decide(layers, 2, None, ["net.2"], unmeasured).starts == [2]
+    assert decide(layers, 2).starts == [3]
+    counted = Costs([5.0, 1.0, 1.0, 1.0], "FLOPs")
+    assert decide(layers, 2, measure=lambda: counted) == Cut(layers, [1], counted)
+    measured = decide(layers, 2, measure=measured_layers)
+    assert (measured.starts, measured.costs.unit, measured.costs.of_layers) == ([2], "measured time", [2.0] * 4)
+
+
+def test_without_a_measure_the_parameters_decide() -> None:
+    cut = decide(chain(1, 1, 1, 9), 2)
+    assert (cut.starts, cut.costs) == ([3], Costs([1.0, 1.0, 1.0, 9.0], "parameters"))
+
+
+@pytest.mark.parametrize("recorded", [["net.1", "net.2"], [], ["other.1"]])
+def test_an_earlier_cut_of_another_network_is_ignored(recorded: list[str]) -> None:
+    assert decide(chain(1, 1, 1, 9), 2, recorded=recorded).starts == [3]
+
+
+@pytest.mark.parametrize("recorded", [["net.0", "net.2"], ["net.3", "net.1"], ["net.1", "net.1"]])
+def test_an_earlier_cut_that_is_none_of_this_network_is_ignored(recorded: list[str]) -> None:
+    """The layers have been put in another order since."""
+    assert decide(chain(1, 1, 1, 9), 3, recorded=recorded).starts == decide(chain(1, 1, 1, 9), 3).starts
+
+
+def test_an_earlier_cut_through_what_is_tied_now_is_ignored() -> None:
+    layers = chain(1, 1, 1, 9)
+    layers.layers[1].weight = layers.layers[2].weight
+    assert decide(layers, 2, recorded=["net.2"]).starts == [3]
+
+
+def test_a_cut_of_the_users_that_is_none_is_refused() -> None:
+    layers = chain(1, 1, 1, 9)
+    with pytest.raises(ValueError, match="'net.9' names no layer"):
+        decide(layers, 2, ["net.9"])
+    layers.layers[1].weight = layers.layers[2].weight
+    with pytest.raises(ValueError, match="is used by 'net.1' and by 'net.2'"):
+        decide(layers, 2, ["net.2"])
+
+
+def measured_layers() -> Costs:
+    """Four layers that are equal but for the memory of the last."""
+    profile = Profile([1.0] * 4, [1.0] * 4, [0] * 4, [0] * 4, [0] * 4, [10, 10, 10, 40])
+    return Costs.measured(CostModel(profile, optimizer_copies=0))
+
+
+@pytest.mark.parametrize(
+    ("max_memory", "starts"),
+    [
+        (None, [1]),
+        (140, [1]),  # The second stage: weights and gradients of 60 bytes, and no copy of the weights.
+        (119, [2]),
+    ],
+)
+def test_an_earlier_cut_is_used_again_if_it_keeps_the_limit(max_memory: int | None, starts: list[int]) -> None:
+    cut = decide_cut(chain(1, 1, 1, 1), 2, None, ["net.1"], measured_layers, max_memory)
+    assert cut.starts == starts
+    assert (cut.costs.model is None) == (max_memory is None)
+
+
+def test_an_earlier_cut_through_a_tie_is_not_used_again_for_keeping_the_limit() -> None:
+    layers = chain(1, 1, 1, 1)
+    layers.layers[0].weight = layers.layers[1].weight
+    assert decide_cut(layers, 2, None, ["net.1"], measured_layers, 140).starts == [2]
+
+
+def test_a_limit_that_nothing_is_known_of_is_refused() -> None:
+    with pytest.raises(ValueError, match="max_memory=100 bytes cannot be kept, as the layers could not be measured"):
+        decide_cut(chain(1, 1), 2, None, None, lambda: Costs([1.0, 1.0], "parameters"), 100)
+
+
+def test_too_many_stages_are_refused_before_anything_is_measured() -> None:
+    with pytest.raises(ValueError, match="num_stages=3, but the network has 2 layers"):
+        decide(chain(1, 1), 3, measure=unmeasured)
+
+
+def test_what_a_cut_says_of_itself() -> None:
+    layers = chain(1, 2, 3, 4)
+    cut = Cut(layers, [1, 3], Costs.by_parameters(layers))
+    assert cut.bounds == [0, 1, 3, 4]
+    assert cut.split_points == ["net.1", "net.3"]
+    assert [list(cut.layers_of(stage)) for stage in (1, 2, 3)] == [
+        layers.layers[:1],
+        layers.layers[1:3],
+        layers.layers[3:],
+    ]
+    assert [sum(p.numel() for p in segment.parameters()) for segment in cut.segments()] == [1, 5, 4]

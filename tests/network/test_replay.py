@@ -24,7 +24,7 @@ from lightning_ddg.comm.wire import describe, pack, unpack
 from lightning_ddg.core.pipeline import placeholder_maker
 from lightning_ddg.core.stage import Stage
 from lightning_ddg.core.tensors import map_tensors, tensors_of
-from lightning_ddg.network.cut import cut_at, forbidden_cuts
+from lightning_ddg.network.balance import cut_at, forbidden_cuts
 from lightning_ddg.network.profile import flop_costs
 from lightning_ddg.network.replay.part import ReplayedChain
 from lightning_ddg.plugin.ownership import Weights

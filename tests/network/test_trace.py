@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_ddg.network.cut import best_cut, forbidden_cuts
+from lightning_ddg.network.balance import best_cut, forbidden_cuts
 from lightning_ddg.network.trace.graph import TracedChain
 from lightning_ddg.network.trace.tracer import Untraceable
 from tests.networks import GPT, UNet

@@ -25,7 +25,7 @@ from torch.nn.functional import cross_entropy
 
 from lightning_ddg import DDGMixin, DDGMonitor, DDGStrategy
 from lightning_ddg.core.delay_line import DelayLine
-from lightning_ddg.observe.metrics import Gauge, Tally, cosine, relative_change, replaced
+from lightning_ddg.observe.metrics import Gauge, cosine, relative_change, replaced
 from tests.harness import run_ranks, run_ranks_raw
 from tests.networks import Classifier, ManualClassifier, loader, quiet_trainer, seeded_network
 
@@ -56,18 +56,6 @@ def test_the_cosine_counts_a_missing_gradient_as_zero() -> None:
     assert cosine([None], [a]) is None
     assert math.isnan(cosine([a], [torch.zeros(2)]))  # type: ignore[arg-type]
     assert float(cosine([a.to_sparse()], [b]) or 0) == pytest.approx(0.5**0.5)
-
-
-def test_tallies_add_up_to_means() -> None:
-    first = Tally(batches=2, seconds=4.0, activations=1.0, due=2, delay=4, updates=2, norms=1, staleness=0.25)
-    both = first + Tally(batches=2, seconds=4.0, gradients=1.0, due=2, delay=4, updates=4)
-    assert both.waiting == 0.25
-    assert both.busy == 1.5
-    ages = {"delay": 2.0, "delay_updates": 1.5, "staleness": 0.25}
-    assert both.figures(waits=True) == {"waits_activations": 0.125, "waits_gradients": 0.125, **ages}
-    assert both.figures(waits=False) == ages
-    assert Tally().figures(waits=True) == {}
-    assert (Tally().waiting, Tally().busy) == (0.0, 0.0)
 
 
 def test_what_is_replaced_is_put_back_as_it_was() -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lightning_ddg import DDGMonitor, DDGStrategy, Staleness
 from lightning_ddg.observe.monitor import Measured, aligned, summarize
-from lightning_ddg.planning.simulate import Event, Work, predict, simulate
+from lightning_ddg.planning.simulate import Event, Work, simulate, steady_state
 from lightning_ddg.planning.units import show_ms
 from tests.harness import run_ranks
 from tests.networks import Classifier, ManualClassifier, loader, quiet_trainer, state_of
@@ -28,7 +28,7 @@ WORK = Work([0.010, 0.012, 0.008], [0.020, 0.021, 0.019], [0.001, 0.002], [0.001
 
 def rows_of(work: Work, batches: int, shifts: Sequence[float] = (0.0, 0.0, 0.0)) -> list[list[Event]]:
     """The simulation's steady part, stage by stage, each stage on a clock of its own."""
-    events = [event for event in simulate(*work, batches) if 6 <= event.batch < batches - 3]
+    events = [event for event in simulate(work, batches) if 6 <= event.batch < batches - 3]
     return [
         [e._replace(start=e.start + shift, end=e.end + shift) for e in events if e.stage == stage]
         for stage, shift in enumerate(shifts, start=1)
@@ -76,8 +76,8 @@ def test_what_the_events_say() -> None:
     assert measured.work == exact
     assert str(measured) == (
         "DDGMonitor: measured 875.00 ms per batch;"
-        " predicted 750.00 ms (-14.3%) from the layers, measured before the fit, limited by stage 1;"
-        " predicted 875.00 ms (+0.0%) from this fit's forwards and backwards, limited by stage 2"
+        " simulated 750.00 ms (-14.3%) from the layers, measured before the fit, limited by stage 1;"
+        " simulated 875.00 ms (+0.0%) from this fit's forwards and backwards, limited by stage 2"
     )
 
 
@@ -96,8 +96,8 @@ def test_both_timelines_begin_with_the_same_batch(planned: Work | None, tmp_path
     text = (tmp_path / "timeline.svg").read_text()
     assert "measured (blank: the optimizer" in text
     source = "this fit's forwards and backwards" if planned is None else "the layers, measured before the fit"
-    assert f"predicted from {source}".replace("'", "&#x27;") in text or f"predicted from {source}" in text
-    assert text.count(f"period {show_ms(predict(*WORK).period)}") >= (2 if planned else 1)
+    assert f"simulated from {source}".replace("'", "&#x27;") in text or f"simulated from {source}" in text
+    assert text.count(f"period {show_ms(steady_state(WORK).period)}") >= (2 if planned else 1)
 
 
 # ---- real fits
@@ -147,7 +147,7 @@ def test_one_process(make: type[Classifier], tmp_path: Path, capsys: pytest.Capt
 
 
 @pytest.mark.parametrize("rule", [Staleness(), Staleness(stash=False)], ids=["no effect", "features replay"])
-def test_one_process_is_predicted_to_do_forwards_again_where_it_does(rule: Staleness) -> None:
+def test_one_process_is_expected_to_do_forwards_again_where_it_does(rule: Staleness) -> None:
     strategy = DDGStrategy(num_stages=3, recompute=True, staleness=rule)
     _, monitor = fit(Classifier(), False, strategy=strategy, max_epochs=1)
     assert monitor is not None
@@ -155,8 +155,8 @@ def test_one_process_is_predicted_to_do_forwards_again_where_it_does(rule: Stale
     planned, cut = monitor.measured.planned, strategy._cut
     assert planned is not None
     assert cut is not None
-    assert cut.measured is not None
-    profile = cut.measured.profile
+    assert cut.costs.model is not None
+    profile = cut.costs.model.profile
     again = 0.0 if rule.stash else sum(profile.forward[: cut.starts[-1]])
     assert planned.forward == pytest.approx([sum(profile.forward)])
     assert planned.backward == pytest.approx([sum(profile.backward) + again])

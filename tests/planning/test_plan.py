@@ -1,4 +1,4 @@
-"""Tests of ``planning.py``: the figures of a plan from a known profile; real modules, which it leaves as they were."""
+"""Tests of ``planning/plan.py`` and ``stages.py``: the figures of a plan from a known profile, and of real modules."""
 
 from __future__ import annotations
 
@@ -13,9 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ddg import DDGMixin, DDGStrategy
+from lightning_ddg.network.cut import CostModel
 from lightning_ddg.network.layers import Chain
 from lightning_ddg.network.profile import Profile
-from lightning_ddg.planning.plan import CutPlan, Plan, make_plan, plan_module
+from lightning_ddg.planning.plan import Plan, make_plan
+from lightning_ddg.planning.simulate import SECONDS_PER_BYTE
+from lightning_ddg.planning.stages import CutPlan
+from lightning_ddg.plugin.measure import plan_module
 from tests.networks import Classifier, loader, state_of
 
 # Four layers, of which the second takes half of the time; 4, 8, 12 and 16 bytes of parameters.
@@ -27,6 +31,7 @@ PROFILE = Profile(
     activations=[10_000, 20_000, 30_000, 40_000],
     parameters=[4, 8, 12, 16],
 )
+MODEL = CostModel(PROFILE, seconds_per_byte=SECONDS_PER_BYTE)
 
 
 def chain() -> Chain:
@@ -34,7 +39,7 @@ def chain() -> Chain:
 
 
 def test_the_figures_of_two_stages() -> None:
-    plan = make_plan(chain(), PROFILE, [2])
+    plan = make_plan(chain(), MODEL, [2])
     cut = plan.rows[2]
     assert isinstance(cut, CutPlan)
     assert plan.seconds == pytest.approx(0.024)
@@ -42,8 +47,8 @@ def test_the_figures_of_two_stages() -> None:
     assert cut.work.forward == pytest.approx([0.005, 0.003])
     assert cut.work.backward == pytest.approx([0.010, 0.006])
     # The messages are microseconds, which hide behind the work of the slower stage.
-    assert (cut.prediction.period, cut.prediction.reason) == (pytest.approx(0.015), "stage 1")
-    assert sum(cut.prediction.busy) == pytest.approx(0.024 / 0.015)
+    assert (cut.steady_state.period, cut.steady_state.reason) == (pytest.approx(0.015), "stage 1")
+    assert sum(cut.steady_state.busy) == pytest.approx(0.024 / 0.015)
     first, second = cut.stages
     assert (first.layers, second.layers) == (["net.0", "net.1"], ["net.2", "net.3"])
     assert (first.parameters, second.parameters) == (3, 7)
@@ -60,7 +65,7 @@ def test_the_figures_of_two_stages() -> None:
 def test_forwards_done_again_are_work_of_the_stages_but_not_of_backpropagation(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    plan = make_plan(chain(), replace(PROFILE, recompute=True), [2])
+    plan = make_plan(chain(), replace(MODEL, recompute=True), [2])
     cut = plan.rows[2]
     assert isinstance(cut, CutPlan)
     assert plan.seconds == pytest.approx(0.024)
@@ -68,7 +73,7 @@ def test_forwards_done_again_are_work_of_the_stages_but_not_of_backpropagation(
     # The first stage's backward has its forward in it, and keeps the input of the batch alone: it reads that itself.
     assert cut.work.backward == pytest.approx([0.015, 0.006])
     assert cut.stages[0].in_flight == 30_000 + 12 + 2 * 200
-    unstashed = make_plan(chain(), replace(PROFILE, recompute=True, stash=False), [2]).rows[2]
+    unstashed = make_plan(chain(), replace(MODEL, recompute=True, stash=False), [2]).rows[2]
     assert isinstance(unstashed, CutPlan)
     assert [stage.in_flight for stage in unstashed.stages] == [30_000 + 2 * 200, cut.stages[1].in_flight]
     plan.print()
@@ -78,7 +83,8 @@ def test_forwards_done_again_are_work_of_the_stages_but_not_of_backpropagation(
 
 def test_frozen_weights_are_memory_but_not_in_flight() -> None:
     plain, frozen = (
-        make_plan(chain(), profile, [2]).rows[2] for profile in (PROFILE, replace(PROFILE, frozen=[1, 2, 4, 8]))
+        make_plan(chain(), replace(MODEL, profile=profile), [2]).rows[2]
+        for profile in (PROFILE, replace(PROFILE, frozen=[1, 2, 4, 8]))
     )
     assert isinstance(plain, CutPlan)
     assert isinstance(frozen, CutPlan)
@@ -87,7 +93,7 @@ def test_frozen_weights_are_memory_but_not_in_flight() -> None:
 
 
 def test_memory_depends_on_the_optimizer() -> None:
-    adam, sgd = (make_plan(chain(), PROFILE, [2], copies).rows[2] for copies in (2, 0))
+    adam, sgd = (make_plan(chain(), replace(MODEL, optimizer_copies=copies), [2]).rows[2] for copies in (2, 0))
     assert isinstance(adam, CutPlan)
     assert isinstance(sgd, CutPlan)
     assert [a.memory - b.memory for a, b in zip(adam.stages, sgd.stages, strict=True)] == [2 * 12, 2 * 28]
@@ -95,7 +101,7 @@ def test_memory_depends_on_the_optimizer() -> None:
 
 
 def test_a_middle_stage_sends_both_ways() -> None:
-    plan = make_plan(chain(), PROFILE, [3])
+    plan = make_plan(chain(), MODEL, [3])
     cut = plan.rows[3]
     assert isinstance(cut, CutPlan)
     assert cut.split_points == ["net.1", "net.2"]
@@ -103,16 +109,16 @@ def test_a_middle_stage_sends_both_ways() -> None:
 
 
 def test_one_stage_is_plain_backpropagation() -> None:
-    cut = make_plan(chain(), PROFILE, [1]).rows[1]
+    cut = make_plan(chain(), MODEL, [1]).rows[1]
     assert isinstance(cut, CutPlan)
-    assert cut.prediction.busy == pytest.approx([1.0])
+    assert cut.steady_state.busy == pytest.approx([1.0])
     assert cut.split_points == []
 
 
 def test_a_number_of_stages_that_cannot_be_says_why_in_its_row(capsys: pytest.CaptureFixture[str]) -> None:
     layers = chain()
     layers.layers[1].weight = layers.layers[2].weight
-    plan = make_plan(layers, PROFILE, [2, 4, 5])
+    plan = make_plan(layers, MODEL, [2, 4, 5])
     assert [isinstance(cut, CutPlan) for cut in plan.rows.values()] == [True, False, False]
     plan.print()
     printed = capsys.readouterr().out
@@ -125,7 +131,7 @@ def test_a_number_of_stages_that_cannot_be_says_why_in_its_row(capsys: pytest.Ca
 
 
 def test_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    make_plan(chain(), PROFILE, [2, 3]).print()
+    make_plan(chain(), MODEL, [2, 3]).print()
     printed = capsys.readouterr().out
     lines = [" ".join(line.replace("│", " ").split()) for line in printed.splitlines()]
     assert "Plain backpropagation on one device: 24.0 ms per batch" in lines
@@ -138,14 +144,14 @@ def test_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_without_details_each_cut_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
-    make_plan(chain(), PROFILE, [2, 3]).print(details=False)
+    make_plan(chain(), MODEL, [2, 3]).print(details=False)
     printed = capsys.readouterr().out
     assert printed.endswith('split_points: ["net.2"]  # 2 stages\nsplit_points: ["net.1", "net.2"]  # 3 stages\n')
     assert "share" not in printed
 
 
 def test_the_picture_has_a_panel_for_each_number_of_stages(tmp_path: Path) -> None:
-    make_plan(chain(), PROFILE, [2, 3, 9]).draw(tmp_path / "plan.svg")
+    make_plan(chain(), MODEL, [2, 3, 9]).draw(tmp_path / "plan.svg")
     text = (tmp_path / "plan.svg").read_text()
     for words in (
         "plain backpropagation on one device",
@@ -161,9 +167,9 @@ def test_the_picture_has_a_panel_for_each_number_of_stages(tmp_path: Path) -> No
 
 def test_a_plan_without_any_cut_has_no_picture(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cannot be cut into any of the planned numbers of stages"):
-        make_plan(chain(), PROFILE, [5, 6]).draw(tmp_path / "plan.png")
+        make_plan(chain(), MODEL, [5, 6]).draw(tmp_path / "plan.png")
     with pytest.raises(ValueError, match=r"'plan.gif' is of no known kind"):
-        make_plan(chain(), PROFILE, [2]).draw("plan.gif")
+        make_plan(chain(), MODEL, [2]).draw("plan.gif")
 
 
 # ---- real modules
@@ -218,7 +224,7 @@ def test_a_plan_of_a_real_module_is_a_cut_of_it() -> None:
         assert [stage.layers[0] for stage in cut.stages[1:]] == cut.split_points == plan.split_points(num_stages)
         assert sum(stage.parameters for stage in cut.stages) == sum(p.numel() for p in module.parameters())
         assert sum(stage.share for stage in cut.stages) == pytest.approx(1.0)
-        assert cut.prediction.period >= plan.seconds / num_stages
+        assert cut.steady_state.period >= plan.seconds / num_stages
     # 5 samples in double precision: a value of width 10, 10, 10, 10 or 8 crosses a cut, its gradient comes back.
     cut = plan.rows[7]
     assert isinstance(cut, CutPlan)

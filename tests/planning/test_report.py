@@ -1,4 +1,4 @@
-"""Tests of ``planning/report.py``: what the table says and how it is printed. Change them with its text."""
+"""Tests of ``planning/report.py``: what the tables say and how they are printed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 from torch import nn
 
-from lightning_ddg.network.cut import stage_memory
+from lightning_ddg.network.cut import CostModel, Costs, Cut
 from lightning_ddg.network.layers import Chain
 from lightning_ddg.network.profile import Profile
 from lightning_ddg.planning.report import cut_table, print_cut
@@ -21,15 +21,19 @@ def make_chain() -> Chain:
     return Chain([(f"net.{i}", nn.Linear(a, b)) for i, (a, b) in enumerate(sizes)])
 
 
+def cut_of(chain: Chain, starts: list[int], costs: list[float], unit: str) -> Cut:
+    return Cut(chain, starts, Costs(costs, unit))
+
+
 def render(chain: Chain, starts: list[int], costs: list[float], width: int) -> str:
     console = Console(file=io.StringIO(), width=width)
-    console.print(cut_table(chain, starts, costs, "measured time"))
+    console.print(cut_table(cut_of(chain, starts, costs, "measured time")))
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 
 
 def test_rows() -> None:
-    table = cut_table(make_chain(), [3, 4], [1.0, 1.0, 2.0, 3.0, 1.0], "measured time")
+    table = cut_table(cut_of(make_chain(), [3, 4], [1.0, 1.0, 2.0, 3.0, 1.0], "measured time"))
     assert [column.header for column in table.columns] == [
         "stage",
         "layers",
@@ -47,31 +51,32 @@ def test_rows() -> None:
 
 def test_what_was_measured_has_columns_of_its_own() -> None:
     profile = Profile([1.0] * 5, [1.0] * 5, [0, 10, 20, 3_000, 4_000_000], [0, 1, 2, 300, 400], [0] * 5, [1_000] * 5)
-    table = cut_table(make_chain(), [3, 4], profile.seconds, "measured time", profile, optimizer_copies=1)
+    model = CostModel(profile, optimizer_copies=1)
+    table = cut_table(Cut(make_chain(), [3, 4], Costs.measured(model)))
     assert [column.header for column in table.columns][-2:] == ["sends per batch", "memory"]
     # The activation on to the next stage, the gradient back to the one before.
     assert list(table.columns[-2].cells) == ["3 kB", "4 MB", "400 B"]
-    memory = stage_memory(profile, [3, 4], 1)
+    memory = model.stage_memory([3, 4])
     assert list(table.columns[-1].cells) == [show_bytes(size) for size in memory]
-    assert memory != stage_memory(profile, [3, 4], 2)
+    assert memory != CostModel(profile, optimizer_copies=2).stage_memory([3, 4])
 
 
 def test_a_stage_that_does_its_forward_again_has_a_larger_share() -> None:
     nothing = [0] * 5
-    profile = Profile([1.0] * 5, [1.0] * 5, nothing, nothing, nothing, nothing, recompute=True)
-    table = cut_table(make_chain(), [2], profile.seconds, "measured time", profile)
+    model = CostModel(Profile([1.0] * 5, [1.0] * 5, nothing, nothing, nothing, nothing), recompute=True)
+    table = cut_table(Cut(make_chain(), [2], Costs.measured(model)))
     assert list(table.columns[3].cells) == ["50.0%", "50.0%"]  # 2 layers of 3, and 3 layers of 2
 
 
 def test_costs_of_zero_have_a_share_of_zero() -> None:
-    table = cut_table(Chain([("a", nn.ReLU()), ("b", nn.ReLU())]), [1], [0.0, 0.0], "parameters")
+    table = cut_table(cut_of(Chain([("a", nn.ReLU()), ("b", nn.ReLU())]), [1], [0.0, 0.0], "parameters"))
     assert list(table.columns[3].cells) == ["0.0%", "0.0%"]
 
 
 def test_shared_parameters_count_once() -> None:
     layer = nn.Linear(2, 2)
     chain = Chain([("a", layer), ("b", layer)])
-    assert list(cut_table(chain, [], [1.0, 1.0], "parameters").columns[2].cells) == ["6"]
+    assert list(cut_table(cut_of(chain, [], [1.0, 1.0], "parameters")).columns[2].cells) == ["6"]
 
 
 def test_long_names_are_folded_not_lost_at_width_80() -> None:
@@ -91,7 +96,7 @@ def test_labels_are_not_markup() -> None:
 
 
 def test_print_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    print_cut(make_chain(), [3, 4], [1.0] * 5, "measured time")
+    print_cut(cut_of(make_chain(), [3, 4], [1.0] * 5, "measured time"))
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].strip() == "Network cut into 3 stages"
     assert max(map(len, lines)) <= 100
@@ -102,13 +107,13 @@ def test_print_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_line_to_paste_is_never_broken(capsys: pytest.CaptureFixture[str]) -> None:
     names = [f"layers[{'x' * 60}{i}]" for i in range(6)]
-    print_cut(Chain([(name, nn.ReLU()) for name in names]), [1, 2, 3, 4, 5], [1.0] * 6, "parameters")
+    print_cut(cut_of(Chain([(name, nn.ReLU()) for name in names]), [1, 2, 3, 4, 5], [1.0] * 6, "parameters"))
     line = capsys.readouterr().out.splitlines()[-1]
     assert json.loads(line.removeprefix("split_points: ")) == names[1:]
 
 
 def test_one_stage(capsys: pytest.CaptureFixture[str]) -> None:
-    print_cut(make_chain(), [], [1.0] * 5, "parameters")
+    print_cut(cut_of(make_chain(), [], [1.0] * 5, "parameters"))
     out = capsys.readouterr().out
     assert out.splitlines()[0].strip() == "Network cut into 1 stage"
     assert "split_points: []" in out

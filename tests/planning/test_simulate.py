@@ -1,4 +1,4 @@
-"""Tests of ``predict.py``: the schedule on paper against its rule, its closed form, and figures worked out by hand."""
+"""Tests of ``planning/simulate.py``: the schedule against its rule, its closed form, and figures worked out by hand."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_ddg.planning.simulate import Event, Prediction, predict, simulate
+from lightning_ddg.planning.simulate import Event, SteadyState, Work, simulate, steady_state
 
 NONE: list[float] = []
 
@@ -19,17 +19,15 @@ def of(events: list[Event], stage: int, *kinds: str) -> list[Event]:
     return [event for event in events if event.stage == stage and (not kinds or event.kind in kinds)]
 
 
-def settled(
-    forward: list[float], backward: list[float], send: list[float], send_grad: list[float], batches: int = 400
-) -> float:
+def settled(work: Work, batches: int = 400) -> float:
     """Seconds per batch of the simulation, over the second half of its forwards of the last stage."""
-    starts = [event.start for event in of(simulate(forward, backward, send, send_grad, batches), len(forward), "F")]
+    starts = [event.start for event in of(simulate(work, batches), len(work.forward), "F")]
     half = batches // 2
     return (starts[-1] - starts[-1 - half]) / half
 
 
 def test_two_equal_stages_by_hand() -> None:
-    events = simulate([1.0, 1.0], [2.0, 2.0], [0.0], [0.0], 3)
+    events = simulate(Work([1.0, 1.0], [2.0, 2.0], [0.0], [0.0]), 3)
     assert [event[1:] for event in of(events, 1)] == [
         ("F", 0, 0.0, 1.0),
         ("F", 1, 1.0, 2.0),
@@ -52,26 +50,26 @@ def test_two_equal_stages_by_hand() -> None:
 
 
 def test_one_stage_is_backpropagation() -> None:
-    assert [event[1:] for event in simulate([1.0], [2.0], NONE, NONE, 2)] == [
+    assert [event[1:] for event in simulate(Work([1.0], [2.0], NONE, NONE), 2)] == [
         ("F", 0, 0.0, 1.0),
         ("B", 0, 1.0, 3.0),
         ("F", 1, 3.0, 4.0),
         ("B", 1, 4.0, 6.0),
     ]
-    assert predict([1.0], [2.0], NONE, NONE) == Prediction(3.0, [1.0], 1, 1, "stage 1")
+    assert steady_state(Work([1.0], [2.0], NONE, NONE)) == SteadyState(3.0, [1.0], 1, 1, "stage 1")
 
 
 @pytest.mark.parametrize("num_stages", [2, 4, 8])
 def test_equal_stages_train_a_batch_in_the_time_of_one(num_stages: int) -> None:
     """The table of the design: f + b whatever K, where backprop takes K (f + b)."""
-    times = [1.0] * num_stages, [2.0] * num_stages, [0.0] * (num_stages - 1), [0.0] * (num_stages - 1)
-    assert predict(*times).period == 3.0
-    assert predict(*times).busy == [1.0] * num_stages
-    assert settled(*times) == pytest.approx(3.0)
+    work = Work([1.0] * num_stages, [2.0] * num_stages, [0.0] * (num_stages - 1), [0.0] * (num_stages - 1))
+    assert steady_state(work).period == 3.0
+    assert steady_state(work).busy == [1.0] * num_stages
+    assert settled(work) == pytest.approx(3.0)
 
 
 def test_the_slowest_stage_sets_the_period() -> None:
-    got = predict([1.0, 3.0, 1.0], [2.0, 4.0, 1.5], [0.5, 0.5], [0.5, 0.5])
+    got = steady_state(Work([1.0, 3.0, 1.0], [2.0, 4.0, 1.5], [0.5, 0.5], [0.5, 0.5]))
     assert (got.period, got.first, got.last, got.reason) == (7.0, 2, 2, "stage 2")
     assert got.busy == pytest.approx([3 / 7, 1.0, 2.5 / 7])
     assert sum(got.busy) == pytest.approx(12.5 / 7)
@@ -79,7 +77,7 @@ def test_the_slowest_stage_sets_the_period() -> None:
 
 def test_a_message_that_does_not_hide() -> None:
     """K equal stages and messages of c: f + b + 2 c (K - 1) / K."""
-    got = predict([1.0] * 4, [2.0] * 4, [0.3] * 3, [0.3] * 3)
+    got = steady_state(Work([1.0] * 4, [2.0] * 4, [0.3] * 3, [0.3] * 3))
     assert got.period == pytest.approx(3 + 2 * 0.3 * 3 / 4)
     assert (got.first, got.last, got.reason) == (1, 4, "the messages between stages 1 to 4")
 
@@ -88,32 +86,34 @@ def test_a_link_that_is_slower_than_all_stages() -> None:
     for at, what in enumerate(("activations", "gradients")):
         links = [[0.0, 0.0], [0.0, 0.0]]
         links[at][1] = 9.0
-        got = predict([1.0] * 3, [1.0] * 3, *links)
+        work = Work([1.0] * 3, [1.0] * 3, *links)
+        got = steady_state(work)
         assert (got.period, got.reason) == (9.0, f"the {what} between stages 2 and 3")
-        assert settled([1.0] * 3, [1.0] * 3, *links) == pytest.approx(9.0)
+        assert settled(work) == pytest.approx(9.0)
 
 
-def draw(seed: int) -> tuple[list[float], list[float], list[float], list[float]]:
+def draw(seed: int) -> Work:
     generator = random.Random(seed)
     num_stages = generator.randint(1, 6)
     longest = generator.choice([0.0, 0.2, 2.0, 10.0])
     work = [[generator.uniform(0.1, 2.0) for _ in range(num_stages)] for _ in range(2)]
     links = [[generator.uniform(0.0, longest) for _ in range(num_stages - 1)] for _ in range(2)]
-    return work[0], work[1], links[0], links[1]
+    return Work(*work, *links)
 
 
 @pytest.mark.parametrize("seed", range(40))
 def test_the_closed_form_is_what_the_simulation_settles_into(seed: int) -> None:
-    times = draw(seed)
+    work = draw(seed)
     # Two circuits that are almost equally slow settle late: what is left of it falls with the number of batches.
-    assert predict(*times).period == pytest.approx(settled(*times, batches=1000), rel=0.01)
+    assert steady_state(work).period == pytest.approx(settled(work, batches=1000), rel=0.01)
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_every_stage_follows_its_program_and_waits_for_its_messages_alone(seed: int) -> None:
-    forward, backward, send, send_grad = draw(seed)
+    planned = draw(seed)
+    forward, backward, send, send_grad = planned
     num_stages, batches = len(forward), 9
-    events = simulate(forward, backward, send, send_grad, batches)
+    events = simulate(planned, batches)
     ended = {(event.stage, event.kind, event.batch): event.end for event in events}
     for stage in range(1, num_stages + 1):
         lag = num_stages - stage
@@ -139,13 +139,31 @@ def test_every_stage_follows_its_program_and_waits_for_its_messages_alone(seed: 
 
 
 BAD: dict[str, tuple[Callable[[], object], str]] = {
-    "no stage": (lambda: simulate([], [], [], [], 1), r"forward=\[\]: a schedule needs the seconds of 1 stage or more"),
-    "backward": (lambda: predict([1.0, 1.0], [1.0], [0.0], [0.0]), "backward has 1 entries, but 2 stages need 2"),
-    "send": (lambda: predict([1.0, 1.0], [1.0, 1.0], [], [0.0]), "send has 0 entries.*need 1: give one for each link"),
-    "negative": (lambda: simulate([1.0, -1.0], [1.0, 1.0], [0.0], [0.0], 1), "forward holds -1.0"),
-    "nan": (lambda: predict([1.0, 1.0], [1.0, 1.0], [float("nan")], [0.0]), "send holds nan: a time must be finite"),
-    "no batch": (lambda: simulate([1.0], [1.0], NONE, NONE, 0), "num_batches=0: a schedule needs 1 batch or more"),
-    "no time": (lambda: predict([0.0], [0.0], NONE, NONE), "No stage takes any time.*measure the stages first"),
+    "no stage": (
+        lambda: simulate(Work([], [], [], []), 1),
+        r"forward=\[\]: a schedule needs the seconds of 1 stage or more",
+    ),
+    "backward": (
+        lambda: steady_state(Work([1.0, 1.0], [1.0], [0.0], [0.0])),
+        "backward has 1 entries, but 2 stages need 2",
+    ),
+    "send": (
+        lambda: steady_state(Work([1.0, 1.0], [1.0, 1.0], [], [0.0])),
+        "send has 0 entries.*need 1: give one for each link",
+    ),
+    "negative": (lambda: simulate(Work([1.0, -1.0], [1.0, 1.0], [0.0], [0.0]), 1), "forward holds -1.0"),
+    "nan": (
+        lambda: steady_state(Work([1.0, 1.0], [1.0, 1.0], [float("nan")], [0.0])),
+        "send holds nan: a time must be finite",
+    ),
+    "no batch": (
+        lambda: simulate(Work([1.0], [1.0], NONE, NONE), 0),
+        "num_batches=0: a schedule needs 1 batch or more",
+    ),
+    "no time": (
+        lambda: steady_state(Work([0.0], [0.0], NONE, NONE)),
+        "No stage takes any time.*measure the stages first",
+    ),
 }
 
 

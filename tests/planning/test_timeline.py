@@ -1,4 +1,4 @@
-"""Tests of ``timeline.py``: what is in a picture is read back from its SVG form, where text stays text."""
+"""Tests of ``planning/timeline.py``: what is in a picture is read back from its SVG form, where text stays text."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 from matplotlib import pyplot
 
-from lightning_ddg.planning.simulate import predict, simulate
+from lightning_ddg.planning.simulate import Work, simulate, steady_state
 from lightning_ddg.planning.timeline import Panel, draw_timeline
 from lightning_ddg.planning.units import show_ms
 
-TIMES = [0.010, 0.010], [0.020, 0.020], [0.0], [0.0]
+TIMES = Work([0.010, 0.010], [0.020, 0.020], [0.0], [0.0])
 
 
 def panel(title: str = "a schedule") -> Panel:
-    return Panel(title, simulate(*TIMES, 8), 2, predict(*TIMES).period)
+    return Panel(title, simulate(TIMES, 8), 2, steady_state(TIMES).period)
 
 
 def texts(path: Path) -> list[str]:

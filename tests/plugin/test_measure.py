@@ -1,4 +1,4 @@
-"""Tests of ``cutting.py``: who decides where the network is cut, and that measuring leaves no trace."""
+"""Tests of ``plugin/measure.py``: what the layers cost, and that measuring leaves no trace."""
 
 from __future__ import annotations
 
@@ -16,132 +16,23 @@ from lightning.pytorch.plugins.precision import Precision
 from torch import Tensor, nn
 
 from lightning_ddg.network.find import find_network
-from lightning_ddg.network.layers import Chain
-from lightning_ddg.network.profile import NotTheSame, Profile
+from lightning_ddg.network.profile import NotTheSame
 from lightning_ddg.plugin.data import SourceLoader
-from lightning_ddg.plugin.measure import Cut, Measured, copies_kept, decide_cut, measured_costs
+from lightning_ddg.plugin.measure import copies_kept, measured_costs
 from tests.networks import Classifier, loader, state_of
 
 CPU = torch.device("cpu")
-
-
-def chain(*widths: int) -> Chain:
-    """Layers ``net.0, net.1, ...``; a layer of width w has w parameters."""
-    return Chain([(f"net.{number}", nn.Linear(width, 1, bias=False)) for number, width in enumerate(widths)])
-
-
-def unmeasured() -> list[float] | None:
-    raise AssertionError("nothing need be measured")
-
-
-def decide(
-    layers: Chain,
-    num_stages: int,
-    split_points: list[str] | None = None,
-    recorded: list[str] | None = None,
-    balance: str = "parameters",
-    measure: Callable[[], list[float] | None] = unmeasured,
-) -> Cut:
-    return decide_cut(layers, num_stages, split_points, recorded, balance, measure)
-
-
-def test_the_user_comes_first_then_an_earlier_run_then_the_balance() -> None:
-    layers = chain(1, 1, 1, 9)
-    assert decide(layers, 2, ["net.1"], ["net.2"], "time").starts == [1]
-    assert decide(layers, 2, None, ["net.2"], "time").starts == [2]
-    assert decide(layers, 2).starts == [3]
-    measured = decide(layers, 2, balance="time", measure=lambda: [5.0, 1.0, 1.0, 1.0])
-    assert (measured.starts, measured.unit, measured.costs) == ([1], "measured time", [5.0, 1.0, 1.0, 1.0])
-    assert decide(layers, 2, balance="flops", measure=lambda: [1.0, 5.0, 1.0, 5.0]).unit == "FLOPs"
-
-
-def test_without_a_measure_the_parameters_decide() -> None:
-    cut = decide(chain(1, 1, 1, 9), 2, balance="time", measure=lambda: None)
-    assert (cut.starts, cut.unit, cut.costs) == ([3], "parameters", [1.0, 1.0, 1.0, 9.0])
-
-
-@pytest.mark.parametrize("recorded", [["net.1", "net.2"], [], ["other.1"]])
-def test_an_earlier_cut_of_another_network_is_ignored(recorded: list[str]) -> None:
-    assert decide(chain(1, 1, 1, 9), 2, recorded=recorded).starts == [3]
-
-
-@pytest.mark.parametrize("recorded", [["net.0", "net.2"], ["net.3", "net.1"], ["net.1", "net.1"]])
-def test_an_earlier_cut_that_is_none_of_this_network_is_ignored(recorded: list[str]) -> None:
-    """The layers have been put in another order since."""
-    assert decide(chain(1, 1, 1, 9), 3, recorded=recorded).starts == decide(chain(1, 1, 1, 9), 3).starts
-
-
-def test_an_earlier_cut_through_what_is_tied_now_is_ignored() -> None:
-    layers = chain(1, 1, 1, 9)
-    layers.layers[1].weight = layers.layers[2].weight
-    assert decide(layers, 2, recorded=["net.2"]).starts == [3]
-
-
-def test_a_cut_of_the_users_that_is_none_is_refused() -> None:
-    layers = chain(1, 1, 1, 9)
-    with pytest.raises(ValueError, match="'net.9' names no layer"):
-        decide(layers, 2, ["net.9"])
-    layers.layers[1].weight = layers.layers[2].weight
-    with pytest.raises(ValueError, match="is used by 'net.1' and by 'net.2'"):
-        decide(layers, 2, ["net.2"])
-
-
-def measured_layers() -> Measured:
-    """Four layers that are equal but for the memory of the last."""
-    return Measured(Profile([1.0] * 4, [1.0] * 4, [0] * 4, [0] * 4, [0] * 4, [10, 10, 10, 40]), 0.0, 0)
-
-
-@pytest.mark.parametrize(
-    ("max_memory", "starts"),
-    [
-        (None, [1]),
-        (140, [1]),  # The second stage: weights and gradients of 60 bytes, and no copy of the weights.
-        (119, [2]),
-    ],
-)
-def test_an_earlier_cut_is_used_again_if_it_keeps_the_limit(max_memory: int | None, starts: list[int]) -> None:
-    cut = decide_cut(chain(1, 1, 1, 1), 2, None, ["net.1"], "time", measured_layers, max_memory)
-    assert cut.starts == starts
-    assert (cut.measured is None) == (max_memory is None)
-
-
-def test_an_earlier_cut_through_a_tie_is_not_used_again_for_keeping_the_limit() -> None:
-    layers = chain(1, 1, 1, 1)
-    layers.layers[0].weight = layers.layers[1].weight
-    assert decide_cut(layers, 2, None, ["net.1"], "time", measured_layers, 140).starts == [2]
-
-
-def test_a_limit_that_nothing_is_known_of_is_refused() -> None:
-    with pytest.raises(ValueError, match="max_memory=100 bytes cannot be kept, as the layers could not be measured"):
-        decide_cut(chain(1, 1), 2, None, None, "time", lambda: None, 100)
-
-
-def test_too_many_stages_are_refused_before_anything_is_measured() -> None:
-    with pytest.raises(ValueError, match="num_stages=3, but the network has 2 layers"):
-        decide(chain(1, 1), 3, balance="time")
-
-
-def test_what_a_cut_says_of_itself() -> None:
-    layers = chain(1, 2, 3, 4)
-    cut = Cut(layers, [1, 3], [1.0, 2.0, 3.0, 4.0], "parameters")
-    assert cut.bounds == [0, 1, 3, 4]
-    assert cut.split_points == ["net.1", "net.3"]
-    assert [list(cut.layers_of(stage)) for stage in (1, 2, 3)] == [
-        layers.layers[:1],
-        layers.layers[1:3],
-        layers.layers[3:],
-    ]
-    assert [sum(p.numel() for p in segment.parameters()) for segment in cut.segments()] == [1, 5, 4]
-
-
-# ---- measuring
 
 
 def measure(
     module: LightningModule, loaders: Any, balance: str = "time", device: torch.device = CPU
 ) -> list[float] | None:
     costs = measured_costs(module, find_network(module), loaders, balance, Precision(), device)
-    return costs.seconds if isinstance(costs, Profile) else costs
+    if costs.unit == "parameters":
+        return None
+    assert costs.unit == {"time": "measured time", "flops": "FLOPs"}[balance]
+    assert (costs.model is None) == (balance == "flops")
+    return costs.of_layers
 
 
 class Touching(Classifier):
