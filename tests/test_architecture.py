@@ -30,8 +30,6 @@ MAY_IMPORT = {
 }
 OWED: dict[str, set[str]] = {
     "arrows": {
-        "core.pipeline -> comm.mailbox",
-        "core.pipeline -> comm.wire",
         "core.pipeline -> plugin.redirection",
         "planning.plan -> plugin.measure",
         "planning.rebalance -> observe.metrics",

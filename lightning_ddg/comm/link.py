@@ -10,13 +10,15 @@ from statistics import median
 
 import torch
 
-from lightning_ddg.comm.mailbox import Kind, Transport
+from lightning_ddg.comm.mailbox import GroupMailbox
+from lightning_ddg.core.execution import Channel
 
+PROBE = Channel("probe")
 _BYTES = 4 << 20
 _ROUNDS = 5
 
 
-def measure_link(transport: Transport, peer: int, device: torch.device, *, first: bool) -> float:
+def measure_link(transport: GroupMailbox, peer: int, device: torch.device, *, first: bool) -> float:
     """Send a tensor of 4 MiB to a peer and back, a few times; both ranks call it at the same time.
 
     Args:
@@ -33,10 +35,10 @@ def measure_link(transport: Transport, peer: int, device: torch.device, *, first
     for _ in range(1 + _ROUNDS):
         start = time.perf_counter()
         if first:
-            transport.send(peer, Kind.PROBE, message)
-        transport.take(peer, Kind.PROBE)
+            transport.send(peer, PROBE, message)
+        transport.take(peer, PROBE)
         if not first:
-            transport.send(peer, Kind.PROBE, message)
+            transport.send(peer, PROBE, message)
         # What has been taken may still be on its way to the device.
         if device.type == "cuda":
             torch.cuda.synchronize(device)

@@ -1,7 +1,7 @@
 """Messages between ranks over ``torch.distributed``: sends never block, receives are posted ahead, failures spread.
 
-One thread per peer receives whatever that peer sends and files it by kind; the training thread takes from those queues.
-What is sent when is decided in :mod:`~lightning_ddg.plugin.strategy`; only the way it travels may be changed here.
+One thread per peer receives whatever that peer sends and files it by channel; the training thread takes from those
+queues.
 
 A message is a header, then its description (only the first time it is seen on this connection), then the bytes of its
 tensors; what is small travels in the header itself. gloo checks neither length nor dtype, and aborts the process on a
@@ -13,11 +13,10 @@ from __future__ import annotations
 import struct
 import threading
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import timedelta
-from enum import IntEnum
 from queue import SimpleQueue
 from typing import Any, cast
 
@@ -26,10 +25,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_ddg.comm.wire import Description, Packed, as_bytes, describe, pack, unpack
+from lightning_ddg.core.execution import Channel, Observers
 from lightning_ddg.core.tensors import allocate, tensors_of
 
-# Kind, number of the description, length of the description if it follows, whether the content is in the header.
-_HEADER = struct.Struct("<4q")
+ERROR = Channel("error")
+BYE = Channel("bye")
+
+# The channel's name, number of the description, length of the description if it follows, flags.
+_HEADER = struct.Struct("<16s3q")
+_INLINE, _ON_HOST, _ENDS = 1, 2, 4
 _HEADER_BYTES = 4096
 _INLINE_BYTES = _HEADER_BYTES - _HEADER.size
 _MAX_CACHED_BYTES = 1 << 14
@@ -41,30 +45,12 @@ _GRACE = 3.0
 _FOREVER = timedelta(days=365)
 
 
-class Kind(IntEnum):
-    """What a message is for. Messages of one kind from one rank arrive in the order they were sent."""
-
-    FLAG = 1
-    BATCH = 2
-    ACTIVATION = 3
-    GRADIENT = 4
-    OUTPUT = 5
-    STATE = 6
-    EPOCH = 7
-    ERROR = 8
-    BYE = 9
-    METRICS = 10
-    NOTICE = 11
-    FIGURES = 12
-    PROBE = 13
-
-
 class PeerError(RuntimeError):
     """Another rank failed; the message says which one and how."""
 
 
-class Transport:
-    """Typed point-to-point messages between the ranks of one pipeline.
+class GroupMailbox:
+    """Messages between the ranks of one pipeline: a :class:`~lightning_ddg.core.execution.Mailbox` over a group.
 
     Args:
         group: A gloo group over the ranks, used by nothing else.
@@ -74,6 +60,7 @@ class Transport:
         names: A readable name of each rank, for error messages.
         edges: With CUDA and NCCL, a group of its own for each directed pair ``(source, destination)`` whose tensors go
             from device to device. Tensors of all other pairs go through the host.
+        observers: Are told of every wait for a message.
     """
 
     def __init__(
@@ -83,6 +70,7 @@ class Transport:
         timeout: timedelta,
         names: Sequence[str],
         edges: dict[tuple[int, int], dist.ProcessGroup] | None = None,
+        observers: Observers | None = None,
     ) -> None:
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
@@ -92,10 +80,11 @@ class Transport:
         self._timeout = timeout
         self._names = names
         self._edges = edges or {}
+        self._observers = observers or Observers()
         self._peers = [rank for rank in range(self.size) if rank != self.rank]
-        self._arrived: dict[tuple[int, Kind], deque[Any]] = {
-            (peer, kind): deque() for peer in self._peers for kind in Kind
-        }
+        # By peer and the channel's name; `_ending` has those of channels that end something.
+        self._arrived: defaultdict[tuple[int, str], deque[Any]] = defaultdict(deque)
+        self._ending: set[tuple[int, str]] = set()
         self._news = threading.Condition()
         self._known: dict[tuple[int, bytes], int] = {}
         self._closing = False
@@ -115,51 +104,53 @@ class Transport:
 
     # ---- sending
 
-    def send(self, peers: int | Iterable[int], kind: Kind, value: Any) -> None:
-        """Sends a nest of tensors and Python values without waiting for the receivers.
-
-        Tensors must not be modified afterwards, unless :meth:`flush` was called in between.
+    def send(
+        self, to: int | Iterable[int], channel: Channel, value: Any, *, snapshot: bool = False, payload: bool = True
+    ) -> None:
+        """Send a pytree of tensors and Python values without waiting for the receivers.
 
         Args:
-            peers: Destination rank or ranks.
-            kind: What the message is for.
-            value: Anything :func:`~lightning_ddg.comm.wire.pack` takes, or what it returned.
+            to: The receiver, or several.
+            channel: What it is for.
+            value: The value. Its tensors must not be modified afterwards, unless :meth:`flush` was called in between.
+            snapshot: Copy the tensors first, so that they may be modified while the message is on its way.
+            payload: ``False`` sends shapes and dtypes only: the receiver gets zeros.
 
         Raises:
             PeerError: If a rank has already failed.
         """
         self.raise_failure()
-        packed = value if isinstance(value, Packed) else pack(value)
-        for peer in (peers,) if isinstance(peers, int) else peers:
-            self._post(peer, kind, packed)
+        packed = pack(value, payload=payload, snapshot=snapshot)
+        for peer in (to,) if isinstance(to, int) else to:
+            self._post(peer, channel, packed)
 
-    def _post(self, peer: int, kind: Kind, packed: Packed) -> None:
+    def _post(self, peer: int, channel: Channel, packed: Packed) -> None:
         meta = packed.meta
         key = (peer, meta)
         spec = self._known.get(key, 0)
         new = spec == 0
-        # No two figures are the same: their descriptions would only take the places of others.
-        if new and kind is not Kind.FIGURES and len(meta) <= _MAX_CACHED_BYTES and len(self._known) < _MAX_CACHED:
+        if new and not channel.varied and len(meta) <= _MAX_CACHED_BYTES and len(self._known) < _MAX_CACHED:
             spec = self._known[key] = len(self._known) + 1
         header = bytearray(_HEADER_BYTES)
         payload = [as_bytes(tensor) for tensor in packed.payload if tensor.numel()]
         content = (len(meta) if new else 0) + sum(data.numel() for data in payload)
+        name, flags = channel.name.encode("ascii"), _ON_HOST * channel.on_host | _ENDS * channel.ends
         if content <= _INLINE_BYTES and not any(data.is_cuda for data in payload):
-            _HEADER.pack_into(header, 0, kind, spec, len(meta) if new else 0, 1)
+            _HEADER.pack_into(header, 0, name, spec, len(meta) if new else 0, flags | _INLINE)
             end = _HEADER.size
             for piece in (meta if new else b"", *(data.numpy().tobytes() for data in payload)):
                 header[end : end + len(piece)] = piece
                 end += len(piece)
             parts, payload = [torch.frombuffer(header, dtype=torch.uint8)], []
         else:
-            _HEADER.pack_into(header, 0, kind, spec, len(meta) if new else 0, 0)
+            _HEADER.pack_into(header, 0, name, spec, len(meta) if new else 0, flags)
             parts = [torch.frombuffer(header, dtype=torch.uint8)]
             if new:
                 parts.append(torch.frombuffer(bytearray(meta), dtype=torch.uint8))
         if self._staged is None:
             self._isend(peer, parts + payload)
         else:
-            self._isend_from_device(peer, parts, payload, self._edge(self.rank, peer, kind))
+            self._isend_from_device(peer, parts, payload, self._edge(self.rank, peer, channel.on_host))
 
     def _isend(self, peer: int, parts: list[Tensor]) -> None:
         try:
@@ -176,8 +167,8 @@ class Transport:
         sent, self._sent, self._sent_bytes = self._sent, [], 0
         self._leaving.put((sent, marker))
 
-    def _edge(self, source: int, destination: int, kind: int) -> dist.ProcessGroup | None:
-        return None if kind == Kind.STATE else self._edges.get((source, destination))
+    def _edge(self, source: int, destination: int, on_host: bool) -> dist.ProcessGroup | None:
+        return None if on_host else self._edges.get((source, destination))
 
     def _isend_from_device(
         self, peer: int, parts: list[Tensor], payload: list[Tensor], edge: dist.ProcessGroup | None
@@ -267,49 +258,61 @@ class Transport:
 
     # ---- receiving
 
-    def take(self, peer: int, kind: Kind) -> Any:
-        """Waits for the next message of a kind from a rank and returns its value.
+    def take(self, source: int, channel: Channel) -> Any:
+        """Wait for the next message of a channel from a rank, and return its value.
 
         Raises:
-            PeerError: If a rank has failed, or ``peer`` has already ended the epoch in which the message was due.
+            PeerError: If a rank has failed, or ``source`` has already ended the epoch in which the message was due.
             TimeoutError: If nothing came within the timeout.
         """
-        queue = self._arrived[peer, kind]
-        deadline = time.monotonic() + self._timeout.total_seconds()
-        with self._news:
-            while not queue:
-                self.raise_failure()
-                if kind is not Kind.EPOCH and self._arrived[peer, Kind.EPOCH]:
-                    raise PeerError(
-                        f"{self._names[self.rank]} waits for a message ({kind.name.lower()}) from {self._names[peer]},"
-                        " which has already ended the epoch: the ranks count different numbers of batches. Make the"
-                        " data loader's length, `limit_*_batches` and everything that stops an epoch the same on all"
-                        " ranks."
-                    )
-                if self._arrived[peer, Kind.BYE]:
-                    raise PeerError(
-                        f"{self._names[self.rank]} waits for a message ({kind.name.lower()}) from {self._names[peer]},"
-                        " which has finished: the ranks count different numbers of batches. Make the data loader yield"
-                        " as many batches as its length says."
-                    )
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    raise TimeoutError(
-                        f"{self._names[self.rank]} waited {self._timeout} for a message ({kind.name.lower()}) from"
-                        f" {self._names[peer]}. If a batch can really take that long, raise `timeout` of DDGStrategy."
-                    )
-                self._news.wait(left)
-            value, ready = queue.popleft()
+        self._observers.before_take(source, channel)
+        value, ready = self._wait_for(source, channel.name)
         if ready is not None:
             stream = torch.cuda.current_stream(self._device)
             stream.wait_event(ready)
             for tensor in _cuda_tensors(value):
                 tensor.record_stream(stream)
+        self._observers.after_take(source, channel)
         return value
 
-    def has(self, peer: int, kind: Kind) -> bool:
-        """Whether a message of a kind from a rank has arrived; what that rank sent before a message taken has."""
-        return bool(self._arrived[peer, kind])
+    def _wait_for(self, source: int, name: str) -> Any:
+        deadline = time.monotonic() + self._timeout.total_seconds()
+        with self._news:
+            queue = self._arrived[source, name]
+            while not queue:
+                self.raise_failure()
+                waits = f"{self._names[self.rank]} waits for a message ({name}) from {self._names[source]}, which has"
+                if ended := self._ended(source, name):
+                    raise PeerError(
+                        f"{waits} already ended the {ended}: the ranks count different numbers of batches. Make the"
+                        " data loader's length, `limit_*_batches` and everything that stops an epoch the same on all"
+                        " ranks."
+                    )
+                if self._arrived[source, BYE.name]:
+                    raise PeerError(
+                        f"{waits} finished: the ranks count different numbers of batches. Make the data loader yield"
+                        " as many batches as its length says."
+                    )
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise TimeoutError(
+                        f"{self._names[self.rank]} waited {self._timeout} for a message ({name}) from"
+                        f" {self._names[source]}. If a batch can really take that long, raise `timeout` of DDGStrategy."
+                    )
+                self._news.wait(left)
+            return queue.popleft()
+
+    def _ended(self, source: int, awaited: str) -> str | None:
+        """What the source has said to have ended, in a message that nobody has taken yet."""
+        names = (name for peer, name in self._ending if peer == source and name != awaited)
+        return next((name for name in names if self._arrived[source, name]), None)
+
+    def has(self, source: int, channel: Channel) -> bool:
+        """Return whether a message of a channel from a rank is there.
+
+        What that rank sent before a message that was taken always is.
+        """
+        return bool(self._arrived.get((source, channel.name)))
 
     def _receive_from(self, peer: int) -> None:
         self._enter_thread()
@@ -320,7 +323,8 @@ class Transport:
             while True:
                 self._irecv(header, peer)
                 head = header.numpy().data
-                kind, spec, meta_length, inline = _HEADER.unpack_from(head)
+                padded, spec, meta_length, flags = _HEADER.unpack_from(head)
+                key, inline = (peer, padded.rstrip(b"\0").decode("ascii")), flags & _INLINE
                 content = head[_HEADER.size :]
                 if meta_length:
                     if not inline:
@@ -335,13 +339,15 @@ class Transport:
                 if inline:
                     value, ready = self._read_inline(content[meta_length:], description), None
                 else:
-                    value, ready = self._receive_tensors(peer, kind, description, stream)
+                    value, ready = self._receive_tensors(peer, bool(flags & _ON_HOST), description, stream)
                 with self._news:
-                    if kind == Kind.ERROR and self.failure is None:
+                    if key[1] == ERROR.name and self.failure is None:
                         self.failure = value
-                    self._arrived[peer, Kind(kind)].append((value, ready))
+                    if flags & _ENDS:
+                        self._ending.add(key)
+                    self._arrived[key].append((value, ready))
                     self._news.notify_all()
-                if kind == Kind.BYE:
+                if key[1] == BYE.name:
                     return
         except Exception as error:  # noqa: BLE001 - whatever ends this thread must reach the training thread
             self._fail(peer, error)
@@ -359,14 +365,14 @@ class Transport:
                 content = content[size:]
         return unpack(description, tensors)
 
-    def _receive_tensors(self, peer: int, kind: int, description: Description, stream: Any) -> tuple[Any, Any]:
+    def _receive_tensors(self, peer: int, on_host: bool, description: Description, stream: Any) -> tuple[Any, Any]:
         if not description.payload:
             return self._read_inline(memoryview(b""), description), None
-        edge = self._edge(peer, self.rank, kind)
+        edge = self._edge(peer, self.rank, on_host)
         tensors, ready = [], None
         with _using(stream):
             for spec in description.specs:
-                stays = spec.on_cpu or kind == Kind.STATE
+                stays = spec.on_cpu or on_host
                 tensor = allocate(spec, "cpu" if stays else self._device)
                 tensors.append(tensor)
                 if not tensor.numel():
@@ -429,8 +435,8 @@ class Transport:
                 self.failure = f"This rank has failed: {reason}"
             self._closing = True
         for peer in self._peers:
-            self._post(peer, Kind.ERROR, pack(text))
-            self._post(peer, Kind.BYE, pack(None))
+            self._post(peer, ERROR, pack(text))
+            self._post(peer, BYE, pack(None))
         self._mark().wait(_GRACE)
         return text
 
@@ -441,10 +447,10 @@ class Transport:
         """
         if self.failure is None:
             for peer in self._peers:
-                self._post(peer, Kind.BYE, pack(None))
+                self._post(peer, BYE, pack(None))
         deadline = time.monotonic() + self._timeout.total_seconds()
         with self._news:
-            while self.failure is None and not all(self._arrived[peer, Kind.BYE] for peer in self._peers):
+            while self.failure is None and not all(self._arrived[peer, BYE.name] for peer in self._peers):
                 if not self._news.wait(max(0.0, deadline - time.monotonic())):
                     break
             self._closing = True

@@ -12,19 +12,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_ddg.comm.mailbox import Kind, Transport
+from lightning_ddg.comm.mailbox import GroupMailbox
+from lightning_ddg.core.execution import Channel
+
+STATE = Channel("state", on_host=True)
 
 
-def gather_to_rank_zero(transport: Transport, own: dict[Any, Any]) -> list[dict[Any, Any]]:
+def gather_to_rank_zero(transport: GroupMailbox, own: dict[Any, Any]) -> list[dict[Any, Any]]:
     """What the other ranks have, on rank 0; an empty list on all others."""
     if transport.rank == 0:
-        return [transport.take(rank, Kind.STATE) for rank in range(1, transport.size)]
-    transport.send(0, Kind.STATE, own)
+        return [transport.take(rank, STATE) for rank in range(1, transport.size)]
+    transport.send(0, STATE, own)
     transport.flush()
     return []
 
 
-def share_with_all(transport: Transport, module: nn.Module, names: Collection[str], sources: Collection[int]) -> None:
+def share_with_all(
+    transport: GroupMailbox, module: nn.Module, names: Collection[str], sources: Collection[int]
+) -> None:
     """Gives every rank the parameters and buffers of ``module`` that others have.
 
     Args:
@@ -37,11 +42,11 @@ def share_with_all(transport: Transport, module: nn.Module, names: Collection[st
     others = [rank for rank in range(transport.size) if rank != transport.rank]
     if transport.rank in sources:
         own = {name: named[name].detach() for name in names if name in named}
-        transport.send(others, Kind.STATE, own)
+        transport.send(others, STATE, own)
         transport.flush()
     for rank in others:
         if rank in sources:
-            _assign(named, transport.take(rank, Kind.STATE))
+            _assign(named, transport.take(rank, STATE))
 
 
 def _assign(named: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:

@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_ddg.comm.mailbox import Kind, Transport
-from lightning_ddg.comm.wire import pack
+from lightning_ddg.core.execution import ACTIVATION, GRADIENT, OUTPUT, Channel, Mailbox
 from lightning_ddg.core.schedule import rank_of_stage
 from lightning_ddg.core.stage import Stage
 from lightning_ddg.core.staleness import shrunk
-from lightning_ddg.core.tensors import map_tensors, tensors_of
+from lightning_ddg.core.tensors import flatten, map_tensors, spec_of
 from lightning_ddg.plugin.redirection import StepDone
+
+NOTICE = Channel("notice")
 
 Seeded = Callable[[int], AbstractContextManager[None]]
 
@@ -45,7 +46,7 @@ class Pipeline:
         stage: Stage,
         number: int,
         num_stages: int,
-        transport: Transport,
+        transport: Mailbox,
         seeded: Seeded,
         shape_of_output: Callable[[Any], Any] | None = None,
         shrink: float = 1.0,
@@ -73,12 +74,12 @@ class Pipeline:
             StepDone: On a stage before the last, if the step has nothing more to do there.
         """
         if self._upstream is not None:
-            args, kwargs = (self.transport.take(self._upstream, Kind.ACTIVATION),), {}
+            args, kwargs = (self.transport.take(self._upstream, ACTIVATION),), {}
         with self._seeded(self.number):
             output = self.stage.forward(*args, received=self._upstream is not None, **kwargs)
         if self._downstream is None:
             return output
-        self.transport.send(self._downstream, Kind.ACTIVATION, output)
+        self.transport.send(self._downstream, ACTIVATION, output)
         if self._shape_of_output is None:
             raise StepDone
         return self._shape_of_output(output)
@@ -86,15 +87,15 @@ class Pipeline:
     def evaluate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Forward with today's weights; returns the network's output, on every rank."""
         if self._upstream is not None:
-            args, kwargs = (self.transport.take(self._upstream, Kind.ACTIVATION),), {}
+            args, kwargs = (self.transport.take(self._upstream, ACTIVATION),), {}
         with self._seeded(self.number), torch.no_grad():
             output = self.stage.module(*args, **kwargs)
         if self._downstream is not None:
-            self.transport.send(self._downstream, Kind.ACTIVATION, output)
-            return self.transport.take(rank_of_stage(self.num_stages, self.num_stages), Kind.OUTPUT)
+            self.transport.send(self._downstream, ACTIVATION, output)
+            return self.transport.take(rank_of_stage(self.num_stages, self.num_stages), OUTPUT)
         # A snapshot: the step may change the output in place while it is still on its way.
         others = [rank_of_stage(number, self.num_stages) for number in range(1, self.num_stages)]
-        self.transport.send(others, Kind.OUTPUT, pack(output, snapshot=True))
+        self.transport.send(others, OUTPUT, output, snapshot=True)
         return output
 
     def backward(self, run: Callable[[], object]) -> None:
@@ -150,7 +151,7 @@ class Pipeline:
         self._pending = False
         for _ in range(len(self.stage)):
             if self._downstream is not None:
-                self.transport.take(self._downstream, Kind.GRADIENT)
+                self.transport.take(self._downstream, GRADIENT)
             self._send_gradients([])
         self.stage.clear()
 
@@ -160,35 +161,32 @@ class Pipeline:
         It travels from stage to stage with the gradients, so that nobody waits for it.
         """
         if self._upstream is not None:
-            self.transport.send(self._upstream, Kind.NOTICE, notice)
+            self.transport.send(self._upstream, NOTICE, notice)
 
     def ask(self, names: list[str]) -> None:
         """On another stage than the last: asks rank 0 for a decision."""
-        self.transport.send(rank_of_stage(self.num_stages, self.num_stages), Kind.NOTICE, names)
+        self.transport.send(rank_of_stage(self.num_stages, self.num_stages), NOTICE, names)
 
     def asked(self) -> list[str]:
         """On the last stage: what others have asked for since it was last called."""
         others = [rank_of_stage(number, self.num_stages) for number in range(1, self.num_stages)]
         return [
-            name
-            for peer in others
-            if self.transport.has(peer, Kind.NOTICE)
-            for name in self.transport.take(peer, Kind.NOTICE)
+            name for peer in others if self.transport.has(peer, NOTICE) for name in self.transport.take(peer, NOTICE)
         ]
 
     def _backward_of_oldest(self) -> None:
         assert self._downstream is not None
         self._pending = True
-        grads = self.transport.take(self._downstream, Kind.GRADIENT)
-        while self.transport.has(self._downstream, Kind.NOTICE):
-            notice = self.transport.take(self._downstream, Kind.NOTICE)
+        grads = self.transport.take(self._downstream, GRADIENT)
+        while self.transport.has(self._downstream, NOTICE):
+            notice = self.transport.take(self._downstream, NOTICE)
             self.notices.append(notice)
             self.announce(notice)
         self._send_gradients(self.stage.backward(grads))
 
     def _send_gradients(self, grads: list[Tensor | None]) -> None:
         if self._upstream is not None:
-            self.transport.send(self._upstream, Kind.GRADIENT, shrunk(grads, self._shrink))
+            self.transport.send(self._upstream, GRADIENT, shrunk(grads, self._shrink))
 
 
 def placeholder_maker(rest: nn.Module) -> Callable[[Any], Any]:
@@ -200,12 +198,13 @@ def placeholder_maker(rest: nn.Module) -> Callable[[Any], Any]:
         rest: The layers after this stage. They are copied without their values.
     """
     copies: list[nn.Module] = []
-    known: dict[bytes, Any] = {}
+    known: dict[Any, Any] = {}
 
     def make(output: Any) -> Any:
-        key = pack(output, payload=False).meta
+        structure, tensors = flatten(output)
+        key = (structure, tuple(map(spec_of, tensors)))
         if key not in known:
-            device = next((tensor.device for tensor in tensors_of(output)), torch.device("cpu"))
+            device = next((tensor.device for tensor in tensors), torch.device("cpu"))
             try:
                 if not copies:
                     copies.append(_copy_on_meta(rest))

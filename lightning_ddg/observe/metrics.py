@@ -11,27 +11,26 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple, dataclass, field
 from math import isfinite
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_ddg.comm.mailbox import Kind, Transport
+from lightning_ddg.comm.mailbox import GroupMailbox
 from lightning_ddg.core.delay_line import DelayLine
+from lightning_ddg.core.execution import ACTIVATION, GRADIENT, Channel
 from lightning_ddg.core.pipeline import Pipeline
 from lightning_ddg.core.stage import Stage
 from lightning_ddg.core.staged import Lockstep
+from lightning_ddg.plugin.data import BATCH, FLAG
 
 Undo = Callable[[], None]
 
+FIGURES = Channel("figures", varied=True)
+
 # What a message makes a stage wait for. The batch, or that there is one, comes from the first stage like activations.
-_SIDES: dict[Kind, Literal["activations", "gradients"]] = {
-    Kind.ACTIVATION: "activations",
-    Kind.BATCH: "activations",
-    Kind.FLAG: "activations",
-    Kind.GRADIENT: "gradients",
-}
+_SIDES = {ACTIVATION: "activations", BATCH: "activations", FLAG: "activations", GRADIENT: "gradients"}
 
 
 # ---- mathematics
@@ -261,7 +260,7 @@ class Gauge:
     def __init__(
         self,
         execution: Pipeline | DelayLine | Lockstep,
-        transport: Transport | None,
+        transport: GroupMailbox | None,
         optimizers: Sequence[Optimizer],
         device: torch.device,
         every: int,
@@ -369,13 +368,13 @@ class Gauge:
 
     # ---- between the execution and its callers
 
-    def _timed(self, take: Callable[[int, Kind], Any]) -> Callable[[int, Kind], Any]:
-        def timed(peer: int, kind: Kind) -> Any:
-            side = _SIDES.get(kind)
+    def _timed(self, take: Callable[[int, Channel], Any]) -> Callable[[int, Channel], Any]:
+        def timed(peer: int, channel: Channel) -> Any:
+            side = _SIDES.get(channel)
             if side is None or self._mark is None:
-                return take(peer, kind)
+                return take(peer, channel)
             start = self._clock.mark()
-            value = take(peer, kind)
+            value = take(peer, channel)
             getattr(self._window, side).append((start, self._clock.mark()))
             return value
 

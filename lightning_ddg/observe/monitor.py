@@ -23,11 +23,11 @@ from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 from rich.table import Table
 
-from lightning_ddg.comm.mailbox import Kind
 from lightning_ddg.comm.sharing import gather_to_rank_zero
+from lightning_ddg.core.execution import GRADIENT, Channel
 from lightning_ddg.core.pipeline import Pipeline
 from lightning_ddg.core.staged import Lockstep
-from lightning_ddg.observe.metrics import Gauge, Reading, Tally, replaced
+from lightning_ddg.observe.metrics import FIGURES, Gauge, Reading, Tally, replaced
 from lightning_ddg.planning.plan import work_of
 from lightning_ddg.planning.rebalance import idle_warning
 from lightning_ddg.planning.simulate import Event, Work, predict, simulate
@@ -37,7 +37,7 @@ from lightning_ddg.plugin import compat
 from lightning_ddg.plugin.strategy import DDGStrategy
 
 if TYPE_CHECKING:
-    from lightning_ddg.comm.mailbox import Transport
+    from lightning_ddg.comm.mailbox import GroupMailbox
     from lightning_ddg.core.delay_line import DelayLine
 
 _FILE = "ddg_timeline.png"
@@ -246,11 +246,11 @@ class DDGMonitor(Callback):
         transport = strategy._transport
         if transport is not None and not strategy.is_global_zero:
             if readings:
-                transport.send(0, Kind.FIGURES, [(*it[:3], *astuple(it.tally)) for it in readings])
+                transport.send(0, FIGURES, [(*it[:3], *astuple(it.tally)) for it in readings])
             return
         for peer in () if transport is None else range(1, transport.size):
-            while transport is not None and transport.has(peer, Kind.FIGURES):
-                arrived = transport.take(peer, Kind.FIGURES)
+            while transport is not None and transport.has(peer, FIGURES):
+                arrived = transport.take(peer, FIGURES)
                 readings += [Reading(stage, batch, step, Tally(*sums)) for stage, batch, step, *sums in arrived]
         for reading in readings:
             self._totals[reading.stage] = self._totals.get(reading.stage, Tally()) + reading.tally
@@ -461,7 +461,7 @@ class _Recorder:
         self._delay = delay
         self._device = device
 
-    def attach(self, execution: Pipeline | DelayLine | Lockstep, transport: Transport | None) -> Callable[[], None]:
+    def attach(self, execution: Pipeline | DelayLine | Lockstep, transport: GroupMailbox | None) -> Callable[[], None]:
         """Stands between an execution and its callers; returns the function that steps aside again."""
         run_backward = execution.backward
 
@@ -497,11 +497,11 @@ class _Recorder:
 
         return timed
 
-    def _waiting(self, take: Callable[[int, Kind], Any]) -> Callable[[int, Kind], Any]:
-        def timed(peer: int, kind: Kind) -> Any:
+    def _waiting(self, take: Callable[[int, Channel], Any]) -> Callable[[int, Channel], Any]:
+        def timed(peer: int, channel: Channel) -> Any:
             start = self._now()
-            value = take(peer, kind)
-            batch = self.batch - self._delay if kind is Kind.GRADIENT else self.batch
+            value = take(peer, channel)
+            batch = self.batch - self._delay if channel is GRADIENT else self.batch
             self.events.append(Event(self.stage, "idle", batch, start, self._now()))
             return value
 

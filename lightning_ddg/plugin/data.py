@@ -10,6 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from lightning_ddg.core.execution import Channel
+
+FLAG = Channel("flag")
+BATCH = Channel("batch")
+
 
 class RemoteBatch:
     """Stands for a batch that another rank reads; the strategy exchanges it for the received one."""

@@ -26,10 +26,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.optim import Optimizer
 
 from lightning_ddg.comm.link import measure_link
-from lightning_ddg.comm.mailbox import Kind, PeerError, Transport
+from lightning_ddg.comm.mailbox import GroupMailbox, PeerError
 from lightning_ddg.comm.sharing import gather_to_rank_zero, share_with_all
-from lightning_ddg.comm.wire import pack
 from lightning_ddg.core.delay_line import DelayLine
+from lightning_ddg.core.execution import Channel
 from lightning_ddg.core.pipeline import Pipeline, or_end_step, placeholder_maker
 from lightning_ddg.core.rng import seed_of, seeded
 from lightning_ddg.core.schedule import delay, rank_of_stage, stage_of_rank
@@ -59,7 +59,7 @@ from lightning_ddg.plugin.checkpoint import (
     stage_optimizer_state,
 )
 from lightning_ddg.plugin.compiling import compile_stage
-from lightning_ddg.plugin.data import RemoteLoader, SourceLoader
+from lightning_ddg.plugin.data import BATCH, FLAG, RemoteLoader, SourceLoader
 from lightning_ddg.plugin.decisions import Decisions
 from lightning_ddg.plugin.measure import Cut, Measured, copies_kept, decide_cut, first_call, measured_costs
 from lightning_ddg.plugin.redirection import Seam, StepDone
@@ -95,6 +95,9 @@ from lightning_ddg.plugin.stale_copies import Followers
 
 _T = TypeVar("_T")
 Execution = Pipeline | DelayLine | Lockstep
+
+EPOCH = Channel("epoch", ends=True)
+METRICS = Channel("metrics")
 
 _STRATEGIES = {
     "ddg": ("popen", "Decoupled parallel backpropagation, one process per stage started as scripts"),
@@ -204,7 +207,7 @@ class DDGStrategy(ParallelStrategy):
     def _begin(self) -> None:
         """The state of one run, from `setup_environment` to `teardown`; what is set elsewhere outlives it."""
         self._undo = ExitStack()
-        self._transport: Transport | None = None
+        self._transport: GroupMailbox | None = None
         self._network: Network | None = None
         self._execution: Execution | None = None
         self._seam: Seam | None = None
@@ -415,7 +418,7 @@ class DDGStrategy(ParallelStrategy):
             DDGStrategy._mesh = (dist.group.WORLD, mesh)
         return DDGStrategy._mesh[1]
 
-    def _connect_ranks(self) -> Transport:
+    def _connect_ranks(self) -> GroupMailbox:
         def connect(those: list[int], backend: str) -> dist.ProcessGroup:
             return cast(dist.ProcessGroup, dist.new_group(those, timeout=self._group_timeout, backend=backend))
 
@@ -427,7 +430,7 @@ class DDGStrategy(ParallelStrategy):
             for edge in dict.fromkeys([*neighbours, (ranks[-1], ranks[0])]):
                 edges[edge] = connect(sorted(edge), "nccl")
         names = [f"Rank {rank} (stage {stage_of_rank(rank, self.num_stages)})" for rank in ranks]
-        return Transport(group, self.root_device, self._timeout, names, edges)
+        return GroupMailbox(group, self.root_device, self._timeout, names, edges)
 
     @property
     def _group_timeout(self) -> timedelta:
@@ -729,8 +732,8 @@ class DDGStrategy(ParallelStrategy):
         transport = self._transport
         check_sampler(dataloader)
         if not self._reads:
-            length = transport.take(self._reading_rank, Kind.FLAG)
-            return RemoteLoader(dataloader, length, lambda: bool(transport.take(self._reading_rank, Kind.FLAG)))
+            length = transport.take(self._reading_rank, FLAG)
+            return RemoteLoader(dataloader, length, lambda: bool(transport.take(self._reading_rank, FLAG)))
         compat.seed_workers_as_one_device(dataloader)
         try:
             length = len(dataloader)  # type: ignore[arg-type]
@@ -738,9 +741,9 @@ class DDGStrategy(ParallelStrategy):
             length = None
 
         def announce(more: bool) -> None:
-            transport.send(self._others, Kind.FLAG, more)
+            transport.send(self._others, FLAG, more)
 
-        transport.send(self._others, Kind.FLAG, length)
+        transport.send(self._others, FLAG, length)
         return SourceLoader(dataloader, announce if length is None else None)
 
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
@@ -755,14 +758,14 @@ class DDGStrategy(ParallelStrategy):
         if self._reads:
             batch = super().batch_to_device(batch, device, dataloader_idx)
             # A snapshot: the user's step may change the batch in place while it is still on its way.
-            self._transport.send([0] if training else self._others, Kind.BATCH, pack(batch, snapshot=True))
+            self._transport.send([0] if training else self._others, BATCH, batch, snapshot=True)
         elif training and not self.is_global_zero:
-            batch = self._transport.take(self.global_rank + 1, Kind.BATCH)
+            batch = self._transport.take(self.global_rank + 1, BATCH)
         else:
-            return self._transport.take(self._reading_rank, Kind.BATCH)
+            return self._transport.take(self._reading_rank, BATCH)
         if training and self.global_rank > 1:
             # Middle stages hand its shapes on, so that the reading rank need not write to all of them.
-            self._transport.send(self.global_rank - 1, Kind.BATCH, pack(batch, payload=False))
+            self._transport.send(self.global_rank - 1, BATCH, batch, payload=False)
         return batch
 
     def _predicted_batch(self, loader: SourceLoader | RemoteLoader, batch: Any, device: torch.device | None) -> Any:
@@ -770,9 +773,9 @@ class DDGStrategy(ParallelStrategy):
         assert self._transport is not None
         if isinstance(loader, SourceLoader):
             batch = super().batch_to_device(batch, device)
-            self._transport.send(self._others, Kind.BATCH, pack((batch, loader.new_indices()), snapshot=True))
+            self._transport.send(self._others, BATCH, (batch, loader.new_indices()), snapshot=True)
         else:
-            batch, indices = self._transport.take(self._reading_rank, Kind.BATCH)
+            batch, indices = self._transport.take(self._reading_rank, BATCH)
             loader.add_indices(indices)
         return batch
 
@@ -940,9 +943,9 @@ class DDGStrategy(ParallelStrategy):
             return
         if self._followers is not None:
             self._followers.mark(look=True)
-        self._transport.send(self._others, Kind.EPOCH, None)
+        self._transport.send(self._others, EPOCH, None)
         for rank in self._others:
-            self._transport.take(rank, Kind.EPOCH)
+            self._transport.take(rank, EPOCH)
         self._follow_rank_zero(trainer)
 
     def before_batch_end_hooks(self, trainer: Trainer) -> None:
@@ -974,9 +977,9 @@ class DDGStrategy(ParallelStrategy):
         if self._transport is not None:
             if self.is_global_zero:
                 news = (dict(trainer.callback_metrics), wanted)
-                self._transport.send(self._others, Kind.METRICS, pack(news, snapshot=True))
+                self._transport.send(self._others, METRICS, news, snapshot=True)
             else:
-                metrics, wanted = self._transport.take(0, Kind.METRICS)
+                metrics, wanted = self._transport.take(0, METRICS)
                 trainer.callback_metrics.update(metrics)
         if meet:
             self._decisions.meet(wanted)

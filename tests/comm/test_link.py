@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from lightning_ddg.comm.link import measure_link
-from lightning_ddg.comm.mailbox import Transport
+from lightning_ddg.comm.mailbox import GroupMailbox
 from tests.harness import run_ranks
 
 
@@ -18,7 +18,7 @@ def measure() -> float:
     group = dist.new_group([0, 1], backend="gloo")
     assert group is not None
     rank = dist.get_rank()
-    transport = Transport(group, torch.device("cpu"), timedelta(seconds=60), ["Rank 0", "Rank 1"])
+    transport = GroupMailbox(group, torch.device("cpu"), timedelta(seconds=60), ["Rank 0", "Rank 1"])
     try:
         return measure_link(transport, 1 - rank, torch.device("cpu"), first=rank == 1)
     finally:

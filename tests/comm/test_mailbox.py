@@ -16,19 +16,23 @@ import torch
 import torch.distributed as dist
 from torch.nn.utils.rnn import pack_sequence
 
-from lightning_ddg.comm.mailbox import Kind, PeerError, Transport
-from lightning_ddg.comm.wire import pack
+from lightning_ddg.comm.mailbox import GroupMailbox, PeerError
+from lightning_ddg.comm.sharing import STATE
+from lightning_ddg.core.execution import ACTIVATION, GRADIENT, Channel
 from tests.harness import run_ranks, run_ranks_raw
 
+FLAG = Channel("flag")
+BATCH = Channel("batch")
+EPOCH = Channel("epoch", ends=True)
 LONG = timedelta(seconds=30)
 
 
-def connect(timeout: timedelta = LONG, group: dist.ProcessGroup | None = None, device: str = "cpu") -> Transport:
+def connect(timeout: timedelta = LONG, group: dist.ProcessGroup | None = None, device: str = "cpu") -> GroupMailbox:
     if not dist.is_initialized():
         dist.init_process_group("gloo", rank=int(os.environ["LOCAL_RANK"]), world_size=int(os.environ["WORLD_SIZE"]))
     chosen = group or cast(dist.ProcessGroup, dist.group.WORLD)
     names = [f"rank {rank} by name" for rank in range(dist.get_world_size())]
-    return Transport(chosen, torch.device(device), timeout, names)
+    return GroupMailbox(chosen, torch.device(device), timeout, names)
 
 
 def own_threads() -> list[str]:
@@ -40,7 +44,7 @@ def own_threads() -> list[str]:
 
 def interleaved_kinds() -> None:
     transport = connect()
-    kinds = [Kind.ACTIVATION, Kind.GRADIENT, Kind.FLAG]
+    kinds = [ACTIVATION, GRADIENT, FLAG]
     others = [rank for rank in range(transport.size) if rank != transport.rank]
     for number in range(20):
         for peer in others:
@@ -82,13 +86,13 @@ def several_receivers() -> None:
     transport = connect()
     if transport.rank == 0:
         for length in (3, 4000):
-            transport.send([1, 2], Kind.FLAG, torch.ones(length))
+            transport.send([1, 2], FLAG, torch.ones(length))
         value = torch.ones(4000)
-        transport.send([2, 1], Kind.BATCH, pack(value, snapshot=True))
+        transport.send([2, 1], BATCH, value, snapshot=True)
         value.zero_()
     else:
-        assert [len(transport.take(0, Kind.FLAG)) for _ in range(2)] == [3, 4000]
-        assert torch.equal(transport.take(0, Kind.BATCH), torch.ones(4000))
+        assert [len(transport.take(0, FLAG)) for _ in range(2)] == [3, 4000]
+        assert torch.equal(transport.take(0, BATCH), torch.ones(4000))
     transport.close()
 
 
@@ -100,9 +104,9 @@ def changing_messages() -> None:
     transport = connect()
     peer = 1 - transport.rank
     for number in range(120):
-        transport.send(peer, Kind.ACTIVATION, changing_message(number))
+        transport.send(peer, ACTIVATION, changing_message(number))
         if number >= 3:
-            assert same(transport.take(peer, Kind.ACTIVATION), changing_message(number - 3)), number
+            assert same(transport.take(peer, ACTIVATION), changing_message(number - 3)), number
     transport.close()
 
 
@@ -117,9 +121,9 @@ def large_messages_both_ways() -> None:
     transport = connect()
     peer = 1 - transport.rank
     for number in range(2):
-        transport.send(peer, Kind.ACTIVATION, torch.full((8_000_000,), float(number + transport.rank)))
+        transport.send(peer, ACTIVATION, torch.full((8_000_000,), float(number + transport.rank)))
     for number in range(2):
-        got = transport.take(peer, Kind.ACTIVATION)
+        got = transport.take(peer, ACTIVATION)
         assert got.shape == (8_000_000,)
         assert bool((got == number + peer).all())
     transport.close()
@@ -134,13 +138,13 @@ def send_without_a_taker() -> None:
     if transport.rank == 0:
         for number in range(30):
             # The tensor is freed at once, and its memory is very likely used by the next.
-            transport.send(1, Kind.ACTIVATION, torch.full((200_000,), float(number)))
+            transport.send(1, ACTIVATION, torch.full((200_000,), float(number)))
         # Rank 1 takes nothing before this: a send that waited for it would never come here.
-        transport.send(1, Kind.FLAG, None)
+        transport.send(1, FLAG, None)
     else:
-        transport.take(0, Kind.FLAG)
+        transport.take(0, FLAG)
         for number in range(30):
-            got = transport.take(0, Kind.ACTIVATION)
+            got = transport.take(0, ACTIVATION)
             assert bool((got == number).all()), number
     transport.close()
 
@@ -154,12 +158,12 @@ def flush_then_modify() -> None:
     if transport.rank == 0:
         tensor = torch.ones(4_000_000)
         for _ in range(3):
-            transport.send(1, Kind.STATE, tensor)
+            transport.send(1, STATE, tensor)
             transport.flush()
             tensor.add_(1)
     else:
         for number in range(3):
-            got = transport.take(0, Kind.STATE)
+            got = transport.take(0, STATE)
             assert bool((got == number + 1).all())
     transport.close()
 
@@ -173,11 +177,11 @@ def without_payload() -> None:
     if transport.rank == 0:
         for size in (3, 3000):
             for payload in (False, True, False):
-                transport.send(1, Kind.BATCH, pack((torch.ones(2, size), "name"), payload=payload))
+                transport.send(1, BATCH, (torch.ones(2, size), "name"), payload=payload)
     else:
         for size in (3, 3000):
             for expected in (0.0, 1.0, 0.0):
-                got, name = transport.take(0, Kind.BATCH)
+                got, name = transport.take(0, BATCH)
                 assert torch.equal(got, torch.full((2, size), expected))
                 assert name == "name"
     transport.close()
@@ -204,7 +208,7 @@ def count_parts() -> None:
 
         def sent(value: Any) -> int:
             before = len(parts)
-            transport.send(1, Kind.ACTIVATION, value)
+            transport.send(1, ACTIVATION, value)
             return len(parts) - before
 
         assert sent(torch.ones(5000)) == 3  # header, description, bytes
@@ -221,14 +225,14 @@ def count_parts() -> None:
         assert sent(torch.ones(5000)) == 2
         dist.isend = original
     else:
-        assert [transport.take(0, Kind.ACTIVATION).shape for _ in range(3)] == [(5000,), (5000,), (6000,)]
-        assert len(transport.take(0, Kind.ACTIVATION)) == 2
-        assert [len(transport.take(0, Kind.ACTIVATION)) for _ in range(2)] == [20_000] * 2
-        assert torch.equal(transport.take(0, Kind.ACTIVATION), torch.ones(5))
+        assert [transport.take(0, ACTIVATION).shape for _ in range(3)] == [(5000,), (5000,), (6000,)]
+        assert len(transport.take(0, ACTIVATION)) == 2
+        assert [len(transport.take(0, ACTIVATION)) for _ in range(2)] == [20_000] * 2
+        assert torch.equal(transport.take(0, ACTIVATION), torch.ones(5))
         for number in range(600):
-            assert transport.take(0, Kind.ACTIVATION) == f"text {number % 300}"
+            assert transport.take(0, ACTIVATION) == f"text {number % 300}"
         for length in (7000, 7000, 5000):
-            assert torch.equal(transport.take(0, Kind.ACTIVATION), torch.ones(length))
+            assert torch.equal(transport.take(0, ACTIVATION), torch.ones(length))
     transport.close()
 
 
@@ -245,11 +249,11 @@ def wait_too_long() -> str | None:
     message = None
     if long.rank == 0:
         with pytest.raises(TimeoutError) as caught:
-            short.take(1, Kind.GRADIENT)
+            short.take(1, GRADIENT)
         message = str(caught.value)
-        long.send(1, Kind.FLAG, None)
+        long.send(1, FLAG, None)
     else:
-        long.take(0, Kind.FLAG)
+        long.take(0, FLAG)
     long.close()
     return message
 
@@ -265,15 +269,15 @@ def die_or_wait() -> str:
     # All are connected before one of them dies.
     for peer in range(3):
         if peer != transport.rank:
-            transport.send(peer, Kind.FLAG, None)
+            transport.send(peer, FLAG, None)
     for peer in range(3):
         if peer != transport.rank:
-            transport.take(peer, Kind.FLAG)
+            transport.take(peer, FLAG)
     if transport.rank == 1:
         os._exit(3)
     with pytest.raises(PeerError) as caught:
         # Rank 2 waits for a rank that lives.
-        transport.take({0: 1, 2: 0}[transport.rank], Kind.ACTIVATION)
+        transport.take({0: 1, 2: 0}[transport.rank], ACTIVATION)
     return str(caught.value)
 
 
@@ -295,10 +299,10 @@ def abort_or_wait() -> list[str]:
         return []
     heard = []
     with pytest.raises(PeerError) as caught:
-        transport.take(2 - transport.rank, Kind.GRADIENT)
+        transport.take(2 - transport.rank, GRADIENT)
     heard.append(str(caught.value))
     with pytest.raises(PeerError) as caught:
-        transport.send(2 - transport.rank, Kind.FLAG, None)
+        transport.send(2 - transport.rank, FLAG, None)
     heard.append(str(caught.value))
     # Passes on what it knows; does not replace the first reason by its own.
     transport.abort("a consequence")
@@ -318,17 +322,17 @@ def end_the_epoch_early() -> str | None:
     transport = connect()
     message = None
     if transport.rank == 0:
-        transport.send(1, Kind.ACTIVATION, 5)
-        transport.send(1, Kind.EPOCH, None)
-        transport.take(1, Kind.FLAG)
+        transport.send(1, ACTIVATION, 5)
+        transport.send(1, EPOCH, None)
+        transport.take(1, FLAG)
     else:
         # What was sent before the end of the epoch still counts.
-        assert transport.take(0, Kind.ACTIVATION) == 5
+        assert transport.take(0, ACTIVATION) == 5
         with pytest.raises(PeerError) as caught:
-            transport.take(0, Kind.ACTIVATION)
+            transport.take(0, ACTIVATION)
         message = str(caught.value)
-        assert transport.take(0, Kind.EPOCH) is None
-        transport.send(0, Kind.FLAG, None)
+        assert transport.take(0, EPOCH) is None
+        transport.send(0, FLAG, None)
     transport.close()
     return message
 
@@ -345,7 +349,7 @@ def take_after_goodbye() -> str | None:
     name = None
     if long.rank == 1:
         try:
-            short.take(0, Kind.BATCH)
+            short.take(0, BATCH)
         except (PeerError, TimeoutError) as error:
             name = type(error).__name__
     short.close()
@@ -366,14 +370,14 @@ def keep_places() -> None:
     sequence = pack_sequence([torch.ones(3, 2), torch.ones(2, 2)])
     large = torch.ones(3000)
     if transport.rank == 0:
-        transport.send(1, Kind.BATCH, {"sequence": sequence, "lengths": torch.tensor([3, 2]), "large": large})
-        transport.send(1, Kind.BATCH, pack([torch.empty(2, device="meta"), torch.ones(2)], payload=False))
+        transport.send(1, BATCH, {"sequence": sequence, "lengths": torch.tensor([3, 2]), "large": large})
+        transport.send(1, BATCH, [torch.empty(2, device="meta"), torch.ones(2)], payload=False)
     else:
-        batch = transport.take(0, Kind.BATCH)
+        batch = transport.take(0, BATCH)
         places = {batch[key].device.type for key in ("lengths", "large")} | {batch["sequence"].batch_sizes.device.type}
         assert places == {"cpu"}
         assert torch.equal(batch["large"], large)
-        shapes = transport.take(0, Kind.BATCH)
+        shapes = transport.take(0, BATCH)
         assert [tensor.device.type for tensor in shapes] == ["meta", "cpu"]
         assert shapes[1].tolist() == [0.0, 0.0]
     transport.close()
@@ -410,12 +414,12 @@ def abort_with_a_broken_device(how: str) -> str | None:
             assert transport._staged is not None
             transport._staged.put((event, 0, [torch.ones(1)]))
             with pytest.raises(PeerError) as caught:
-                transport.take(0, Kind.FLAG)
+                transport.take(0, FLAG)
             message = str(caught.value)
             transport.abort(message)
         else:
             with pytest.raises(PeerError) as caught:
-                transport.take(1, Kind.FLAG)
+                transport.take(1, FLAG)
             message = str(caught.value)
         transport.close()
     return message
@@ -439,15 +443,15 @@ def close_at_different_times() -> None:
     assert own_threads()
     if transport.rank == 0:
         # Rank 0 hears from both before it closes: the others are already in `close` then.
-        transport.send(1, Kind.STATE, torch.ones(3_000_000))
-        assert transport.take(1, Kind.FLAG) == 1
-        assert transport.take(2, Kind.FLAG) == 2
+        transport.send(1, STATE, torch.ones(3_000_000))
+        assert transport.take(1, FLAG) == 1
+        assert transport.take(2, FLAG) == 2
     else:
-        transport.send(0, Kind.FLAG, transport.rank)
+        transport.send(0, FLAG, transport.rank)
     transport.close()
     if transport.rank == 1:
         # It came before the goodbye, so it is still there.
-        assert transport.take(0, Kind.STATE).sum() == 3_000_000
+        assert transport.take(0, STATE).sum() == 3_000_000
     assert own_threads() == []
     assert transport.failure is None
 
@@ -460,8 +464,8 @@ def connect_twice() -> int:
     for number in range(2):
         group = cast(dist.ProcessGroup, dist.new_group([0, 1], backend="gloo")) if number else None
         transport = connect(group=group)
-        transport.send(1 - transport.rank, Kind.FLAG, number)
-        assert transport.take(1 - transport.rank, Kind.FLAG) == number
+        transport.send(1 - transport.rank, FLAG, number)
+        assert transport.take(1 - transport.rank, FLAG) == number
         transport.close()
     return len(own_threads())
 

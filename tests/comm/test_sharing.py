@@ -10,15 +10,15 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lightning_ddg.comm.mailbox import Transport
+from lightning_ddg.comm.mailbox import GroupMailbox
 from lightning_ddg.comm.sharing import gather_to_rank_zero, share_with_all
 from tests.harness import run_ranks
 
 
-def connect() -> Transport:
+def connect() -> GroupMailbox:
     dist.init_process_group("gloo", rank=int(os.environ["LOCAL_RANK"]), world_size=int(os.environ["WORLD_SIZE"]))
     names = [f"rank {rank}" for rank in range(dist.get_world_size())]
-    return Transport(cast(dist.ProcessGroup, dist.group.WORLD), torch.device("cpu"), timedelta(seconds=30), names)
+    return GroupMailbox(cast(dist.ProcessGroup, dist.group.WORLD), torch.device("cpu"), timedelta(seconds=30), names)
 
 
 class Net(nn.Module):

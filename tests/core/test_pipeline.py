@@ -1,6 +1,6 @@
 """Tests of ``pipeline.py``: one rank's rules, with a recorded conversation in the place of the other ranks.
 
-Several real ranks are in ``test_transport.py`` and in ``integration``.
+Several real ranks are in ``test_mailbox.py`` and in ``integration``.
 """
 
 from __future__ import annotations
@@ -14,34 +14,34 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_ddg.comm.mailbox import Kind, Transport
-from lightning_ddg.comm.wire import Packed, describe, unpack
-from lightning_ddg.core.pipeline import Pipeline, or_end_step, placeholder_maker
+from lightning_ddg.core.execution import ACTIVATION, GRADIENT, OUTPUT, Channel, Mailbox
+from lightning_ddg.core.pipeline import NOTICE, Pipeline, or_end_step, placeholder_maker
 from lightning_ddg.core.stage import Stage
+from lightning_ddg.core.tensors import map_tensors
 from lightning_ddg.plugin.redirection import StepDone
 
 
 class Script:
-    """Stands for a transport: gives what the test has laid ready, and records what is sent."""
+    """Stands for a mailbox: gives what the test has laid ready, and records what is sent."""
 
     def __init__(self) -> None:
-        self.ready: dict[tuple[int, Kind], deque[Any]] = {}
-        self.sent: list[tuple[int, Kind, Any]] = []
+        self.ready: dict[tuple[int, Channel], deque[Any]] = {}
+        self.sent: list[tuple[int, Channel, Any]] = []
 
-    def lay(self, peer: int, kind: Kind, *values: Any) -> None:
-        self.ready.setdefault((peer, kind), deque()).extend(values)
+    def lay(self, peer: int, channel: Channel, *values: Any) -> None:
+        self.ready.setdefault((peer, channel), deque()).extend(values)
 
-    def take(self, peer: int, kind: Kind) -> Any:
-        return self.ready[peer, kind].popleft()
+    def take(self, peer: int, channel: Channel) -> Any:
+        return self.ready[peer, channel].popleft()
 
-    def has(self, peer: int, kind: Kind) -> bool:
-        return bool(self.ready.get((peer, kind)))
+    def has(self, peer: int, channel: Channel) -> bool:
+        return bool(self.ready.get((peer, channel)))
 
-    def send(self, peers: Any, kind: Kind, value: Any) -> None:
-        if isinstance(value, Packed):
-            value = unpack(describe(value.meta), [tensor.detach() for tensor in value.payload])
-        for peer in [peers] if isinstance(peers, int) else peers:
-            self.sent.append((peer, kind, value))
+    def send(self, to: Any, channel: Channel, value: Any, *, snapshot: bool = False) -> None:
+        if snapshot:
+            value = map_tensors(lambda tensor: tensor.detach().clone(), value)
+        for peer in [to] if isinstance(to, int) else to:
+            self.sent.append((peer, channel, value))
 
 
 def unseeded(stage: int) -> AbstractContextManager[None]:
@@ -53,7 +53,7 @@ def pipeline(
 ) -> tuple[Pipeline, Script]:
     script = Script()
     stage = Stage(module, num_stages - number)
-    return Pipeline(stage, number, num_stages, cast(Transport, script), unseeded, shape), script
+    return Pipeline(stage, number, num_stages, cast(Mailbox, script), unseeded, shape), script
 
 
 def received(*values: float) -> Tensor:
@@ -75,10 +75,10 @@ def test_the_first_stage_sends_its_output_and_waits_for_no_gradient_while_it_war
         assert module.weight.grad is None, "a zero gradient would decay the weights"
         line.before_step()
         line.stepped()
-    assert [(peer, kind) for peer, kind, _ in script.sent] == [(1, Kind.ACTIVATION)] * 2
+    assert [(peer, channel) for peer, channel, _ in script.sent] == [(1, ACTIVATION)] * 2
     with pytest.raises(StepDone):
         line.train((torch.full((1, 2), 2.0),), {})
-    script.lay(1, Kind.GRADIENT, [torch.ones(1, 2)])
+    script.lay(1, GRADIENT, [torch.ones(1, 2)])
     line.backward(not_to_be_run)
     assert module.weight.grad is not None
     assert module.weight.grad.tolist() == [[0.0, 0.0], [0.0, 0.0]], "that of batch 0, whose input was 0"
@@ -92,7 +92,7 @@ def test_a_gradient_that_accumulates_survives_a_batch_that_has_none_due() -> Non
     for value in (1.0, 2.0):
         with pytest.raises(StepDone):
             line.train((torch.full((1, 2), value),), {})
-    script.lay(0, Kind.GRADIENT, [torch.ones(1, 2)], [torch.ones(1, 2)])
+    script.lay(0, GRADIENT, [torch.ones(1, 2)], [torch.ones(1, 2)])
     line.backward(not_to_be_run)
     assert line.drain()
     assert not line.drain()
@@ -108,24 +108,24 @@ def test_a_gradient_that_accumulates_survives_a_batch_that_has_none_due() -> Non
 
 def test_a_middle_stage_passes_on_in_both_directions() -> None:
     line, script = pipeline(nn.Linear(2, 2, bias=False), 2, 3)
-    script.lay(2, Kind.ACTIVATION, received(1.0, 2.0), received(3.0, 4.0))
+    script.lay(2, ACTIVATION, received(1.0, 2.0), received(3.0, 4.0))
     for _ in range(2):
         with pytest.raises(StepDone):
             line.train((), {})
-    script.lay(0, Kind.GRADIENT, [torch.tensor([[1.0, 0.0]])])
+    script.lay(0, GRADIENT, [torch.tensor([[1.0, 0.0]])])
     line.backward(not_to_be_run)
-    assert [(peer, kind) for peer, kind, _ in script.sent] == [(0, Kind.ACTIVATION)] * 2 + [(2, Kind.GRADIENT)]
+    assert [(peer, channel) for peer, channel, _ in script.sent] == [(0, ACTIVATION)] * 2 + [(2, GRADIENT)]
     (grad,) = script.sent[-1][2]
     assert torch.equal(grad[0], cast(Tensor, line.stage.module.weight)[0].detach())
 
 
 def test_the_last_stage_runs_the_backward_of_the_loss_at_once() -> None:
     line, script = pipeline(nn.Linear(2, 1, bias=False), 2, 2)
-    script.lay(1, Kind.ACTIVATION, received(1.0, 2.0))
+    script.lay(1, ACTIVATION, received(1.0, 2.0))
     output = line.train((), {})
     line.backward(output.sum().backward)
-    ((peer, kind, (grad,)),) = script.sent
-    assert (peer, kind) == (1, Kind.GRADIENT)
+    ((peer, channel, (grad,)),) = script.sent
+    assert (peer, channel) == (1, GRADIENT)
     assert torch.equal(grad, cast(Tensor, line.stage.module.weight).detach())
     assert not line.waiting
     assert not line.drain()
@@ -134,17 +134,17 @@ def test_the_last_stage_runs_the_backward_of_the_loss_at_once() -> None:
 def test_evaluation_gives_the_output_to_every_rank() -> None:
     last, script = pipeline(nn.Identity(), 3, 3)
     value = torch.ones(2)
-    script.lay(1, Kind.ACTIVATION, value)
+    script.lay(1, ACTIVATION, value)
     output = last.evaluate((), {})
-    assert sorted((peer, kind) for peer, kind, _ in script.sent) == [(1, Kind.OUTPUT), (2, Kind.OUTPUT)]
+    assert sorted((peer, channel) for peer, channel, _ in script.sent) == [(1, OUTPUT), (2, OUTPUT)]
     output.zero_()
     assert all(torch.equal(sent, torch.ones(2)) for _, _, sent in script.sent), "the step may write into its output"
 
     first, script = pipeline(nn.Linear(2, 2), 1, 3)
-    script.lay(0, Kind.OUTPUT, "the network's output")
+    script.lay(0, OUTPUT, "the network's output")
     assert first.evaluate((torch.ones(1, 2),), {}) == "the network's output"
-    ((peer, kind, sent),) = script.sent
-    assert (peer, kind) == (1, Kind.ACTIVATION)
+    ((peer, channel, sent),) = script.sent
+    assert (peer, channel) == (1, ACTIVATION)
     assert not sent.requires_grad
     assert not first.waiting
 
@@ -155,19 +155,19 @@ def test_clear_forgets_what_is_in_flight_here_and_on_the_way() -> None:
     for _ in range(2):
         with pytest.raises(StepDone):
             line.train((torch.ones(1, 2),), {})
-    script.lay(1, Kind.GRADIENT, [torch.ones(1, 2)], [])
+    script.lay(1, GRADIENT, [torch.ones(1, 2)], [])
     line.clear()
     assert not line.waiting
-    assert not script.has(1, Kind.GRADIENT)
+    assert not script.has(1, GRADIENT)
 
     line, script = pipeline(nn.Linear(2, 2), 2, 3)
-    script.lay(2, Kind.ACTIVATION, received(1.0, 2.0))
+    script.lay(2, ACTIVATION, received(1.0, 2.0))
     with pytest.raises(StepDone):
         line.train((), {})
-    script.lay(0, Kind.GRADIENT, [torch.ones(1, 2)])
+    script.lay(0, GRADIENT, [torch.ones(1, 2)])
     line.clear()
     assert not line.waiting
-    assert script.sent[-1] == (2, Kind.GRADIENT, [])
+    assert script.sent[-1] == (2, GRADIENT, [])
 
 
 def test_a_batch_without_a_backward_is_forgotten() -> None:
@@ -181,18 +181,18 @@ def test_a_batch_without_a_backward_is_forgotten() -> None:
 def test_notices_travel_upstream_before_the_gradient_they_came_before() -> None:
     last, script = pipeline(nn.Identity(), 3, 3)
     last.announce("stop")
-    assert script.sent == [(1, Kind.NOTICE, "stop")]
+    assert script.sent == [(1, NOTICE, "stop")]
 
     middle, script = pipeline(nn.Linear(2, 2), 2, 3)
-    script.lay(2, Kind.ACTIVATION, received(1.0, 2.0), received(1.0, 2.0))
+    script.lay(2, ACTIVATION, received(1.0, 2.0), received(1.0, 2.0))
     for _ in range(2):
         with pytest.raises(StepDone):
             middle.train((), {})
-    script.lay(0, Kind.NOTICE, "stop")
-    script.lay(0, Kind.GRADIENT, [torch.ones(1, 2)])
+    script.lay(0, NOTICE, "stop")
+    script.lay(0, GRADIENT, [torch.ones(1, 2)])
     middle.backward(not_to_be_run)
     assert middle.notices == ["stop"]
-    assert [(peer, kind) for peer, kind, _ in script.sent[-2:]] == [(2, Kind.NOTICE), (2, Kind.GRADIENT)]
+    assert [(peer, channel) for peer, channel, _ in script.sent[-2:]] == [(2, NOTICE), (2, GRADIENT)]
 
     first, script = pipeline(nn.Linear(2, 2), 1, 3)
     first.announce("stop")
