@@ -37,7 +37,6 @@ OWED: dict[str, set[str]] = {
     },
     "circles": {"plugin.callbacks", "plugin.strategy"},
     "lines": {
-        "comm.mailbox",
         "network.replay.part",
         "network.trace.graph",
         "network.trace.tracer",
