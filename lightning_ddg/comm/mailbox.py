@@ -90,7 +90,7 @@ class GroupMailbox:
             if device.type == "cuda"
             else HostLane(group, device, self._lost)
         )
-        _log.debug("%s is connected with %s others, on %s", names[self.rank], len(self._peers), device)
+        _log.debug("%s is connected as one of %s, on %s", names[self.rank], self.size, device)
         self._threads = [
             threading.Thread(target=self._receive_from, args=(peer,), name=f"ddg-receive-{peer}", daemon=True)
             for peer in self._peers

@@ -23,7 +23,6 @@ from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 from rich.table import Table
 
-from lightning_ddg.comm.sharing import gather_to_rank_zero
 from lightning_ddg.core.execution import GRADIENT, Channel
 from lightning_ddg.core.pipeline import Pipeline
 from lightning_ddg.core.staged import Lockstep
@@ -211,8 +210,8 @@ class DDGMonitor(Callback):
         gauge.detach()
         self._deliver(trainer, gauge.finish())
         rows = {} if recorder is None else {recorder.stage: recorder.events}
-        if strategy._transport is not None:
-            for other in gather_to_rank_zero(strategy._transport, rows):
+        if strategy._ranks is not None:
+            for other in strategy._ranks.gather(rows):
                 rows |= {stage: [Event(*event) for event in events] for stage, events in other.items()}
         if not strategy.is_global_zero:
             return

@@ -22,12 +22,11 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies.parallel import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
-from lightning_ddg.comm.link import measure_link
-from lightning_ddg.comm.mailbox import GroupMailbox, PeerError
-from lightning_ddg.comm.sharing import gather_to_rank_zero, share_with_all
+from lightning_ddg.comm.mailbox import GroupMailbox
+from lightning_ddg.comm.ranks import PipelineRanks
 from lightning_ddg.core.delay_line import DelayLine
 from lightning_ddg.core.execution import Channel
 from lightning_ddg.core.pipeline import Pipeline, or_end_step, placeholder_maker
@@ -142,8 +141,6 @@ class DDGStrategy(ParallelStrategy):
     strategy_name = "ddg"
     # As how many processes this script has been started, once it has been.
     _processes: ClassVar[int | None] = None
-    # The mesh of this process, and the default group that it was made with.
-    _mesh: ClassVar[tuple[Any, DeviceMesh] | None] = None
 
     def __init__(
         self,
@@ -191,7 +188,7 @@ class DDGStrategy(ParallelStrategy):
         self._process_group_backend = process_group_backend
         self._timeout = timeout
         self._start_method = start_method
-        self._device_mesh: DeviceMesh | None = None
+        self._ranks: PipelineRanks | None = None
         self._recorded_cut: list[str] | None = None
         self._begin()
         self._cut: Cut | None = None
@@ -314,9 +311,9 @@ class DDGStrategy(ParallelStrategy):
         Raises:
             RuntimeError: In one process, or before the processes have been connected.
         """
-        if self._device_mesh is None:
+        if self._ranks is None:
             raise RuntimeError("There is no device mesh in one process, nor before the Trainer has connected several.")
-        return self._device_mesh
+        return self._ranks.mesh
 
     @property
     def root_device(self) -> torch.device:
@@ -400,41 +397,13 @@ class DDGStrategy(ParallelStrategy):
         compat.init_dist_connection(
             self.cluster_environment,
             backend,
-            timeout=self._group_timeout,
+            timeout=max(self._timeout, timedelta(minutes=30)),
             # Of a group bound to a device, torch 2.6 makes other groups by splitting it, which only NCCL can.
             device_id=self.root_device if "nccl" in backend else None,
         )
         check_world_size(self._num_stages, self._split_points, dist.get_world_size())
-        # Making groups waits for every rank without noticing that one is gone; a barrier notices.
-        self.barrier()
-        self._device_mesh = self._make_mesh()
-        self._transport = self._connect_ranks()
-
-    def _make_mesh(self) -> DeviceMesh:
-        """The mesh of these processes: one for all fits, as its groups hold sockets and threads."""
-        if DDGStrategy._mesh is None or DDGStrategy._mesh[0] is not dist.group.WORLD:
-            axes = ("data", "stage")
-            mesh = init_device_mesh(self.root_device.type, (1, self.num_stages), mesh_dim_names=axes)
-            DDGStrategy._mesh = (dist.group.WORLD, mesh)
-        return DDGStrategy._mesh[1]
-
-    def _connect_ranks(self) -> GroupMailbox:
-        def connect(those: list[int], backend: str) -> dist.ProcessGroup:
-            return cast(dist.ProcessGroup, dist.new_group(those, timeout=self._group_timeout, backend=backend))
-
-        ranks = list(range(self.num_stages))
-        group = connect(ranks, "gloo")
-        edges: dict[tuple[int, int], dist.ProcessGroup] = {}
-        if "nccl" in (self._process_group_backend or ""):
-            neighbours = [(rank, rank - 1) for rank in ranks[1:]] + [(rank - 1, rank) for rank in ranks[1:]]
-            for edge in dict.fromkeys([*neighbours, (ranks[-1], ranks[0])]):
-                edges[edge] = connect(sorted(edge), "nccl")
-        names = [f"Rank {rank} (stage {stage_of_rank(rank, self.num_stages)})" for rank in ranks]
-        return GroupMailbox(group, self.root_device, self._timeout, names, edges)
-
-    @property
-    def _group_timeout(self) -> timedelta:
-        return max(self._timeout, timedelta(minutes=30))
+        self._ranks = PipelineRanks.connect(self.num_stages, self.root_device, self._timeout, backend)
+        self._transport = self._ranks.mailbox
 
     def _get_process_group_backend(self) -> str:
         if self._process_group_backend is not None:
@@ -577,15 +546,7 @@ class DDGStrategy(ParallelStrategy):
 
     def _seconds_per_byte(self) -> float:
         """What a byte costs on its way from the first stage to the second."""
-        if self._transport is None:
-            return SECONDS_PER_BYTE
-        second = rank_of_stage(2, self.num_stages)
-        seconds = None
-        if self._reads:
-            seconds = measure_link(self._transport, second, self.root_device, first=True)
-        elif self.global_rank == second:
-            measure_link(self._transport, self._reading_rank, self.root_device, first=False)
-        return cast(float, self.broadcast(seconds, src=self._reading_rank))
+        return SECONDS_PER_BYTE if self._ranks is None else self._ranks.seconds_per_byte(SECONDS_PER_BYTE)
 
     def _assemble(self, cut: Cut, network: Network) -> None:
         """Puts the execution together, once all tensors are where they will be used."""
@@ -1000,10 +961,10 @@ class DDGStrategy(ParallelStrategy):
             self._decisions.end()
         if self._execution is not None:
             self._execution.clear()
-        if self._transport is not None and self._seam is not None:
+        if self._ranks is not None and self._seam is not None:
             assert self.lightning_module is not None
             own = [name for name, stage in self._owner.items() if stage == self.stage]
-            share_with_all(self._transport, self.lightning_module, own, range(self.num_stages))
+            self._ranks.share(self.lightning_module, own, range(self.num_stages))
             self._weights_complete, self._seam.stale = True, False
 
     # ---- evaluation
@@ -1029,7 +990,7 @@ class DDGStrategy(ParallelStrategy):
 
     def _share_outside(self, wanted: Callable[[Tensor], bool]) -> None:
         """Gives all ranks rank 0's parameters and buffers outside the network, those that are wanted."""
-        if self._transport is None:
+        if self._ranks is None:
             return
         assert self.lightning_module is not None
         module = self.lightning_module
@@ -1037,7 +998,7 @@ class DDGStrategy(ParallelStrategy):
         named = (*module.named_parameters(), *module.named_buffers())
         outside = [name for name, tensor in named if id(tensor) not in inside and wanted(tensor)]
         if outside:
-            share_with_all(self._transport, module, outside, [0])
+            self._ranks.share(module, outside, [0])
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         with self._evaluating():
@@ -1140,16 +1101,8 @@ class DDGStrategy(ParallelStrategy):
 
     def _gather(self, own: dict[Any, Any]) -> list[dict[Any, Any]]:
         """What the other ranks have, on rank 0; an empty list on all others."""
-        if self._failure is not None:
-            raise PeerError(f"No checkpoint can be assembled, as other stages are out of reach. {self._failure}")
-        if self._transport is not None:
-            return gather_to_rank_zero(self._transport, own)
-        # After a fit, `trainer.save_checkpoint` finds the ranks no longer connected.
-        transport = self._connect_ranks()
-        try:
-            return gather_to_rank_zero(transport, own)
-        finally:
-            transport.disconnect()
+        assert self._ranks is not None
+        return self._ranks.gather(own)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         if self._one_process:
@@ -1190,17 +1143,17 @@ class DDGStrategy(ParallelStrategy):
             return
         name = f"Rank {self.global_rank} (stage {self.stage})"
         self._failure = f"{name} failed with {type(exception).__name__}: {exception}"
-        if self._transport is not None:
-            self._failure = self._transport.abort(self._failure)
+        if self._ranks is not None:
+            self._failure = self._ranks.abort(self._failure)
 
     def teardown(self) -> None:
         assert self.cluster_environment is not None
         assert self.accelerator is not None
-        transport, undo = self._transport, self._undo
+        undo = self._undo
         self._begin()
         try:
-            if transport is not None:
-                transport.disconnect()
+            if self._ranks is not None:
+                self._ranks.disconnect()
         finally:
             undo.close()
             super().teardown()

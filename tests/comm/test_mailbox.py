@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pack_sequence
 
 from lightning_ddg.comm.device_lane import DeviceLane
 from lightning_ddg.comm.mailbox import GroupMailbox, PeerError
-from lightning_ddg.comm.sharing import STATE
+from lightning_ddg.comm.ranks import STATE
 from lightning_ddg.core.execution import ACTIVATION, GRADIENT, Channel
 from tests.harness import run_ranks, run_ranks_raw
 
