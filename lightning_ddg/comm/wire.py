@@ -1,8 +1,8 @@
-"""What a message is: a nest of tensors and Python values, taken apart into a description and bytes, and back.
+"""What a message is: a pytree of tensors and Python values, taken apart into a description and bytes, and back.
 
 Every tensor travels with its shape, strides, dtype, whether it is on the CPU, where it then stays, and whether it wants
-a gradient. A new kind of value needs no change
-here as long as it pickles; the order in which messages travel is :mod:`~lightning_ddg.comm.mailbox`'s business.
+a gradient. What is not a tensor travels inside the description, as bytes of pickle: ``lightning_ddg.core.tensors`` says
+why.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lightning_ddg.core.tensors import TensorSpec, flatten, spec_of, unflatten
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill their memory without holes or overlaps, in any order of the dimensions."""
+    """Return whether the elements fill their memory without holes or overlaps, in any order of the dimensions."""
     if tensor.numel() == 0:
         return True
     expected = 1
@@ -33,7 +33,7 @@ def is_dense(tensor: Tensor) -> bool:
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
-    """A flat ``uint8`` view of a dense tensor's memory, shape ``(numel * itemsize,)``."""
+    """Return a flat ``uint8`` view of a dense tensor's memory, shape ``(numel * itemsize,)``."""
     tensor = tensor.detach()
     if tensor.is_conj() or tensor.is_neg():
         tensor = tensor.resolve_conj().resolve_neg()
@@ -48,12 +48,12 @@ class Packed(NamedTuple):
 
 
 def pack(value: Any, *, payload: bool = True, snapshot: bool = False) -> Packed:
-    """Prepares a nest for sending.
+    """Prepare a pytree for sending.
 
     Args:
-        value: The nest.
+        value: The pytree.
         payload: ``False`` sends the description only: the receiver gets zeros of the same shapes and dtypes.
-        snapshot: Copies the tensors, so that the originals may be modified while the message is on its way.
+        snapshot: Copy the tensors, so that the originals may be modified while the message is on its way.
     """
     if isinstance(value, Tensor) and value.layout is torch.strided and not value.is_quantized:
         structure, tensors = None, [value]
@@ -81,12 +81,12 @@ class Description(NamedTuple):
 
 
 def describe(meta: bytes | memoryview) -> Description:
-    """Reads :attr:`Packed.meta`."""
+    """Read :attr:`Packed.meta`."""
     return Description(*pickle.loads(meta))
 
 
 def unpack(description: Description, tensors: Sequence[Tensor]) -> Any:
-    """Puts the value of a received message together from its tensors, marking those that want a gradient."""
+    """Put a received value together from its tensors, which come to want a gradient where the sent ones did."""
     for spec, tensor in zip(description.specs, tensors, strict=True):
         tensor.requires_grad_(spec.requires_grad)
     return tensors[0] if description.structure is None else unflatten(description.structure, tensors)

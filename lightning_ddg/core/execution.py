@@ -99,6 +99,7 @@ class Execution(Protocol):
 
     def begin(self, step: int) -> None:
         """Called when a run begins, with the number of its first optimizer step."""
+        return
 
     def train(self, batch: Batch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the forward of a training batch.
@@ -130,9 +131,11 @@ class Execution(Protocol):
 
     def before_step(self) -> None:
         """Called before weights change, by an optimizer or otherwise: batches in flight keep those of their forward."""
+        return
 
     def after_step(self) -> None:
         """Called when an optimizer has stepped."""
+        return
 
     def drain(self) -> bool:
         """Run the oldest backward in flight of each stage, without a new forward; return whether there was any."""
@@ -145,9 +148,11 @@ class Execution(Protocol):
 
     def skip(self) -> None:
         """Forget the batch just trained: no backward will follow."""
+        return
 
     def clear(self) -> None:
         """Forget all batches in flight; every process must call it."""
+        return
 
 
 class InFlight(Protocol):
@@ -186,27 +191,35 @@ class Observer(Protocol):
 
     def before_forward(self, stage: int) -> None:
         """Called before the forward of a training batch."""
+        return
 
     def after_forward(self, stage: int) -> None:
         """Called after it."""
+        return
 
     def before_backward(self, stage: int) -> None:
         """Called before the backward of the batch that is due."""
+        return
 
     def after_backward(self, stage: int) -> None:
         """Called after it."""
+        return
 
     def in_flight(self, stage: int, batches: InFlight) -> None:
         """Called for each stage of the process once a batch, before what is due of it is added to ``p.grad``."""
+        return
 
     def before_take(self, source: int, channel: Channel) -> None:
         """Called before a message is waited for."""
+        return
 
     def after_take(self, source: int, channel: Channel) -> None:
         """Called when it is there."""
+        return
 
     def before_drain(self) -> None:
         """Called before a gradient in flight is applied without a new forward."""
+        return
 
 
 class Observers(Observer):

@@ -1,7 +1,9 @@
-"""Tensors in nests of Python values, and the places where modules keep their parameters: one helper for each.
+"""Pytrees of tensors, and the places where modules keep their parameters: one helper for each.
 
-A nest is whatever pickles, not only what ``torch.utils._pytree`` knows: batches and networks' outputs are data classes
-and objects of other libraries as often as tuples and dictionaries, and no user shall have to register them first.
+A pytree is here whatever pickles, tensors being its leaves: ``torch.utils._pytree`` knows tuples, lists and dictionaries,
+and of other containers those that were registered, and would take the rest for a leaf, with its tensors out of sight.
+Batches and networks' outputs are data classes and objects of other libraries as often, and no user shall have to
+register them. Pickling goes through all of them, and asks of every object whether it is a tensor.
 """
 
 from __future__ import annotations
@@ -52,7 +54,7 @@ class _Unflattener(pickle.Unpickler):
 
 
 def flatten(value: Any) -> tuple[bytes, list[Tensor]]:
-    """Splits a nest into its structure (bytes) and its tensors; a tensor that occurs twice is listed once.
+    """Split a pytree into its structure (bytes) and its tensors; a tensor that occurs twice is listed once.
 
     Tuples, lists, dicts, dataclasses and any other object that pickles may hold the tensors.
     """
@@ -63,17 +65,17 @@ def flatten(value: Any) -> tuple[bytes, list[Tensor]]:
 
 
 def unflatten(structure: bytes, tensors: Sequence[Any]) -> Any:
-    """Puts a nest together again; the inverse of :func:`flatten`."""
+    """Put a pytree together again; the inverse of :func:`flatten`."""
     return _Unflattener(io.BytesIO(structure), tensors).load()
 
 
 def tensors_of(value: Any) -> list[Tensor]:
-    """The tensors of a nest, in a fixed order."""
+    """Return the tensors of a pytree, in a fixed order."""
     return [value] if isinstance(value, Tensor) else flatten(value)[1]
 
 
 def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
-    """Applies ``function`` to every tensor of a nest and leaves everything else as it is."""
+    """Apply ``function`` to every tensor of a pytree, and leave everything else as it is."""
     if isinstance(value, Tensor):
         return function(value)
     structure, tensors = flatten(value)
@@ -81,14 +83,14 @@ def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
 
 
 def spec_of(tensor: Tensor) -> TensorSpec:
-    """The description of a dense tensor (see :func:`is_dense`)."""
+    """Return the description of a dense tensor: one whose elements fill their memory, in any order."""
     wants_grad = tensor.requires_grad and (tensor.is_floating_point() or tensor.is_complex())
     on_cpu = tensor.device.type == "cpu"
     return TensorSpec(tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype, wants_grad, on_cpu)
 
 
 def allocate(spec: TensorSpec, device: torch.device | str = "cpu", pin_memory: bool = False) -> Tensor:
-    """An uninitialised tensor for a description. It is nobody's view, so that in-place layers may take it first."""
+    """Return an uninitialised tensor for a description; it is nobody's view, so that in-place layers may take it."""
     return torch.empty_strided(spec.shape, spec.stride, dtype=spec.dtype, device=device, pin_memory=pin_memory)
 
 

@@ -1,8 +1,7 @@
 """What a process can say of its stages while it trains them: how long they wait, how old their gradients are.
 
 It is measured from outside, between an execution and its callers; a further figure is a further field of
-:class:`~lightning_ddg.planning.tally.Tally`. Who gathers, logs and shows the figures is in
-:mod:`~lightning_ddg.observe.monitor`.
+:class:`Tally`. Who gathers, logs and shows the figures is in :mod:`~lightning_ddg.observe.monitor`.
 """
 
 from __future__ import annotations
@@ -10,30 +9,28 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from math import isfinite
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_ddg.comm.mailbox import Kind, Transport
+from lightning_ddg.comm.mailbox import GroupMailbox
 from lightning_ddg.core.delay_line import DelayLine
+from lightning_ddg.core.execution import ACTIVATION, GRADIENT, Channel
 from lightning_ddg.core.pipeline import Pipeline
 from lightning_ddg.core.stage import Stage
 from lightning_ddg.core.staged import Lockstep
-from lightning_ddg.planning.tally import Tally
+from lightning_ddg.plugin.data import BATCH, FLAG
 
 Undo = Callable[[], None]
 
+FIGURES = Channel("figures", varied=True)
+
 # What a message makes a stage wait for. The batch, or that there is one, comes from the first stage like activations.
-_SIDES: dict[Kind, Literal["activations", "gradients"]] = {
-    Kind.ACTIVATION: "activations",
-    Kind.BATCH: "activations",
-    Kind.FLAG: "activations",
-    Kind.GRADIENT: "gradients",
-}
+_SIDES = {ACTIVATION: "activations", BATCH: "activations", FLAG: "activations", GRADIENT: "gradients"}
 
 
 # ---- mathematics
@@ -81,6 +78,66 @@ def _norm(tensors: Iterable[Tensor]) -> Tensor:
 
 
 # ---- figures
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Sums over some batches of one stage; tallies can be added up.
+
+    Attributes:
+        batches: The batches whose time was measured.
+        seconds: Their time.
+        activations: The seconds of it that passed in waiting for activations, or for the batch itself.
+        gradients: The seconds of it that passed in waiting for gradients.
+        due: The batches in which a gradient was applied.
+        delay: Their delays, in batches.
+        updates: Their delays, in updates of the stage's weights.
+        norms: How often the staleness was measured.
+        staleness: The ``||w_t - w_{t-d}|| / ||w_t||``.
+        angles: How often gradients were compared.
+        cosine: The cosines between the gradient that was applied and the batch's own.
+    """
+
+    batches: float = 0.0
+    seconds: float = 0.0
+    activations: float = 0.0
+    gradients: float = 0.0
+    due: float = 0.0
+    delay: float = 0.0
+    updates: float = 0.0
+    norms: float = 0.0
+    staleness: float = 0.0
+    angles: float = 0.0
+    cosine: float = 0.0
+
+    def __add__(self, other: Tally) -> Tally:
+        return Tally(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
+
+    @property
+    def waiting(self) -> float:
+        """The share of the time that passed in waiting, in 0..1."""
+        return (self.activations + self.gradients) / self.seconds if self.seconds else 0.0
+
+    @property
+    def busy(self) -> float:
+        """Seconds per batch in which the stage did not wait."""
+        return (self.seconds - self.activations - self.gradients) / self.batches if self.batches else 0.0
+
+    def figures(self, waits: bool) -> dict[str, float]:
+        """The means, by name; what was not measured is missing.
+
+        Args:
+            waits: Whether the stage has anybody to wait for.
+        """
+        sums = {
+            "waits_activations": (self.activations, self.seconds * waits),
+            "waits_gradients": (self.gradients, self.seconds * waits),
+            "delay": (self.delay, self.due),
+            "delay_updates": (self.updates, self.due),
+            "staleness": (self.staleness, self.norms),
+            "cosine": (self.cosine, self.angles),
+        }
+        return {name: value / count for name, (value, count) in sums.items() if count}
 
 
 class Reading(NamedTuple):
@@ -203,7 +260,7 @@ class Gauge:
     def __init__(
         self,
         execution: Pipeline | DelayLine | Lockstep,
-        transport: Transport | None,
+        transport: GroupMailbox | None,
         optimizers: Sequence[Optimizer],
         device: torch.device,
         every: int,
@@ -311,13 +368,13 @@ class Gauge:
 
     # ---- between the execution and its callers
 
-    def _timed(self, take: Callable[[int, Kind], Any]) -> Callable[[int, Kind], Any]:
-        def timed(peer: int, kind: Kind) -> Any:
-            side = _SIDES.get(kind)
+    def _timed(self, take: Callable[[int, Channel], Any]) -> Callable[[int, Channel], Any]:
+        def timed(peer: int, channel: Channel) -> Any:
+            side = _SIDES.get(channel)
             if side is None or self._mark is None:
-                return take(peer, kind)
+                return take(peer, channel)
             start = self._clock.mark()
-            value = take(peer, kind)
+            value = take(peer, channel)
             getattr(self._window, side).append((start, self._clock.mark()))
             return value
 

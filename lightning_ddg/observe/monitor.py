@@ -1,4 +1,4 @@
-"""DDGMonitor: a callback that measures what a fit does, logs it, and sets it beside the simulation.
+"""DDGMonitor: a callback that measures what a fit does, logs it, and sets it beside the prediction.
 
 It looks on from outside: it stands between the strategy's execution and its callers while a fit trains, and before and
 after that nothing of it runs. What is measured in every batch is in :mod:`~lightning_ddg.observe.metrics`; how it is
@@ -21,23 +21,22 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
+from rich.table import Table
 
-from lightning_ddg.comm.mailbox import Kind
-from lightning_ddg.comm.sharing import gather_to_rank_zero
+from lightning_ddg.core.execution import GRADIENT, Channel
 from lightning_ddg.core.pipeline import Pipeline
 from lightning_ddg.core.staged import Lockstep
-from lightning_ddg.observe.metrics import Gauge, Reading, replaced
+from lightning_ddg.observe.metrics import FIGURES, Gauge, Reading, Tally, replaced
+from lightning_ddg.planning.plan import work_of
 from lightning_ddg.planning.rebalance import idle_warning
-from lightning_ddg.planning.report import print_table, summary_table
-from lightning_ddg.planning.simulate import Event, Work, simulate, steady_state
-from lightning_ddg.planning.stages import work_of
-from lightning_ddg.planning.tally import Tally
+from lightning_ddg.planning.simulate import Event, Work, predict, simulate
 from lightning_ddg.planning.timeline import Panel, check_picture, draw_timeline
+from lightning_ddg.planning.units import show_ms
 from lightning_ddg.plugin import compat
 from lightning_ddg.plugin.strategy import DDGStrategy
 
 if TYPE_CHECKING:
-    from lightning_ddg.comm.mailbox import Transport
+    from lightning_ddg.comm.mailbox import GroupMailbox
     from lightning_ddg.core.delay_line import DelayLine
 
 _FILE = "ddg_timeline.png"
@@ -48,7 +47,7 @@ _SHOWN = 4  # periods in the picture
 
 
 class DDGMonitor(Callback):
-    """Measures how long stages wait and how old their gradients are, and compares the timeline with the simulated one.
+    """Measures how long stages wait and how old their gradients are, and compares the timeline with the prediction.
 
     Every ``every_n_steps`` batches all loggers get, of each stage k, as ``ddg/stage_k/...``:
 
@@ -69,7 +68,7 @@ class DDGMonitor(Callback):
     better cut.
 
     On every rank it also notes when the forwards, the backwards and the waits for messages of 21 batches of the first
-    epoch begin and end. When the fit ends, rank 0 gathers them, prints the measured and the simulated period, and draws
+    epoch begin and end. When the fit ends, rank 0 gathers them, prints the measured and the predicted period, and draws
     both timelines below each other, on one scale. What is blank in the measured one is neither a stage's forward or
     backward nor a wait: the optimizer, Lightning's loop, the data. The recording skips the batches that fill the
     pipeline, where the epoch is long enough.
@@ -211,8 +210,8 @@ class DDGMonitor(Callback):
         gauge.detach()
         self._deliver(trainer, gauge.finish())
         rows = {} if recorder is None else {recorder.stage: recorder.events}
-        if strategy._transport is not None:
-            for other in gather_to_rank_zero(strategy._transport, rows):
+        if strategy._ranks is not None:
+            for other in strategy._ranks.gather(rows):
                 rows |= {stage: [Event(*event) for event in events] for stage, events in other.items()}
         if not strategy.is_global_zero:
             return
@@ -225,7 +224,7 @@ class DDGMonitor(Callback):
         self.figures = {stage: self._totals[stage].figures(waits) for stage in sorted(self._totals)}
         console = Console(soft_wrap=True)
         if rows:
-            print_table(summary_table(self._totals, waits))
+            (console if console.is_terminal else Console(width=120)).print(summary_table(self._totals, waits))
             self.measured = summarize([rows[stage] for stage in sorted(rows)], _planned(strategy))
             self._show_timeline(console, Path(folder or trainer.default_root_dir))
 
@@ -246,11 +245,11 @@ class DDGMonitor(Callback):
         transport = strategy._transport
         if transport is not None and not strategy.is_global_zero:
             if readings:
-                transport.send(0, Kind.FIGURES, [(*it[:3], *astuple(it.tally)) for it in readings])
+                transport.send(0, FIGURES, [(*it[:3], *astuple(it.tally)) for it in readings])
             return
         for peer in () if transport is None else range(1, transport.size):
-            while transport is not None and transport.has(peer, Kind.FIGURES):
-                arrived = transport.take(peer, Kind.FIGURES)
+            while transport is not None and transport.has(peer, FIGURES):
+                arrived = transport.take(peer, FIGURES)
                 readings += [Reading(stage, batch, step, Tally(*sums)) for stage, batch, step, *sums in arrived]
         for reading in readings:
             self._totals[reading.stage] = self._totals.get(reading.stage, Tally()) + reading.tally
@@ -282,7 +281,7 @@ class DDGMonitor(Callback):
         known = len(tallies) == strategy.num_stages and min(tally.batches for tally in tallies) >= _PERIODS
         if self._warned or not known or cut is None or strategy._transport is None:
             return
-        warning = idle_warning(cut, tallies, strategy._options.max_memory)
+        warning = idle_warning(cut, tallies, strategy._max_memory)
         if warning is not None:
             self._warned = True
             rank_zero_warn(f"DDGMonitor: {warning}")
@@ -291,6 +290,34 @@ class DDGMonitor(Callback):
         if self._undo is not None:
             self._undo()
             self._undo = None
+
+
+def summary_table(totals: Mapping[int, Tally], waits: bool) -> Table:
+    """The means over a fit, a row for each stage.
+
+    Args:
+        totals: What was measured, by stage.
+        waits: Whether the stages are in several processes.
+    """
+    timed = [tally for tally in totals.values() if tally.batches]
+    period = f", {show_ms(max(tally.seconds / tally.batches for tally in timed))} per batch" if timed else ""
+    table = Table(title=f"DDGMonitor: {len(totals)} stages{period}")
+    table.add_column("stage", justify="right")
+    columns = {
+        "waits_activations": ("waits for\nactivations", "{:.1%}"),
+        "waits_gradients": ("waits for\ngradients", "{:.1%}"),
+        "delay": ("delay in\nbatches", "{:.3g}"),
+        "delay_updates": ("delay in\nupdates", "{:.3g}"),
+        "staleness": ("staleness\n‖w(t) − w(t−d)‖ / ‖w(t)‖", "{:.2g}"),
+        "cosine": ("cosine of applied\nand own gradient", "{:.3f}"),
+    }
+    rows = {stage: tally.figures(waits) for stage, tally in sorted(totals.items())}
+    shown = [name for name in columns if any(name in row for row in rows.values())]
+    for name in shown:
+        table.add_column(columns[name][0], justify="right", no_wrap=True)
+    for stage, row in rows.items():
+        table.add_row(str(stage), *(columns[name][1].format(row[name]) if name in row else "-" for name in shown))
+    return table
 
 
 @dataclass(frozen=True)
@@ -314,15 +341,15 @@ class Measured:
         sources = {"the layers, measured before the fit": self.planned, "this fit's forwards and backwards": self.work}
         for source, work in sources.items():
             if work is not None:
-                got = steady_state(work)
+                got = predict(*work)
                 lines.append(
-                    f"simulated {got.period * 1e3:.2f} ms ({got.period / self.period - 1:+.1%}) from {source}, limited"
+                    f"predicted {got.period * 1e3:.2f} ms ({got.period / self.period - 1:+.1%}) from {source}, limited"
                     f" by {got.reason}"
                 )
         return "; ".join(lines)
 
     def draw(self, path: str | Path) -> None:
-        """Draws some typical batches of the measured timeline above the simulated one, from the same batch on.
+        """Draws some typical batches of the measured timeline above the predicted one, from the same batch on.
 
         Raises:
             ValueError: ``path`` ends neither in ``.png`` nor in ``.svg``.
@@ -332,11 +359,11 @@ class Measured:
         work, source = self.work, "this fit's forwards and backwards"
         if self.planned is not None:
             work, source = self.planned, "the layers, measured before the fit"
-        settled = steady_state(work)
+        prediction = predict(*work)
         measured = [event for row in self.rows for event in row]
         first = self._typical_batch()
-        shown = _SHOWN * max(self.period, settled.period)
-        on_paper = simulate(work, first + num_rows + ceil(shown / settled.period) + 1)
+        shown = _SHOWN * max(self.period, prediction.period)
+        on_paper = simulate(*work, first + num_rows + ceil(shown / prediction.period) + 1)
         panels = [
             Panel(
                 "measured (blank: the optimizer, Lightning's loop, the data)",
@@ -344,7 +371,7 @@ class Measured:
                 num_rows,
                 self.period,
             ),
-            Panel(f"simulated from {source}", _from(on_paper, first), num_rows, settled.period),
+            Panel(f"predicted from {source}", _from(on_paper, first), num_rows, prediction.period),
         ]
         draw_timeline(panels, path, span=(0.0, shown))
 
@@ -398,12 +425,12 @@ def aligned(rows: Sequence[Sequence[Event]]) -> list[list[Event]]:
 def _planned(strategy: DDGStrategy) -> Work | None:
     """How long the work of each row takes by what was measured when the network was cut, if it was."""
     cut = strategy._cut
-    if cut is None or cut.costs.model is None:
+    if cut is None or cut.measured is None:
         return None
     if strategy.stage is not None:
-        return work_of(cut.costs.model, cut.starts)
+        return work_of(cut.measured.profile, cut.starts, cut.measured.seconds_per_byte)
     # Where one process trains all stages, it does what it would do for a single one, unless it has to keep them apart.
-    all_stages = work_of(cut.costs.model, [] if strategy.staleness.stash else cut.starts)
+    all_stages = work_of(cut.measured.profile, [] if strategy.staleness.stash else cut.starts)
     return Work([sum(all_stages.forward)], [sum(all_stages.backward)], [], [])
 
 
@@ -433,7 +460,7 @@ class _Recorder:
         self._delay = delay
         self._device = device
 
-    def attach(self, execution: Pipeline | DelayLine | Lockstep, transport: Transport | None) -> Callable[[], None]:
+    def attach(self, execution: Pipeline | DelayLine | Lockstep, transport: GroupMailbox | None) -> Callable[[], None]:
         """Stands between an execution and its callers; returns the function that steps aside again."""
         run_backward = execution.backward
 
@@ -469,11 +496,11 @@ class _Recorder:
 
         return timed
 
-    def _waiting(self, take: Callable[[int, Kind], Any]) -> Callable[[int, Kind], Any]:
-        def timed(peer: int, kind: Kind) -> Any:
+    def _waiting(self, take: Callable[[int, Channel], Any]) -> Callable[[int, Channel], Any]:
+        def timed(peer: int, channel: Channel) -> Any:
             start = self._now()
-            value = take(peer, kind)
-            batch = self.batch - self._delay if kind is Kind.GRADIENT else self.batch
+            value = take(peer, channel)
+            batch = self.batch - self._delay if channel is GRADIENT else self.batch
             self.events.append(Event(self.stage, "idle", batch, start, self._now()))
             return value
 

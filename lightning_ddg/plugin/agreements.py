@@ -27,7 +27,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 
 from lightning_ddg.comm.ranks import Ranks
-from lightning_ddg.core.execution import GRADIENT, Channel, Observer, Observers
+from lightning_ddg.core.execution import GRADIENT, Channel, Observer
 from lightning_ddg.plugin import compat
 
 METRICS = Channel("metrics")
@@ -193,7 +193,7 @@ class TimedCheckpoints:
         return [name for name, callback in self._callbacks.items() if compat.is_save_due(callback)]
 
     def allow(self, names: Collection[str]) -> bool:
-        """Let those of the given names save after this batch, and no other; return whether there are any that monitor."""
+        """Let those of the given names save after this batch, and no other; return whether any of them monitors."""
         self._allowed = set(names) & self._callbacks.keys()
         return any(self._callbacks[name].monitor is not None for name in self._allowed)
 
@@ -264,10 +264,10 @@ class Agreements:
         self._asked: set[str] = set()
         self._stopping = False
 
-    def install(self, observers: Observers) -> compat.Undo:
+    def install(self) -> compat.Undo:
         """Become part of a fit; return what ends it."""
         undo = ExitStack()
-        undo.callback(observers.subscribe(self._notices))
+        undo.callback(self._ranks.observers.subscribe(self._notices))
         undo.callback(self._checkpoints.install())
         # In one process Lightning's own ways will do.
         if self._ranks.size > 1:

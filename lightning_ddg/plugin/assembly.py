@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -90,7 +90,7 @@ class Run:
     @property
     def observers(self) -> Observers:
         """Who looks on while it trains."""
-        return self.site.observers
+        return self.ranks.observers
 
     def begin_training(self) -> None:
         """Called when training begins, by a fit or by a learning rate finder."""
@@ -125,7 +125,7 @@ def build(site: Site, set_up_optimizers: Callable[[], Sequence[Optimizer]]) -> R
     network = find(site)
     optimizers = set_up_optimizers()
     cut = divide(site, network, optimizers)
-    move_own_part(site, cut)
+    move_all_but(foreign_layers(cut, site.ranks.stage), site.module, site.device)
     segments = segments_in_place(site, network, cut)
     ownership = ownership_of(site, cut, segments)
     groups = [] if site.one_process else [OptimizerGroups(one, lambda: ownership.own_parameters) for one in optimizers]
@@ -142,7 +142,7 @@ def build(site: Site, set_up_optimizers: Callable[[], Sequence[Optimizer]]) -> R
     if site.fits:
         patch_fit(site, ownership)
         watch_steps(site, optimizers, execution, drain)
-        site.undo.callback(agreements.install(site.observers))
+        site.undo.callback(agreements.install())
         site.undo.callback(hooks.install(site.trainer, site.module))
         site.undo.callback(copies.forget)
     # Without a seed each process has made its own weights; what is never trained is not shared again.
@@ -220,12 +220,12 @@ def foreign_layers(cut: Cut, stage: int | None) -> list[nn.Module]:
     return [layer for other in range(1, len(cut.bounds)) for layer in cut.layers_of(other) if layer not in own]
 
 
-def move_own_part(site: Site, cut: Cut) -> None:
-    """Move this process's layers and everything outside the network to its device; others stay on the CPU."""
+def move_all_but(foreign: Iterable[nn.Module], module: nn.Module, device: torch.device) -> None:
+    """Move a module to a device, except some of its layers, which stay where they are."""
     with ExitStack() as undo:
-        for layer in foreign_layers(cut, site.ranks.stage):
+        for layer in foreign:
             undo.callback(compat.keep_in_place(layer))
-        site.module.to(site.device)
+        module.to(device)
 
 
 def segments_in_place(site: Site, network: Network, cut: Cut) -> list[nn.Module]:
@@ -253,10 +253,10 @@ def make_execution(site: Site, segments: Sequence[nn.Module], ownership: Ownersh
     rule, recompute, stage = site.options.staleness, site.options.recompute, site.ranks.stage
     if stage is not None:
         own = Stage(segments[stage - 1], delay(stage, site.num_stages), rule, recompute)
-        return Pipeline(own, stage, site.num_stages, site.ranks.mailbox, rule.shrink, site.observers)
+        return Pipeline(own, stage, site.num_stages, site.ranks.mailbox, rule.shrink, site.ranks.observers)
     if not rule.stash:
-        return Staged(segments, rule, recompute, site.observers)
-    return DelayLine(segments, ownership.parameters_outside, rule, site.observers)
+        return Staged(segments, rule, recompute, site.ranks.observers)
+    return DelayLine(segments, ownership.parameters_outside, rule, site.ranks.observers)
 
 
 def make_step(

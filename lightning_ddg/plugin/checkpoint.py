@@ -34,18 +34,24 @@ class CheckpointAssembler:
     Args:
         ownership: Whose tensor is whose.
         weights: Which weights are up to date here.
+        groups: Of each optimizer, the parameter groups over the whole module; none where one process has all.
         gather: Gives rank 0 what the other ranks have of a dictionary, and all others an empty list.
     """
 
     def __init__(
-        self, ownership: Ownership, weights: Weights, gather: Callable[[dict[Any, Any]], list[dict[Any, Any]]]
+        self,
+        ownership: Ownership,
+        weights: Weights,
+        groups: Sequence[OptimizerGroups],
+        gather: Callable[[dict[Any, Any]], list[dict[Any, Any]]],
     ) -> None:
-        self._ownership, self._weights, self._gather = ownership, weights, gather
+        self.ownership, self._weights, self._gather = ownership, weights, gather
+        self._groups = {one.optimizer: one for one in groups}
         self._assembled: dict[str, Any] | None = None
 
     def module_state(self) -> dict[str, Any]:
         """Return the module's state dict, the full one on rank 0; elsewhere only this stage's part is up to date."""
-        state: dict[str, Any] = self._ownership.root.state_dict()
+        state: dict[str, Any] = self.ownership.root.state_dict()
         if not self._weights.whole:
             self._complete(state)
         self._assembled = state
@@ -53,21 +59,40 @@ class CheckpointAssembler:
 
     def complete_copies(self, checkpoint: Mapping[str, Any]) -> None:
         """Put the other stages' parts into what callbacks keep of the module's state, such as an average."""
-        for copy in copies_of_state(checkpoint, self._ownership.root.state_dict().keys()):
+        for copy in copies_of_state(checkpoint, self.ownership.root.state_dict().keys()):
             if copy is not self._assembled:
                 self._complete(copy)
         self._assembled = None
 
     def _complete(self, state: dict[str, Any]) -> None:
-        for values in self._gather({key: state[key] for key in self._ownership.own_keys(state)}):
+        for values in self._gather({key: state[key] for key in self.ownership.own_keys(state)}):
             state.update(values)
 
-    def optimizer_state(self, groups: OptimizerGroups) -> dict[str, Any]:
-        """Return the state of the user's optimizer over the whole module on rank 0, nothing elsewhere."""
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any] | None:
+        """Return the state of the user's optimizer over the whole module on rank 0, nothing elsewhere.
+
+        ``None`` says that the optimizer itself has the whole module's parameters.
+        """
+        groups = self._groups.get(optimizer)
+        if groups is None:
+            return None
         groups.adopt()
         own = stage_optimizer_state(groups.optimizer, groups.whole)
         others = self._gather(own)
         return full_optimizer_state(groups.optimizer, groups.whole, [own, *others]) if others else {}
+
+    def load_optimizer_state(self, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+        """Load this process's part of a state over the whole module.
+
+        Raises:
+            ValueError: If the state was saved for another number of parameters or groups.
+        """
+        groups = self._groups.get(optimizer)
+        if groups is None:
+            optimizer.load_state_dict(dict(state))
+            return
+        groups.adopt()
+        optimizer.load_state_dict(local_optimizer_state(state, optimizer, groups.whole))
 
 
 def copies_of_state(checkpoint: Mapping[str, Any], keys: Collection[str]) -> list[dict[str, Any]]:

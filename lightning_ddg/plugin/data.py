@@ -1,18 +1,25 @@
-"""Data loaders of a pipeline: the first stage's rank reads, all other ranks only count.
+"""The data of a pipeline: the first stage's rank reads, all other ranks only count, and each gets what it needs.
 
-What a batch holds and where it is sent is decided in :mod:`~lightning_ddg.plugin.strategy`; here only the iteration is
-kept in
-step, with or without a known length.
+In training, the rank with the loss gets the whole batch, and the ranks between get zeros of its shapes, for hooks to
+hold; in evaluation all ranks get it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch.utils.data import DistributedSampler
+
+from lightning_ddg.comm.ranks import Ranks
+from lightning_ddg.core.execution import Channel
+from lightning_ddg.plugin import compat
+
+FLAG = Channel("flag")
+BATCH = Channel("batch")
 
 
 class RemoteBatch:
@@ -152,6 +159,78 @@ class RemoteLoader(_PassThrough):
         else:
             for _ in range(self._length):
                 yield RemoteBatch()
+
+
+class BatchExchange:
+    """Gives each rank its loaders and its batches.
+
+    Args:
+        ranks: The processes.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks, self._mailbox = ranks, ranks.mailbox
+
+    def loader(self, dataloader: Any) -> SourceLoader | RemoteLoader:
+        """Wrap a user's loader: on one rank it reads, on all others it counts along."""
+        if not self._ranks.others:
+            return SourceLoader(dataloader)
+        check_sampler(dataloader)
+        more = partial(self._mailbox.take, self._ranks.reading_rank, FLAG)
+        if not self._ranks.reads:
+            return RemoteLoader(dataloader, more(), lambda: bool(more()))
+        compat.seed_workers_as_one_device(dataloader)
+        try:
+            length = len(dataloader)
+        except (TypeError, NotImplementedError):
+            length = None
+        announce = partial(self._mailbox.send, self._ranks.others, FLAG)
+        announce(length)
+        return SourceLoader(dataloader, announce if length is None else None)
+
+    def batch(self, trainer: Trainer, batch: Any, move: Callable[[Any], Any], dataloader_idx: int) -> Any:
+        """Return what this rank gets of a batch.
+
+        Args:
+            trainer: The Trainer, in whose loop it is.
+            batch: What the loader gave: on ranks that do not read, a :class:`RemoteBatch`.
+            move: Moves a batch that was read to the device.
+            dataloader_idx: Which loader it comes from.
+        """
+        if trainer.predicting:
+            loader = compat.prediction_loader(trainer, dataloader_idx)
+            if isinstance(loader, SourceLoader):
+                batch = move(batch)
+                self._send(self._ranks.others, (batch, loader.new_indices()))
+                return batch
+            batch, indices = self._mailbox.take(self._ranks.reading_rank, BATCH)
+            loader.add_indices(indices)
+            return batch
+        if not trainer.training:
+            if not self._ranks.reads:
+                return self._mailbox.take(self._ranks.reading_rank, BATCH)
+            batch = move(batch)
+            self._send(self._ranks.others, batch)
+            return batch
+        return self._training_batch(batch, move)
+
+    def _training_batch(self, batch: Any, move: Callable[[Any], Any]) -> Any:
+        rank = self._ranks.rank
+        if self._ranks.reads:
+            batch = move(batch)
+            self._send([0], batch)
+        elif self._ranks.is_rank_zero:
+            return self._mailbox.take(self._ranks.reading_rank, BATCH)
+        else:
+            batch = self._mailbox.take(rank + 1, BATCH)
+        if rank > 1:
+            # Stages hand its shapes on, so that the reading rank need not write to all of them.
+            self._mailbox.send(rank - 1, BATCH, batch, payload=False)
+        return batch
+
+    def _send(self, ranks: list[int], value: Any) -> None:
+        # A snapshot: the user's step may change the batch in place while it is still on its way.
+        self._mailbox.send(ranks, BATCH, value, snapshot=True)
 
 
 def check_sampler(loader: Any) -> None:

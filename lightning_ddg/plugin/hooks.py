@@ -11,7 +11,7 @@ It keeps no state of its own and enters no checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -46,7 +46,7 @@ class FitHooks(Callback):
         ranks: Ranks,
         drain: Drain,
         agreements: Agreements,
-        groups: OptimizerGroups,
+        groups: Sequence[OptimizerGroups],
         copies: StaleCopies,
         fail: Callable[[BaseException], None],
     ) -> None:
@@ -57,7 +57,12 @@ class FitHooks(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let callbacks that change the optimizer's groups find the whole module's parameters in them."""
-        self._groups.show_all()
+        for groups in self._groups:
+            groups.show_all()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Note what copies of the network's layers are."""
+        self._copies.mark()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """Let the weights be changed, before any hook may do so."""
@@ -106,12 +111,17 @@ class FitHooks(Callback):
         self._copies.check()
         self._agreements.follow(meet=True)
 
+    def adopt_groups(self) -> None:
+        """Take the parameters of other stages out of the groups again."""
+        for groups in self._groups:
+            groups.adopt()
+
     def install(self, trainer: Trainer, module: LightningModule) -> Callable[[], None]:
         """Become part of a fit; return what ends it."""
         undo = [
             compat.insert_callback(trainer, self),
-            compat.after_hook(module, "on_fit_start", self._groups.adopt),
-            compat.after_hook(module, "on_train_epoch_start", self._groups.adopt),
+            compat.after_hook(module, "on_fit_start", self.adopt_groups),
+            compat.after_hook(module, "on_train_epoch_start", self.adopt_groups),
             compat.after_hook(module, "on_train_batch_end", lambda: self.after_batch_end(trainer)),
             compat.after_hook(module, "on_train_epoch_end", self.after_epoch_end),
         ]

@@ -25,8 +25,7 @@ from lightning_ddg.network.restore import untouched
 from lightning_ddg.planning.plan import NUM_STAGES, Plan, make_plan
 from lightning_ddg.planning.simulate import SECONDS_PER_BYTE
 from lightning_ddg.plugin import compat
-from lightning_ddg.plugin.ownership import Weights
-from lightning_ddg.plugin.redirection import Seam, StepDone
+from lightning_ddg.plugin.redirection import Redirection, StepDone
 from lightning_ddg.plugin.step import no_call_of
 
 
@@ -148,16 +147,16 @@ def call_of_network(
     def capture(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         raise StepDone((args, kwargs))
 
-    seam = Seam(target, {}, Weights())
+    redirection = Redirection(target)
     unmute = compat.mute_logging(module)
     try:
-        with untouched(module.modules()), seam.handled_by(capture), context(), torch.enable_grad():
+        with untouched(module.modules()), redirection.handled_by(capture), context(), torch.enable_grad():
             module.training_step(*compat.step_arguments(module.training_step, batch))
     except StepDone as done:
         return cast(tuple[tuple[Any, ...], dict[str, Any]], done.value)
     finally:
         unmute()
-        seam.remove()
+        redirection.remove()
     raise NotCalled(no_call_of(target_name))
 
 

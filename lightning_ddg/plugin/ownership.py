@@ -61,12 +61,12 @@ class Ownership:
         return enumerate(self._segments, start=1)
 
     @property
-    def _last(self) -> int:
+    def last(self) -> int:
         return len(self._segments)
 
     def stage_of(self, tensor: Tensor) -> int:
         """Return the stage of a parameter, or of a buffer that has not been replaced since."""
-        return self._stages.get(id(tensor), self._last)
+        return self._stages.get(id(tensor), self.last)
 
     # ---- names and parameters
 
@@ -74,7 +74,7 @@ class Ownership:
     def parameter_names(self) -> list[list[str]]:
         """The names of the parameters of each of the ``K`` stages."""
         names = [name for name, _ in self.root.named_parameters()]
-        return [[name for name in names if self.by_name.get(name, self._last) == stage] for stage, _ in self._numbered]
+        return [[name for name in names if self.by_name.get(name, self.last) == stage] for stage, _ in self._numbered]
 
     @property
     def own_names(self) -> list[str]:
@@ -87,7 +87,7 @@ class Ownership:
         return [parameter for name, parameter in self.root.named_parameters() if self._is_own(name)]
 
     def _is_own(self, name: str) -> bool:
-        return self.stage is None or self.by_name.get(name, self._last) == self.stage
+        return self.stage is None or self.by_name.get(name, self.last) == self.stage
 
     @property
     def parameters_outside(self) -> list[nn.Parameter]:
@@ -131,7 +131,7 @@ class Ownership:
                 return memory[value.data_ptr()]
             return modules.get(key.rpartition(".")[0])
 
-        return [key for key, value in state_dict.items() if (owner(key, value) or self._last) == self.stage]
+        return [key for key, value in state_dict.items() if (owner(key, value) or self.last) == self.stage]
 
     # ---- what may not be shared
 
@@ -148,10 +148,10 @@ class Ownership:
                 continue
             for name, parameter in module.named_parameters(module_name, recurse=False):
                 stage = self.stage_of(parameter)
-                if stage < self._last and name not in known:
+                if stage < self.last and name not in known:
                     raise ValueError(
                         f"The parameter {name!r} is tied to one of stage {stage}, but lies outside the network and so"
-                        f" on stage {self._last}. Untie it, or make its module part of the network"
+                        f" on stage {self.last}. Untie it, or make its module part of the network"
                         " (`configure_stages`) and keep both in one stage (`split_points`)."
                     )
 
@@ -162,7 +162,7 @@ class Ownership:
             RuntimeError: Naming the parameter and its stage.
         """
         for name, parameter in self.root.named_parameters():
-            if self.by_name[name] != self._last and parameter.grad is not None:
+            if self.by_name[name] != self.last and parameter.grad is not None:
                 raise RuntimeError(
                     f"The loss uses the parameter {name!r} directly, but its weights live on stage"
                     f" {self.by_name[name]}, in another process. For an L2 penalty use the optimizer's `weight_decay`."

@@ -1,4 +1,4 @@
-"""What of Lightning, of the user's module and of the optimizers is changed for the length of a run: all of it, in order.
+"""What is changed of Lightning, of the user's module and of the optimizers for the length of a run, in order.
 
 Each change undoes itself when the run ends. Why each is needed stands with the function that makes it.
 """

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, ClassVar, TypeVar, cast
 
 import torch
@@ -21,7 +22,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from typing_extensions import override
 
 from lightning_ddg.comm.ranks import LocalRanks, PipelineRanks, Ranks
-from lightning_ddg.core.execution import Observers
 from lightning_ddg.core.schedule import delay, stage_of_rank
 from lightning_ddg.plugin import compat
 from lightning_ddg.plugin.options import Options, check_backend, check_precision, check_started
@@ -56,8 +56,7 @@ class StageProcesses(ParallelStrategy):
         super().__init__(accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin)
         self.num_nodes = 1
         self._options = options
-        self._observers = Observers()
-        self._ranks: Ranks = LocalRanks(1, self._observers)
+        self._ranks: Ranks = LocalRanks(1)
 
     @property
     def num_stages(self) -> int:
@@ -147,8 +146,7 @@ class StageProcesses(ParallelStrategy):
         super().setup_environment()
         compat.reset_seed()
         self.set_world_ranks()
-        self._observers = Observers()
-        self._ranks = self._connected() if self.world_size > 1 else LocalRanks(self.num_stages, self._observers)
+        self._ranks = self._connected() if self.world_size > 1 else LocalRanks(self.num_stages)
 
     def _connected(self) -> Ranks:
         if self._options.start_method == "popen":
@@ -161,14 +159,12 @@ class StageProcesses(ParallelStrategy):
         compat.init_dist_connection(
             cast(ClusterEnvironment, self.cluster_environment),
             backend,
-            timeout=group_timeout(self._options.timeout),
+            timeout=max(self._options.timeout, timedelta(minutes=30)),
             # Of a group bound to a device, torch 2.6 makes other groups by splitting it, which only NCCL can.
             device_id=self.root_device if "nccl" in backend else None,
         )
         self._options.check_world_size(dist.get_world_size())
-        return PipelineRanks.connect(
-            self.num_stages, self.root_device, self._options.timeout, backend, observers=self._observers
-        )
+        return PipelineRanks.connect(self.num_stages, self.root_device, self._options.timeout, backend)
 
     def set_world_ranks(self) -> None:
         """Tell the cluster environment and Lightning's rank-zero functions which process this is."""

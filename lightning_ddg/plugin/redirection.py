@@ -1,7 +1,7 @@
 """Forward redirection: while a step runs, the network's own ``forward`` goes to a handler.
 
-It is done on the instance and until :meth:`Redirection.remove`; nothing of the user's class is touched, and the network's
-hooks fire around the handler as before. Layers that live in another process refuse to be called by any other way.
+It is done on the instance and until :meth:`Redirection.remove`; nothing of the user's class is touched, and the
+network's hooks fire around the handler as before. Layers that live in another process refuse any other call.
 """
 
 from __future__ import annotations

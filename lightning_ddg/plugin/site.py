@@ -12,7 +12,6 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_ddg.comm.ranks import Ranks
-from lightning_ddg.core.execution import Observers
 from lightning_ddg.core.rng import EVALUATION, TRAINING, Batch
 from lightning_ddg.plugin.options import Options
 from lightning_ddg.plugin.ownership import Weights
@@ -28,7 +27,6 @@ class Site:
         options: The strategy's.
         num_stages: ``K``, 2 or more.
         ranks: The processes.
-        observers: Look on.
         precision: The precision plugin.
         device: This process's device.
         seed: The run's, the same on every rank.
@@ -44,7 +42,6 @@ class Site:
     options: Options
     num_stages: int
     ranks: Ranks
-    observers: Observers
     precision: Precision
     device: torch.device
     seed: int

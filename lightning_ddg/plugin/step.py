@@ -136,8 +136,8 @@ class TrainingStep:
             )
         if not self._module.automatic_optimization and self.state is not State.BACKWARD:
             raise RuntimeError(
-                f"{step} ended without `self.manual_backward(loss)`, which every batch needs once. Call it exactly once,"
-                " and not `loss.backward()`."
+                f"{step} ended without `self.manual_backward(loss)`, which every batch needs once. Call it exactly"
+                " once, and not `loss.backward()`."
             )
 
 

@@ -28,10 +28,11 @@ from lightning_ddg.planning.units import parse_bytes
 from lightning_ddg.plugin import compat
 from lightning_ddg.plugin.assembly import Run, build, move_all_but
 from lightning_ddg.plugin.checkpoint import CheckpointAssembler, record_cut, recorded_cut
-from lightning_ddg.plugin.data import check_steps
+from lightning_ddg.plugin.data import BatchExchange, check_steps
 from lightning_ddg.plugin.measure import plan_module
 from lightning_ddg.plugin.options import Options, check_trainer
 from lightning_ddg.plugin.ownership import Weights, check_optimizers
+from lightning_ddg.plugin.processes import StageProcesses
 from lightning_ddg.plugin.site import Site
 
 _T = TypeVar("_T")
@@ -180,7 +181,6 @@ class DDGStrategy(StageProcesses):
             options=self._options,
             num_stages=self.num_stages,
             ranks=self._ranks,
-            observers=self._observers,
             precision=self.precision_plugin,
             device=self.root_device,
             seed=self.broadcast(torch.initial_seed()),
@@ -221,7 +221,7 @@ class DDGStrategy(StageProcesses):
     @override
     def process_dataloader(self, dataloader: object) -> object:
         """Let the first stage's process read, and all others count along."""
-        return self._exchange.loader(dataloader)
+        return BatchExchange(self._ranks).loader(dataloader)
 
     @override
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
@@ -229,7 +229,7 @@ class DDGStrategy(StageProcesses):
         move = partial(super().batch_to_device, device=device, dataloader_idx=dataloader_idx)
         if self._run is None or not self._ranks.others:
             return move(batch)
-        return self._exchange.batch(self._run.site.trainer, batch, move, dataloader_idx)
+        return BatchExchange(self._ranks).batch(self._run.site.trainer, batch, move, dataloader_idx)
 
     # ---- training
 
@@ -320,7 +320,7 @@ class DDGStrategy(StageProcesses):
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        if self._checkpoints is None or not self._ranks.others:
+        if self._checkpoints is None:
             super().load_optimizer_state_dict(checkpoint)
             return
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):

@@ -34,7 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_ddg import DDGStrategy
-from lightning_ddg.comm.mailbox import Transport
+from lightning_ddg.comm.mailbox import GroupMailbox
 from lightning_ddg.core.pipeline import Pipeline
 from lightning_ddg.core.schedule import delay, stage_of_rank
 from lightning_ddg.core.stage import Stage
@@ -343,7 +343,7 @@ def ddg_bare(job: Job, laps: Laps) -> nn.Module:
     number = stage_of_rank(dist.get_rank(), size)
     module, (inputs, targets) = own_stage(job, number)
     group = dist.new_group(list(range(size)), backend="gloo")
-    transport = Transport(group, job.device, TIMEOUT, [f"Rank {rank}" for rank in range(size)])
+    transport = GroupMailbox(group, job.device, TIMEOUT, [f"Rank {rank}" for rank in range(size)])
     try:
         line = Pipeline(Stage(module, delay(number, size)), number, size, transport, lambda stage: nullcontext())
         optimizer = sgd(module)

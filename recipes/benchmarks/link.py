@@ -17,8 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from lightning_ddg.comm.link import measure_link
-from lightning_ddg.comm.mailbox import Transport
+from lightning_ddg.comm.ranks import PipelineRanks
 
 
 def measure(rank: int, port: int, repeats: int, results: SimpleQueue[list[float]]) -> None:
@@ -26,13 +25,11 @@ def measure(rank: int, port: int, repeats: int, results: SimpleQueue[list[float]
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(minutes=2))
-    group = dist.new_group([0, 1], backend="gloo")
-    transport = Transport(group, torch.device("cpu"), timedelta(minutes=2), ["Rank 0", "Rank 1"])
-    device = torch.device("cpu")
-    seconds = [measure_link(transport, 1 - rank, device, first=rank == 0) for _ in range(repeats)]
+    ranks = PipelineRanks.connect(2, torch.device("cpu"), timedelta(minutes=2), "gloo")
+    seconds = [ranks.seconds_per_byte(0.0) for _ in range(repeats)]
     if rank == 0:
         results.put(seconds)
-    transport.close()
+    ranks.disconnect()
     dist.destroy_process_group()
 
 

@@ -1,4 +1,4 @@
-"""Tests of ``transport.py`` on real processes joined by gloo: order, freedom from waiting, failures and the end.
+"""Tests of ``mailbox.py`` on real processes joined by gloo: order, freedom from waiting, failures and the end.
 
 A function that runs on the ranks asserts there; ``run_ranks`` shows the first rank's failure.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import threading
+from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any, cast
 from unittest.mock import patch
@@ -16,19 +17,24 @@ import torch
 import torch.distributed as dist
 from torch.nn.utils.rnn import pack_sequence
 
-from lightning_ddg.comm.mailbox import Kind, PeerError, Transport
-from lightning_ddg.comm.wire import pack
+from lightning_ddg.comm.device_lane import DeviceLane
+from lightning_ddg.comm.mailbox import GroupMailbox, PeerError
+from lightning_ddg.comm.ranks import STATE
+from lightning_ddg.core.execution import ACTIVATION, GRADIENT, Channel
 from tests.harness import run_ranks, run_ranks_raw
 
+FLAG = Channel("flag")
+BATCH = Channel("batch")
+EPOCH = Channel("epoch", ends=True)
 LONG = timedelta(seconds=30)
 
 
-def connect(timeout: timedelta = LONG, group: dist.ProcessGroup | None = None, device: str = "cpu") -> Transport:
+def connect(timeout: timedelta = LONG, group: dist.ProcessGroup | None = None, device: str = "cpu") -> GroupMailbox:
     if not dist.is_initialized():
         dist.init_process_group("gloo", rank=int(os.environ["LOCAL_RANK"]), world_size=int(os.environ["WORLD_SIZE"]))
     chosen = group or cast(dist.ProcessGroup, dist.group.WORLD)
     names = [f"rank {rank} by name" for rank in range(dist.get_world_size())]
-    return Transport(chosen, torch.device(device), timeout, names)
+    return GroupMailbox(chosen, torch.device(device), timeout, names)
 
 
 def own_threads() -> list[str]:
@@ -38,26 +44,26 @@ def own_threads() -> list[str]:
 # ---- order
 
 
-def interleaved_kinds() -> None:
-    transport = connect()
-    kinds = [Kind.ACTIVATION, Kind.GRADIENT, Kind.FLAG]
-    others = [rank for rank in range(transport.size) if rank != transport.rank]
+def interleaved_channels() -> None:
+    mailbox = connect()
+    channels = [ACTIVATION, GRADIENT, FLAG]
+    others = [rank for rank in range(mailbox.size) if rank != mailbox.rank]
     for number in range(20):
         for peer in others:
-            for kind in kinds:
-                transport.send(peer, kind, (transport.rank, kind.name, torch.tensor(number)))
-    for kind in reversed(kinds):
+            for channel in channels:
+                mailbox.send(peer, channel, (mailbox.rank, channel.name, torch.tensor(number)))
+    for channel in reversed(channels):
         for peer in others:
             for number in range(20):
-                source, name, value = transport.take(peer, kind)
-                assert (source, name, value.item()) == (peer, kind.name, number)
-    transport.close()
+                source, name, value = mailbox.take(peer, channel)
+                assert (source, name, value.item()) == (peer, channel.name, number)
+    mailbox.close()
     assert own_threads() == []
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_each_kind_keeps_its_order(world_size: int) -> None:
-    run_ranks(interleaved_kinds, world_size)
+def test_each_channel_keeps_its_order(world_size: int) -> None:
+    run_ranks(interleaved_channels, world_size)
 
 
 def changing_message(number: int) -> Any:
@@ -79,17 +85,17 @@ def same(a: Any, b: Any) -> bool:
 
 
 def several_receivers() -> None:
-    transport = connect()
-    if transport.rank == 0:
+    mailbox = connect()
+    if mailbox.rank == 0:
         for length in (3, 4000):
-            transport.send([1, 2], Kind.FLAG, torch.ones(length))
+            mailbox.send([1, 2], FLAG, torch.ones(length))
         value = torch.ones(4000)
-        transport.send([2, 1], Kind.BATCH, pack(value, snapshot=True))
+        mailbox.send([2, 1], BATCH, value, snapshot=True)
         value.zero_()
     else:
-        assert [len(transport.take(0, Kind.FLAG)) for _ in range(2)] == [3, 4000]
-        assert torch.equal(transport.take(0, Kind.BATCH), torch.ones(4000))
-    transport.close()
+        assert [len(mailbox.take(0, FLAG)) for _ in range(2)] == [3, 4000]
+        assert torch.equal(mailbox.take(0, BATCH), torch.ones(4000))
+    mailbox.close()
 
 
 def test_one_message_may_go_to_several_ranks() -> None:
@@ -97,13 +103,13 @@ def test_one_message_may_go_to_several_ranks() -> None:
 
 
 def changing_messages() -> None:
-    transport = connect()
-    peer = 1 - transport.rank
+    mailbox = connect()
+    peer = 1 - mailbox.rank
     for number in range(120):
-        transport.send(peer, Kind.ACTIVATION, changing_message(number))
+        mailbox.send(peer, ACTIVATION, changing_message(number))
         if number >= 3:
-            assert same(transport.take(peer, Kind.ACTIVATION), changing_message(number - 3)), number
-    transport.close()
+            assert same(mailbox.take(peer, ACTIVATION), changing_message(number - 3)), number
+    mailbox.close()
 
 
 def test_shapes_and_dtypes_may_change_with_every_message() -> None:
@@ -114,15 +120,15 @@ def test_shapes_and_dtypes_may_change_with_every_message() -> None:
 
 
 def large_messages_both_ways() -> None:
-    transport = connect()
-    peer = 1 - transport.rank
+    mailbox = connect()
+    peer = 1 - mailbox.rank
     for number in range(2):
-        transport.send(peer, Kind.ACTIVATION, torch.full((8_000_000,), float(number + transport.rank)))
+        mailbox.send(peer, ACTIVATION, torch.full((8_000_000,), float(number + mailbox.rank)))
     for number in range(2):
-        got = transport.take(peer, Kind.ACTIVATION)
+        got = mailbox.take(peer, ACTIVATION)
         assert got.shape == (8_000_000,)
         assert bool((got == number + peer).all())
-    transport.close()
+    mailbox.close()
 
 
 def test_large_messages_both_ways_do_not_block_each_other() -> None:
@@ -130,19 +136,19 @@ def test_large_messages_both_ways_do_not_block_each_other() -> None:
 
 
 def send_without_a_taker() -> None:
-    transport = connect()
-    if transport.rank == 0:
+    mailbox = connect()
+    if mailbox.rank == 0:
         for number in range(30):
             # The tensor is freed at once, and its memory is very likely used by the next.
-            transport.send(1, Kind.ACTIVATION, torch.full((200_000,), float(number)))
+            mailbox.send(1, ACTIVATION, torch.full((200_000,), float(number)))
         # Rank 1 takes nothing before this: a send that waited for it would never come here.
-        transport.send(1, Kind.FLAG, None)
+        mailbox.send(1, FLAG, None)
     else:
-        transport.take(0, Kind.FLAG)
+        mailbox.take(0, FLAG)
         for number in range(30):
-            got = transport.take(0, Kind.ACTIVATION)
+            got = mailbox.take(0, ACTIVATION)
             assert bool((got == number).all()), number
-    transport.close()
+    mailbox.close()
 
 
 def test_sends_neither_wait_for_the_receiver_nor_need_the_tensor_kept() -> None:
@@ -150,18 +156,18 @@ def test_sends_neither_wait_for_the_receiver_nor_need_the_tensor_kept() -> None:
 
 
 def flush_then_modify() -> None:
-    transport = connect()
-    if transport.rank == 0:
+    mailbox = connect()
+    if mailbox.rank == 0:
         tensor = torch.ones(4_000_000)
         for _ in range(3):
-            transport.send(1, Kind.STATE, tensor)
-            transport.flush()
+            mailbox.send(1, STATE, tensor)
+            mailbox.flush()
             tensor.add_(1)
     else:
         for number in range(3):
-            got = transport.take(0, Kind.STATE)
+            got = mailbox.take(0, STATE)
             assert bool((got == number + 1).all())
-    transport.close()
+    mailbox.close()
 
 
 def test_a_tensor_may_be_modified_after_a_flush() -> None:
@@ -169,18 +175,18 @@ def test_a_tensor_may_be_modified_after_a_flush() -> None:
 
 
 def without_payload() -> None:
-    transport = connect()
-    if transport.rank == 0:
+    mailbox = connect()
+    if mailbox.rank == 0:
         for size in (3, 3000):
             for payload in (False, True, False):
-                transport.send(1, Kind.BATCH, pack((torch.ones(2, size), "name"), payload=payload))
+                mailbox.send(1, BATCH, (torch.ones(2, size), "name"), payload=payload)
     else:
         for size in (3, 3000):
             for expected in (0.0, 1.0, 0.0):
-                got, name = transport.take(0, Kind.BATCH)
+                got, name = mailbox.take(0, BATCH)
                 assert torch.equal(got, torch.full((2, size), expected))
                 assert name == "name"
-    transport.close()
+    mailbox.close()
 
 
 def test_shapes_alone_may_be_sent() -> None:
@@ -191,8 +197,8 @@ def test_shapes_alone_may_be_sent() -> None:
 
 
 def count_parts() -> None:
-    transport = connect()
-    if transport.rank == 0:
+    mailbox = connect()
+    if mailbox.rank == 0:
         parts: list[int] = []
         original = dist.isend
 
@@ -204,7 +210,7 @@ def count_parts() -> None:
 
         def sent(value: Any) -> int:
             before = len(parts)
-            transport.send(1, Kind.ACTIVATION, value)
+            mailbox.send(1, ACTIVATION, value)
             return len(parts) - before
 
         assert sent(torch.ones(5000)) == 3  # header, description, bytes
@@ -221,15 +227,15 @@ def count_parts() -> None:
         assert sent(torch.ones(5000)) == 2
         dist.isend = original
     else:
-        assert [transport.take(0, Kind.ACTIVATION).shape for _ in range(3)] == [(5000,), (5000,), (6000,)]
-        assert len(transport.take(0, Kind.ACTIVATION)) == 2
-        assert [len(transport.take(0, Kind.ACTIVATION)) for _ in range(2)] == [20_000] * 2
-        assert torch.equal(transport.take(0, Kind.ACTIVATION), torch.ones(5))
+        assert [mailbox.take(0, ACTIVATION).shape for _ in range(3)] == [(5000,), (5000,), (6000,)]
+        assert len(mailbox.take(0, ACTIVATION)) == 2
+        assert [len(mailbox.take(0, ACTIVATION)) for _ in range(2)] == [20_000] * 2
+        assert torch.equal(mailbox.take(0, ACTIVATION), torch.ones(5))
         for number in range(600):
-            assert transport.take(0, Kind.ACTIVATION) == f"text {number % 300}"
+            assert mailbox.take(0, ACTIVATION) == f"text {number % 300}"
         for length in (7000, 7000, 5000):
-            assert torch.equal(transport.take(0, Kind.ACTIVATION), torch.ones(length))
-    transport.close()
+            assert torch.equal(mailbox.take(0, ACTIVATION), torch.ones(length))
+    mailbox.close()
 
 
 def test_a_description_is_sent_once_and_many_different_ones_may_be() -> None:
@@ -245,11 +251,11 @@ def wait_too_long() -> str | None:
     message = None
     if long.rank == 0:
         with pytest.raises(TimeoutError) as caught:
-            short.take(1, Kind.GRADIENT)
+            short.take(1, GRADIENT)
         message = str(caught.value)
-        long.send(1, Kind.FLAG, None)
+        long.send(1, FLAG, None)
     else:
-        long.take(0, Kind.FLAG)
+        long.take(0, FLAG)
     long.close()
     return message
 
@@ -261,19 +267,19 @@ def test_waiting_has_a_limit() -> None:
 
 
 def die_or_wait() -> str:
-    transport = connect()
+    mailbox = connect()
     # All are connected before one of them dies.
     for peer in range(3):
-        if peer != transport.rank:
-            transport.send(peer, Kind.FLAG, None)
+        if peer != mailbox.rank:
+            mailbox.send(peer, FLAG, None)
     for peer in range(3):
-        if peer != transport.rank:
-            transport.take(peer, Kind.FLAG)
-    if transport.rank == 1:
+        if peer != mailbox.rank:
+            mailbox.take(peer, FLAG)
+    if mailbox.rank == 1:
         os._exit(3)
     with pytest.raises(PeerError) as caught:
         # Rank 2 waits for a rank that lives.
-        transport.take({0: 1, 2: 0}[transport.rank], Kind.ACTIVATION)
+        mailbox.take({0: 1, 2: 0}[mailbox.rank], ACTIVATION)
     return str(caught.value)
 
 
@@ -287,23 +293,23 @@ def test_a_rank_that_dies_is_named_to_all_others() -> None:
 
 
 def abort_or_wait() -> list[str]:
-    transport = connect()
-    if transport.rank == 1:
-        transport.abort("rank 1 ran out of luck")
+    mailbox = connect()
+    if mailbox.rank == 1:
+        mailbox.abort("rank 1 ran out of luck")
         with pytest.raises(PeerError, match="This rank has failed: rank 1 ran out of luck"):
-            transport.raise_failure()
+            mailbox.raise_failure()
         return []
     heard = []
     with pytest.raises(PeerError) as caught:
-        transport.take(2 - transport.rank, Kind.GRADIENT)
+        mailbox.take(2 - mailbox.rank, GRADIENT)
     heard.append(str(caught.value))
     with pytest.raises(PeerError) as caught:
-        transport.send(2 - transport.rank, Kind.FLAG, None)
+        mailbox.send(2 - mailbox.rank, FLAG, None)
     heard.append(str(caught.value))
     # Passes on what it knows; does not replace the first reason by its own.
-    transport.abort("a consequence")
+    mailbox.abort("a consequence")
     with pytest.raises(PeerError) as caught:
-        transport.flush()
+        mailbox.flush()
     heard.append(str(caught.value))
     return heard
 
@@ -315,21 +321,21 @@ def test_the_reason_of_an_abort_reaches_ranks_that_wait_for_others() -> None:
 
 
 def end_the_epoch_early() -> str | None:
-    transport = connect()
+    mailbox = connect()
     message = None
-    if transport.rank == 0:
-        transport.send(1, Kind.ACTIVATION, 5)
-        transport.send(1, Kind.EPOCH, None)
-        transport.take(1, Kind.FLAG)
+    if mailbox.rank == 0:
+        mailbox.send(1, ACTIVATION, 5)
+        mailbox.send(1, EPOCH, None)
+        mailbox.take(1, FLAG)
     else:
         # What was sent before the end of the epoch still counts.
-        assert transport.take(0, Kind.ACTIVATION) == 5
+        assert mailbox.take(0, ACTIVATION) == 5
         with pytest.raises(PeerError) as caught:
-            transport.take(0, Kind.ACTIVATION)
+            mailbox.take(0, ACTIVATION)
         message = str(caught.value)
-        assert transport.take(0, Kind.EPOCH) is None
-        transport.send(0, Kind.FLAG, None)
-    transport.close()
+        assert mailbox.take(0, EPOCH) is None
+        mailbox.send(0, FLAG, None)
+    mailbox.close()
     return message
 
 
@@ -345,7 +351,7 @@ def take_after_goodbye() -> str | None:
     name = None
     if long.rank == 1:
         try:
-            short.take(0, Kind.BATCH)
+            short.take(0, BATCH)
         except (PeerError, TimeoutError) as error:
             name = type(error).__name__
     short.close()
@@ -362,21 +368,21 @@ def test_a_rank_that_has_said_goodbye_is_not_waited_for() -> None:
 
 def keep_places() -> None:
     """The device "meta" stands for a GPU: all that matters here is that it is not the CPU."""
-    transport = connect(device="cpu" if os.environ["LOCAL_RANK"] == "0" else "meta")
+    mailbox = connect(device="cpu" if os.environ["LOCAL_RANK"] == "0" else "meta")
     sequence = pack_sequence([torch.ones(3, 2), torch.ones(2, 2)])
     large = torch.ones(3000)
-    if transport.rank == 0:
-        transport.send(1, Kind.BATCH, {"sequence": sequence, "lengths": torch.tensor([3, 2]), "large": large})
-        transport.send(1, Kind.BATCH, pack([torch.empty(2, device="meta"), torch.ones(2)], payload=False))
+    if mailbox.rank == 0:
+        mailbox.send(1, BATCH, {"sequence": sequence, "lengths": torch.tensor([3, 2]), "large": large})
+        mailbox.send(1, BATCH, [torch.empty(2, device="meta"), torch.ones(2)], payload=False)
     else:
-        batch = transport.take(0, Kind.BATCH)
+        batch = mailbox.take(0, BATCH)
         places = {batch[key].device.type for key in ("lengths", "large")} | {batch["sequence"].batch_sizes.device.type}
         assert places == {"cpu"}
         assert torch.equal(batch["large"], large)
-        shapes = transport.take(0, Kind.BATCH)
+        shapes = mailbox.take(0, BATCH)
         assert [tensor.device.type for tensor in shapes] == ["meta", "cpu"]
         assert shapes[1].tolist() == [0.0, 0.0]
-    transport.close()
+    mailbox.close()
 
 
 def test_what_is_on_the_cpu_stays_there() -> None:
@@ -399,25 +405,26 @@ def abort_with_a_broken_device(how: str) -> str | None:
     with (
         patch("torch.cuda.Event", BrokenEvent),
         patch("torch.cuda.Stream", lambda device: None),
+        patch("torch.cuda.stream", lambda stream: nullcontext()),
         patch("torch.cuda.set_device", lambda device: None),
     ):
-        transport = connect(device="cuda" if os.environ["LOCAL_RANK"] == "1" else "cpu")
+        mailbox = connect(device="cuda" if os.environ["LOCAL_RANK"] == "1" else "cpu")
         message = None
-        if transport.rank == 1 and how == "abort":
-            transport.abort("a kernel failed")
-        elif transport.rank == 1:
+        if mailbox.rank == 1 and how == "abort":
+            mailbox.abort("a kernel failed")
+        elif mailbox.rank == 1:
             event = BrokenEvent.__new__(BrokenEvent)
-            assert transport._staged is not None
-            transport._staged.put((event, 0, [torch.ones(1)]))
+            assert isinstance(mailbox._lane, DeviceLane)
+            mailbox._lane._staged.put((event, 0, [torch.ones(1)]))
             with pytest.raises(PeerError) as caught:
-                transport.take(0, Kind.FLAG)
+                mailbox.take(0, FLAG)
             message = str(caught.value)
-            transport.abort(message)
+            mailbox.abort(message)
         else:
             with pytest.raises(PeerError) as caught:
-                transport.take(1, Kind.FLAG)
+                mailbox.take(1, FLAG)
             message = str(caught.value)
-        transport.close()
+        mailbox.close()
     return message
 
 
@@ -434,22 +441,22 @@ def test_a_copy_that_fails_on_its_way_is_the_failure_of_its_rank() -> None:
 
 
 def close_at_different_times() -> None:
-    transport = connect()
+    mailbox = connect()
     # Not how many: the one that hears a rank ends at that rank's goodbye, which may have come already.
     assert own_threads()
-    if transport.rank == 0:
+    if mailbox.rank == 0:
         # Rank 0 hears from both before it closes: the others are already in `close` then.
-        transport.send(1, Kind.STATE, torch.ones(3_000_000))
-        assert transport.take(1, Kind.FLAG) == 1
-        assert transport.take(2, Kind.FLAG) == 2
+        mailbox.send(1, STATE, torch.ones(3_000_000))
+        assert mailbox.take(1, FLAG) == 1
+        assert mailbox.take(2, FLAG) == 2
     else:
-        transport.send(0, Kind.FLAG, transport.rank)
-    transport.close()
-    if transport.rank == 1:
+        mailbox.send(0, FLAG, mailbox.rank)
+    mailbox.close()
+    if mailbox.rank == 1:
         # It came before the goodbye, so it is still there.
-        assert transport.take(0, Kind.STATE).sum() == 3_000_000
+        assert mailbox.take(0, STATE).sum() == 3_000_000
     assert own_threads() == []
-    assert transport.failure is None
+    assert mailbox.failure is None
 
 
 def test_closing_loses_nothing_and_leaves_no_thread() -> None:
@@ -459,10 +466,10 @@ def test_closing_loses_nothing_and_leaves_no_thread() -> None:
 def connect_twice() -> int:
     for number in range(2):
         group = cast(dist.ProcessGroup, dist.new_group([0, 1], backend="gloo")) if number else None
-        transport = connect(group=group)
-        transport.send(1 - transport.rank, Kind.FLAG, number)
-        assert transport.take(1 - transport.rank, Kind.FLAG) == number
-        transport.close()
+        mailbox = connect(group=group)
+        mailbox.send(1 - mailbox.rank, FLAG, number)
+        assert mailbox.take(1 - mailbox.rank, FLAG) == number
+        mailbox.close()
     return len(own_threads())
 
 

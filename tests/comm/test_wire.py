@@ -1,4 +1,4 @@
-"""Tests of ``messages.py``: what is packed arrives as it was, in value, layout and structure, without any process."""
+"""Tests of ``wire.py``: what is packed arrives as it was, in value, layout and structure, without any process."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def travel(value: Any, payload: bool = True) -> Any:
     return unpack(description, tensors)
 
 
-def test_nests() -> None:
+def test_pytrees() -> None:
     shared = torch.randn(3)
     numbers = np.arange(4)
     value = {

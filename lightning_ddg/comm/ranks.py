@@ -1,0 +1,340 @@
+"""The processes that train, as one of them sees them: itself with all stages, or one stage among several.
+
+Whoever holds a :class:`Ranks` need not ask which of the two it is. What is here happens outside iterations, before
+training, for checkpoints and at the end; unless it says otherwise, every rank must call it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Iterable, Mapping
+from datetime import timedelta
+from functools import lru_cache
+from statistics import median
+from typing import Any, Protocol, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from lightning_ddg.comm.mailbox import GroupMailbox, PeerError
+from lightning_ddg.core.execution import Channel, Observers
+from lightning_ddg.core.schedule import rank_of_stage, stage_of_rank
+
+STATE = Channel("state", on_host=True)
+PROBE = Channel("probe")
+
+_PROBE_BYTES = 4 << 20
+_PROBE_ROUNDS = 5
+_T = TypeVar("_T")
+
+
+class Ranks(Protocol):
+    """The processes that train together.
+
+    Attributes:
+        rank: This process's rank.
+        size: How many processes there are.
+        num_stages: ``K``.
+        stage: Number ``1..K`` of this process's stage; ``None`` if it has all of them.
+        reading_rank: The rank that reads data: that of stage 1.
+        mailbox: Connects the ranks.
+        observers: Are told of every wait for a message.
+    """
+
+    rank: int
+    size: int
+    num_stages: int
+    stage: int | None
+    reading_rank: int
+    mailbox: GroupMailbox | EmptyMailbox
+    observers: Observers
+
+    @property
+    def others(self) -> list[int]:
+        """The other ranks."""
+        return [rank for rank in range(self.size) if rank != self.rank]
+
+    @property
+    def reads(self) -> bool:
+        """Whether this rank reads data."""
+        return self.rank == self.reading_rank
+
+    @property
+    def is_rank_zero(self) -> bool:
+        """Whether this is rank 0, that of the last stage."""
+        return self.rank == 0
+
+    @property
+    def mesh(self) -> DeviceMesh:
+        """The processes as a mesh with the axes ``("data", "stage")``; the first has length 1.
+
+        Raises:
+            RuntimeError: In one process.
+        """
+        raise RuntimeError("There is no device mesh in one process, nor before the Trainer has connected several.")
+
+    def barrier(self) -> None:
+        """Wait until every rank has come here."""
+        return
+
+    def broadcast(self, obj: _T, src: int = 0) -> _T:
+        """Return the object of rank ``src``."""
+        return obj
+
+    def agree(self, decision: bool, all: bool = True) -> bool:
+        """Return whether all ranks say yes, or any of them."""
+        del all
+        return decision
+
+    def gather(self, own: dict[Any, Any]) -> list[dict[Any, Any]]:
+        """Return on rank 0 what the other ranks have, in their order; an empty list on all others.
+
+        Ranks that have disconnected are connected for the moment.
+
+        Raises:
+            PeerError: If a rank has failed.
+        """
+        del own
+        return []
+
+    def share(self, module: nn.Module, names: Collection[str], sources: Collection[int]) -> None:
+        """Give every rank the parameters and buffers of a module that others have.
+
+        Args:
+            module: A module with the same names on every rank.
+            names: The parameters and buffers that this rank gives.
+            sources: The ranks that give.
+        """
+        return
+
+    def seconds_per_byte(self, default: float) -> float:
+        """Return what a byte costs on its way from stage 1 to stage 2.
+
+        Args:
+            default: The answer where nothing can be measured.
+
+        Returns:
+            Seconds per byte, one way.
+        """
+        return default
+
+    def abort(self, reason: str) -> str:
+        """Tell the other ranks that this one has failed; they need not call it.
+
+        Returns:
+            The first failure known: another rank's, if that is why this one fails, else ``reason``.
+        """
+        return reason
+
+    def disconnect(self) -> None:
+        """End the conversation between the ranks, without losing what is on its way."""
+        return
+
+
+class EmptyMailbox:
+    """The mailbox of a process that is alone: a :class:`~lightning_ddg.core.execution.Mailbox` without peers."""
+
+    rank = 0
+    size = 1
+
+    def send(
+        self, to: int | Iterable[int], channel: Channel, value: Any, *, snapshot: bool = False, payload: bool = True
+    ) -> None:
+        """Send to nobody.
+
+        Raises:
+            RuntimeError: If there is a receiver.
+        """
+        del value, snapshot, payload
+        for peer in (to,) if isinstance(to, int) else to:
+            raise self._nobody(peer, channel)
+
+    def take(self, source: int, channel: Channel) -> Any:
+        """Raise ``RuntimeError``, as nobody has sent anything."""
+        raise self._nobody(source, channel)
+
+    def has(self, source: int, channel: Channel) -> bool:
+        """Return ``False``."""
+        del source, channel
+        return False
+
+    def _nobody(self, peer: int, channel: Channel) -> RuntimeError:
+        return RuntimeError(
+            f"There is no rank {peer} to exchange a message ({channel.name}) with: this process trains all stages."
+        )
+
+
+class LocalRanks(Ranks):
+    """One process with all stages: it agrees with itself, and there is nobody to send to.
+
+    Args:
+        num_stages: ``K``.
+    """
+
+    def __init__(self, num_stages: int) -> None:
+        self.rank, self.size = 0, 1
+        self.num_stages = num_stages
+        self.stage = None
+        self.reading_rank = 0
+        self.mailbox = EmptyMailbox()
+        self.observers = Observers()
+
+
+class PipelineRanks(Ranks):
+    """As many processes as stages; the default process group must exist.
+
+    Args:
+        num_stages: ``K``.
+        device: This rank's device.
+        timeout: The longest a rank waits for one message.
+        backend: Backend of the default group. With NCCL, tensors go from device to device.
+    """
+
+    mailbox: GroupMailbox
+
+    def __init__(self, num_stages: int, device: torch.device, timeout: timedelta, backend: str) -> None:
+        self.rank, self.size = dist.get_rank(), num_stages
+        self.num_stages = num_stages
+        self.stage = stage_of_rank(self.rank, num_stages)
+        self.reading_rank = rank_of_stage(1, num_stages)
+        self.observers = Observers()
+        self._device = device
+        self._timeout = timeout
+        self._backend = backend
+        self._failure: str | None = None
+        self._mesh = _mesh_of(dist.group.WORLD, device.type, num_stages)
+        self.mailbox = self._open(self.observers)
+        self._connected = True
+
+    @classmethod
+    def connect(cls, num_stages: int, device: torch.device, timeout: timedelta, backend: str) -> PipelineRanks:
+        """Wait for all ranks, then connect them; the arguments are those of the class."""
+        # Making groups waits for every rank without noticing that one is gone; a barrier notices.
+        _barrier(device)
+        return cls(num_stages, device, timeout, backend)
+
+    def _open(self, observers: Observers | None = None) -> GroupMailbox:
+        limit = max(self._timeout, timedelta(minutes=30))
+
+        def connect(those: list[int], backend: str) -> dist.ProcessGroup:
+            return cast(dist.ProcessGroup, dist.new_group(those, timeout=limit, backend=backend))
+
+        ranks = list(range(self.size))
+        group = connect(ranks, "gloo")
+        edges: dict[tuple[int, int], dist.ProcessGroup] = {}
+        if "nccl" in self._backend:
+            neighbours = [(rank, rank - 1) for rank in ranks[1:]] + [(rank - 1, rank) for rank in ranks[1:]]
+            for edge in dict.fromkeys([*neighbours, (ranks[-1], ranks[0])]):
+                edges[edge] = connect(sorted(edge), "nccl")
+        names = [f"Rank {rank} (stage {stage_of_rank(rank, self.num_stages)})" for rank in ranks]
+        return GroupMailbox(group, self._device, self._timeout, names, edges, observers)
+
+    @property
+    def mesh(self) -> DeviceMesh:
+        return self._mesh
+
+    def barrier(self) -> None:
+        if dist.is_initialized():
+            _barrier(self._device)
+
+    def broadcast(self, obj: _T, src: int = 0) -> _T:
+        if not dist.is_initialized():
+            return obj
+        box = [obj]
+        dist.broadcast_object_list(box, src)
+        return box[0]
+
+    def agree(self, decision: bool, all: bool = True) -> bool:
+        if not dist.is_initialized():
+            return decision
+        device = self._device if dist.get_backend() == "nccl" else torch.device("cpu")
+        votes = torch.tensor(int(decision), device=device)
+        dist.all_reduce(votes)
+        return bool(votes == self.size) if all else bool(votes)
+
+    def gather(self, own: dict[Any, Any]) -> list[dict[Any, Any]]:
+        if self._failure is not None:
+            raise PeerError(f"No checkpoint can be assembled, as other stages are out of reach. {self._failure}")
+        if self._connected:
+            return _gather(self.mailbox, own)
+        # After a fit, `trainer.save_checkpoint` finds the ranks no longer connected.
+        mailbox = self._open()
+        try:
+            return _gather(mailbox, own)
+        finally:
+            mailbox.disconnect()
+
+    def share(self, module: nn.Module, names: Collection[str], sources: Collection[int]) -> None:
+        named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        if self.rank in sources:
+            own = {name: named[name].detach() for name in names if name in named}
+            self.mailbox.send(self.others, STATE, own)
+            self.mailbox.flush()
+        for rank in self.others:
+            if rank in sources:
+                _assign(named, self.mailbox.take(rank, STATE))
+
+    def seconds_per_byte(self, default: float) -> float:
+        seconds, second = default, rank_of_stage(2, self.num_stages)
+        if self.reads:
+            seconds = self._round_trip(second, first=True)
+        elif self.rank == second:
+            self._round_trip(self.reading_rank, first=False)
+        return self.broadcast(seconds, src=self.reading_rank)
+
+    def _round_trip(self, peer: int, *, first: bool) -> float:
+        """Half the median time of a few MiB to a peer and back, per byte; the first round does not count."""
+        message = torch.zeros(_PROBE_BYTES, dtype=torch.uint8, device=self._device)
+        seconds = []
+        for _ in range(1 + _PROBE_ROUNDS):
+            start = time.perf_counter()
+            if first:
+                self.mailbox.send(peer, PROBE, message)
+            self.mailbox.take(peer, PROBE)
+            if not first:
+                self.mailbox.send(peer, PROBE, message)
+            # What has been taken may still be on its way to the device.
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
+            seconds.append(time.perf_counter() - start)
+        return median(seconds[1:]) / 2 / _PROBE_BYTES
+
+    def abort(self, reason: str) -> str:
+        if self._failure is None:
+            self._failure = self.mailbox.abort(reason) if self._connected else reason
+        return self._failure
+
+    def disconnect(self) -> None:
+        if self._connected:
+            self._connected = False
+            self.mailbox.disconnect()
+
+
+# One mesh for all fits with a default group, as a mesh's groups hold sockets and threads.
+@lru_cache(maxsize=1)
+def _mesh_of(world: dist.ProcessGroup, device_type: str, num_stages: int) -> DeviceMesh:
+    del world
+    return init_device_mesh(device_type, (1, num_stages), mesh_dim_names=("data", "stage"))
+
+
+def _barrier(device: torch.device) -> None:
+    if dist.get_backend() == "nccl":
+        dist.barrier(device_ids=[device.index])
+    else:
+        dist.barrier()
+
+
+def _gather(mailbox: GroupMailbox, own: dict[Any, Any]) -> list[dict[Any, Any]]:
+    if mailbox.rank == 0:
+        return [mailbox.take(rank, STATE) for rank in range(1, mailbox.size)]
+    mailbox.send(0, STATE, own)
+    mailbox.flush()
+    return []
+
+
+def _assign(named: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, value in values.items():
+            named[name].detach().copy_(value)
