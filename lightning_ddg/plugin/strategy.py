@@ -26,7 +26,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from lightning_ddg.comm.mailbox import GroupMailbox
-from lightning_ddg.comm.ranks import PipelineRanks
+from lightning_ddg.comm.ranks import PipelineRanks, group_timeout
 from lightning_ddg.core.delay_line import DelayLine
 from lightning_ddg.core.execution import Channel
 from lightning_ddg.core.pipeline import Pipeline, or_end_step, placeholder_maker
@@ -397,7 +397,7 @@ class DDGStrategy(ParallelStrategy):
         compat.init_dist_connection(
             self.cluster_environment,
             backend,
-            timeout=max(self._timeout, timedelta(minutes=30)),
+            timeout=group_timeout(self._timeout),
             # Of a group bound to a device, torch 2.6 makes other groups by splitting it, which only NCCL can.
             device_id=self.root_device if "nccl" in backend else None,
         )
