@@ -171,15 +171,16 @@ class LocalRanks(Ranks):
 
     Args:
         num_stages: ``K``.
+        observers: Those who look on at this process.
     """
 
-    def __init__(self, num_stages: int) -> None:
+    def __init__(self, num_stages: int, observers: Observers | None = None) -> None:
         self.rank, self.size = 0, 1
         self.num_stages = num_stages
         self.stage = None
         self.reading_rank = 0
         self.mailbox = EmptyMailbox()
-        self.observers = Observers()
+        self.observers = observers or Observers()
 
 
 class PipelineRanks(Ranks):
@@ -190,16 +191,24 @@ class PipelineRanks(Ranks):
         device: This rank's device.
         timeout: The longest a rank waits for one message.
         backend: Backend of the default group. With NCCL, tensors go from device to device.
+        observers: Those who look on at this process.
     """
 
     mailbox: GroupMailbox
 
-    def __init__(self, num_stages: int, device: torch.device, timeout: timedelta, backend: str) -> None:
+    def __init__(
+        self,
+        num_stages: int,
+        device: torch.device,
+        timeout: timedelta,
+        backend: str,
+        observers: Observers | None = None,
+    ) -> None:
         self.rank, self.size = dist.get_rank(), num_stages
         self.num_stages = num_stages
         self.stage = stage_of_rank(self.rank, num_stages)
         self.reading_rank = rank_of_stage(1, num_stages)
-        self.observers = Observers()
+        self.observers = observers or Observers()
         self._device = device
         self._timeout = timeout
         self._backend = backend
@@ -209,17 +218,23 @@ class PipelineRanks(Ranks):
         self._connected = True
 
     @classmethod
-    def connect(cls, num_stages: int, device: torch.device, timeout: timedelta, backend: str) -> PipelineRanks:
+    def connect(
+        cls,
+        num_stages: int,
+        device: torch.device,
+        timeout: timedelta,
+        backend: str,
+        observers: Observers | None = None,
+    ) -> PipelineRanks:
         """Wait for all ranks, then connect them; the arguments are those of the class."""
         # Making groups waits for every rank without noticing that one is gone; a barrier notices.
         _barrier(device)
-        return cls(num_stages, device, timeout, backend)
+        return cls(num_stages, device, timeout, backend, observers)
 
     def _open(self, observers: Observers | None = None) -> GroupMailbox:
-        limit = max(self._timeout, timedelta(minutes=30))
-
         def connect(those: list[int], backend: str) -> dist.ProcessGroup:
-            return cast(dist.ProcessGroup, dist.new_group(those, timeout=limit, backend=backend))
+            timeout = group_timeout(self._timeout)
+            return cast(dist.ProcessGroup, dist.new_group(those, timeout=timeout, backend=backend))
 
         ranks = list(range(self.size))
         group = connect(ranks, "gloo")
@@ -310,6 +325,11 @@ class PipelineRanks(Ranks):
         if self._connected:
             self._connected = False
             self.mailbox.disconnect()
+
+
+def group_timeout(timeout: timedelta) -> timedelta:
+    """Return the timeout of a process group where ``timeout`` is the longest a rank waits for one message."""
+    return max(timeout, timedelta(minutes=30))
 
 
 # One mesh for all fits with a default group, as a mesh's groups hold sockets and threads.

@@ -1,9 +1,9 @@
 """Pytrees of tensors, and the places where modules keep their parameters: one helper for each.
 
-A pytree is here whatever pickles, tensors being its leaves: ``torch.utils._pytree`` knows tuples, lists and dictionaries,
-and of other containers those that were registered, and would take the rest for a leaf, with its tensors out of sight.
-Batches and networks' outputs are data classes and objects of other libraries as often, and no user shall have to
-register them. Pickling goes through all of them, and asks of every object whether it is a tensor.
+A pytree is here whatever pickles, with tensors as its leaves. ``torch.utils._pytree`` knows tuples, lists, dictionaries
+and those containers that were registered with it, and takes the rest for a leaf, with its tensors out of sight. Batches
+and outputs of networks are data classes and objects of other libraries as often, and no user shall have to register
+them. Pickling goes through all of them, and asks of every object whether it is a tensor.
 """
 
 from __future__ import annotations
