@@ -186,7 +186,7 @@ class Decisions:
         trainer: The Trainer, whose ``should_stop`` is watched and set.
         execution: Carries notices from rank 0 to the other stages.
         num_stages: ``K``, the number of batches a decision takes to be carried out.
-        leads: Whether this is rank 0.
+        is_rank_zero: Whether this is rank 0.
         signals: What operators ask for; ``None`` in one process, where Lightning's own ways will do.
     """
 
@@ -195,13 +195,13 @@ class Decisions:
         trainer: Trainer,
         execution: Pipeline | DelayLine | Lockstep,
         num_stages: int,
-        leads: bool,
+        is_rank_zero: bool,
         signals: Signals | None = None,
     ) -> None:
         self._trainer = trainer
         self._execution = execution
         self._num_stages = num_stages
-        self._leads = leads
+        self._is_rank_zero = is_rank_zero
         self._signals = signals
         self._due: set[str] = set()
         self._checkpoints = TimedCheckpoints(trainer)
@@ -241,7 +241,7 @@ class Decisions:
             KeyboardInterrupt: If that is due.
         """
         signals = set() if self._signals is None else self._signals.asked
-        if self._leads:
+        if self._is_rank_zero:
             wanted = [*self._checkpoints.elapsed(), *signals, *self._execution.asked()]
             if self._trainer.should_stop and not self._stopping:
                 wanted.append(STOP)

@@ -1,8 +1,7 @@
 """Data loaders of a pipeline: the first stage's rank reads, all other ranks only count.
 
 What a batch holds and where it is sent is decided in :mod:`~lightning_ddg.plugin.strategy`; here only the iteration is
-kept in
-step, with or without a known length.
+kept in step, with or without a known length.
 """
 
 from __future__ import annotations

@@ -590,9 +590,8 @@ class DDGStrategy(ParallelStrategy):
     def _keep_own_parameters(self) -> None:
         if self._one_process:
             return
-        ownership = self._ownership
-        assert ownership is not None
-        self._groups = [OptimizerGroups(optimizer, lambda: ownership.own_parameters) for optimizer in self.optimizers]
+        assert self._ownership is not None
+        self._groups = [OptimizerGroups(optimizer, self._ownership) for optimizer in self.optimizers]
 
     def show_all_parameters(self) -> None:
         """Puts the parameters of all stages into the optimizer's groups, until the hooks of this event have run."""
@@ -607,13 +606,13 @@ class DDGStrategy(ParallelStrategy):
     def _watch(self, trainer: Trainer, execution: Execution) -> None:
         """Acts where strategies have no hook: after those of the module, which come after the callbacks'."""
         assert self.lightning_module is not None
-        module, leads = self.lightning_module, self.is_global_zero
+        module = self.lightning_module
         signals = None if self._one_process else Signals(trainer)
-        self._decisions = Decisions(trainer, execution, self.num_stages, leads, signals)
+        self._decisions = Decisions(trainer, execution, self.num_stages, self.is_global_zero, signals)
         self._undo.callback(self._decisions.restore)
         if not self._one_process:
             self._undo.callback(compat.save_on_exception_if(trainer, self._decisions.end_all))
-        if not leads:
+        if not self.is_global_zero:
             self._undo.callback(compat.mute_training_logs(trainer, module))
         self._undo.callback(compat.filter_on_optimizer_by_identity())
         for optimizer in self.optimizers:
