@@ -356,7 +356,7 @@ def training_iterables(trainer: Trainer) -> Any:
 
 
 def validation_interval(trainer: Trainer) -> float | None:
-    """Return the seconds between validations, where ``val_check_interval`` is a time, as it may be since Lightning 2.6."""
+    """Return the seconds between validations, where ``val_check_interval`` is a time (since Lightning 2.6)."""
     return getattr(trainer, "_val_check_time_interval", None)
 
 
