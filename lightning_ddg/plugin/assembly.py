@@ -128,7 +128,7 @@ def build(site: Site, set_up_optimizers: Callable[[], Sequence[Optimizer]]) -> R
     move_all_but(foreign_layers(cut, site.ranks.stage), site.module, site.device)
     segments = segments_in_place(site, network, cut)
     ownership = ownership_of(site, cut, segments)
-    groups = [] if site.one_process else [OptimizerGroups(one, lambda: ownership.own_parameters) for one in optimizers]
+    groups = [] if site.one_process else [OptimizerGroups(one, ownership) for one in optimizers]
     execution = make_execution(site, segments, ownership)
     redirection = Redirection(network.target, ownership.foreign_layers, lambda: not site.weights.whole)
     site.undo.callback(redirection.remove)

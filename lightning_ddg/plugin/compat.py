@@ -49,7 +49,7 @@ Undo = Callable[[], None]
 
 
 def replaced(obj: Any, name: str, value: Any) -> Undo:
-    """Sets an instance attribute; undoing removes it again, so that the class's own shows."""
+    """Set an instance attribute; undoing removes it again, so that the class's own shows."""
     had, old = name in vars(obj), vars(obj).get(name)
     object.__setattr__(obj, name, value)
 
@@ -79,12 +79,12 @@ def on_sigterm(trainer: Trainer, handle: Callable[[int], object]) -> Undo:
 
 
 def mark_sigterm(trainer: Trainer) -> None:
-    """Makes Lightning's loops raise ``SIGTERMException`` at the end of the batch."""
+    """Make Lightning's loops raise ``SIGTERMException`` at the end of the batch."""
     trainer._signal_connector.received_sigterm = True
 
 
 def save_on_exception_if(trainer: Trainer, allowed: Callable[[BaseException], bool]) -> Undo:
-    """Lets callbacks save on an exception only where the other stages are in reach."""
+    """Let callbacks save on an exception only where the other stages are in reach."""
     undo = ExitStack()
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, OnExceptionCheckpoint) or getattr(callback, "save_on_exception", False):
@@ -107,12 +107,12 @@ def _if_allowed(hook: Callable[..., None], allowed: Callable[[BaseException], bo
 
 
 def bypass_before_batch_transfer(module: LightningModule) -> Undo:
-    """On a rank that does not read, the loader yields stand-ins that the user's hooks must not see."""
+    """Hide from the user's hooks the stand-ins that the loader yields on a rank that does not read."""
     return replaced(module, "_on_before_batch_transfer", lambda batch, dataloader_idx=0: batch)
 
 
 def mute_logging(module: LightningModule) -> Undo:
-    """While the layers are measured, the training step must log nothing."""
+    """Let the training step log nothing, while the layers are measured."""
     return replaced(module, "log", lambda *args, **kwargs: None)
 
 
@@ -131,7 +131,7 @@ def mute_training_logs(trainer: Trainer, module: LightningModule) -> Undo:
 
 
 def uses_step_outputs(module: LightningModule) -> bool:
-    """Whether hooks may use what a training step has returned or collected, so that every rank must have it.
+    """Return whether hooks may use what a training step has returned or collected, so that every rank must have it.
 
     Lightning's own callbacks use no more than the loss.
     """
@@ -145,7 +145,7 @@ def uses_step_outputs(module: LightningModule) -> bool:
 
 
 def after_hook(module: LightningModule, name: str, function: Callable[[], object]) -> Undo:
-    """Calls a function after a hook of the module, which comes after the callbacks'; a strategy's hook is missing."""
+    """Call a function after a hook of the module, which comes after the callbacks'; a strategy's hook is missing."""
     hook = getattr(module, name)
 
     @functools.wraps(hook)
@@ -162,7 +162,7 @@ def _never_distributed() -> bool:
 
 
 def hide_example_input(module: LightningModule) -> Undo:
-    """Keeps Lightning from calling a network with it that is spread over several devices.
+    """Keep Lightning from calling a network with it that is spread over several devices.
 
     The summary of a model and the graph that a logger draws are made by such a call, on each process.
     """
@@ -204,14 +204,14 @@ def silence_sync_dist_advice() -> Undo:
 
 
 def insert_callback(trainer: Trainer, callback: Callback) -> Undo:
-    """Puts a callback before all others: strategies have no hook at the end of a batch or an epoch."""
+    """Put a callback before all others: strategies have no hook at the end of a batch or an epoch."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     callbacks.insert(0, callback)
     return lambda: callbacks.remove(callback)
 
 
 def keep_callback(trainer: Trainer, callback: Callback) -> None:
-    """Puts a callback among those of a learning rate finder, which has taken all others away until it is done."""
+    """Put a callback among those of a learning rate finder, which has taken all others away until it is done."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     if callback not in callbacks:
         # Not the first: there the finder looks for its own.
@@ -219,7 +219,7 @@ def keep_callback(trainer: Trainer, callback: Callback) -> None:
 
 
 def on_exception_in_fit(trainer: Trainer, tell: Callable[[BaseException], object]) -> Undo:
-    """Tells of an exception where it happens: a learning rate finder waits for all ranks before it lets it go on."""
+    """Tell of an exception where it happens: a learning rate finder waits for all ranks before it lets it go on."""
     run = trainer.fit_loop.run
 
     def run_and_tell() -> None:
@@ -233,76 +233,76 @@ def on_exception_in_fit(trainer: Trainer, tell: Callable[[BaseException], object
 
 
 def set_rank_zero_only(rank: int) -> None:
-    """Tells both of Lightning's rank-zero decorators which rank this is, as its own strategies do."""
+    """Tell both of Lightning's rank-zero decorators which rank this is, as its own strategies do."""
     rank_zero_only.rank = fabric_rank_zero_only.rank = rank  # type: ignore[attr-defined]
 
 
 def keep_in_place(module: nn.Module) -> Undo:
-    """Makes ``.to(device)`` of a parent leave a module where it is."""
+    """Make ``.to(device)`` of a parent leave a module where it is."""
     return replaced(module, "_apply", lambda fn, recurse=True: module)
 
 
 def transfer_batch(module: LightningModule, batch: Any, device: torch.device) -> Any:
-    """Runs the user's three hooks of a batch's transfer, as the loop does."""
+    """Run the user's three hooks of a batch's transfer, as the loop does."""
     batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
     return module._apply_batch_transfer_handler(batch, device=device, dataloader_idx=0)
 
 
 def step_arguments(step: Callable[..., Any], batch: Any) -> list[Any]:
-    """The arguments of a training step: the batch, and its index where the step asks for one."""
+    """Return the arguments of a training step: the batch, and its index where the step asks for one."""
     takes_index = is_param_in_hook_signature(step, "batch_idx", min_args=2)
     return [batch, 0] if takes_index else [batch]
 
 
 def seed_workers_as_one_device(loader: Any) -> None:
-    """Seeds the loader's worker processes as rank 0's would be, although another rank reads."""
+    """Seed the loader's worker processes as rank 0's would be, although another rank reads."""
     _auto_add_worker_init_fn(loader, 0)
 
 
 def is_last_batch(trainer: Trainer) -> bool:
-    """Whether the batch just trained ends the epoch or the fit."""
+    """Return whether the batch just trained ends the epoch or the fit."""
     ends_epoch = trainer.fit_loop.epoch_loop._num_ready_batches_reached()
     return ends_epoch or (trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps)
 
 
 def batch_number(trainer: Trainer) -> int:
-    """Number of the current training batch, counted through the whole fit; a resumed fit goes on counting."""
+    """Return the number of the training batch, counted through the whole fit; a resumed fit goes on counting."""
     return trainer.fit_loop.epoch_loop.total_batch_idx
 
 
 def logger_step(trainer: Trainer) -> int:
-    """The step with which Lightning logs the current training batch."""
+    """Return the step with which Lightning logs the current training batch."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
 def skips_backward(trainer: Trainer) -> bool:
-    """Whether this batch has no backward: stochastic weight averaging ends with an epoch of forwards."""
+    """Return whether this batch has no backward: stochastic weight averaging ends with an epoch of forwards."""
     return trainer.fit_loop._skip_backward
 
 
 def on_timer_check(timer: Timer, check: Callable[[], None]) -> Undo:
-    """A Timer asks rank 0 whether its time is up, after every batch; this is called in place of that."""
+    """Call this after every batch, where a Timer would ask rank 0 whether its time is up."""
     return replaced(timer, "_check_time_remaining", lambda _: check())
 
 
 def saves_by_time(callback: ModelCheckpoint) -> bool:
-    """Whether a checkpoint has a ``train_time_interval``."""
+    """Return whether a checkpoint has a ``train_time_interval``."""
     return callback._train_time_interval is not None
 
 
 def is_save_due(callback: ModelCheckpoint) -> bool:
-    """Whether the ``train_time_interval`` of a checkpoint has passed, by its own clock, which training starts."""
+    """Return whether the ``train_time_interval`` of a checkpoint has passed by its own clock, which training starts."""
     last, interval = callback._last_time_checked, callback._train_time_interval
     return last is not None and interval is not None and time.monotonic() - last >= interval.total_seconds()
 
 
 def make_save_due(callback: ModelCheckpoint) -> None:
-    """Lets a checkpoint with a ``train_time_interval`` find it passed."""
+    """Let a checkpoint with a ``train_time_interval`` find that it has passed."""
     callback._last_time_checked = float("-inf")
 
 
 def monitors_after_batch(trainer: Trainer) -> bool:
-    """Whether a checkpoint that monitors a metric may be saved after this batch."""
+    """Return whether a checkpoint that monitors a metric may be saved after this batch."""
     return any(
         isinstance(callback, ModelCheckpoint)
         and callback.monitor is not None
@@ -313,7 +313,7 @@ def monitors_after_batch(trainer: Trainer) -> bool:
 
 
 def plateaus_after_batch(trainer: Trainer) -> bool:
-    """Whether a ReduceLROnPlateau looks at its metric after this batch."""
+    """Return whether a ReduceLROnPlateau looks at its metric after this batch."""
     return any(
         config.reduce_on_plateau
         and config.interval == "step"
@@ -323,7 +323,7 @@ def plateaus_after_batch(trainer: Trainer) -> bool:
 
 
 def filter_on_optimizer_by_identity() -> Undo:
-    """Lets BaseFinetuning recognise a parameter that an optimizer has by what it is, not by its values.
+    """Let BaseFinetuning recognise a parameter that an optimizer has by what it is, not by its values.
 
     Lightning compares values, which are stale for the parameters of other ranks, and may be on another device.
     """
@@ -342,29 +342,29 @@ def filter_on_optimizer_by_identity() -> Undo:
 
 
 def prediction_loader(trainer: Trainer, index: int) -> Any:
-    """The (wrapped) loader of a batch to predict."""
+    """Return the (wrapped) loader of a batch to predict."""
     combined = trainer.predict_loop._combined_loader
     assert combined is not None
     return combined.flattened[index]
 
 
 def training_iterables(trainer: Trainer) -> Any:
-    """The (wrapped) training loaders, in the nest the user gave them in; sets the loop's data up if need be."""
+    """Return the (wrapped) training loaders, as the user gave them; set the loop's data up if need be."""
     trainer.fit_loop.setup_data()
     combined = trainer.fit_loop._combined_loader
     return None if combined is None else combined.iterables
 
 
 def validation_interval(trainer: Trainer) -> float | None:
-    """Seconds between validations, where ``val_check_interval`` is a time, which Lightning knows since 2.6."""
+    """Return the seconds between validations, where ``val_check_interval`` is a time (since Lightning 2.6)."""
     return getattr(trainer, "_val_check_time_interval", None)
 
 
 def reset_optimizers(strategy: Strategy) -> None:
-    """Forgets the optimizers of an earlier fit, as Lightning's own strategies do before they make new ones."""
+    """Forget the optimizers of an earlier fit, as Lightning's own strategies do before they make new ones."""
     strategy._reset_optimizers_and_schedulers()
 
 
 def trainer_of(module: object) -> Trainer | None:
-    """The Trainer of a module, if it has one: its property raises where there is none."""
+    """Return the Trainer of a module, if it has one: its property raises where there is none."""
     return getattr(module, "_trainer", None)

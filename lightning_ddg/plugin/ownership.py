@@ -180,18 +180,18 @@ class OptimizerGroups:
 
     Args:
         optimizer: The user's optimizer; the parameters of other stages are taken out of it.
-        own: Gives this stage's parameters.
+        ownership: Whose parameter is whose.
 
     Attributes:
         optimizer: As given.
         whole: The parameters of each group over the whole module, in the order of the indices of its state.
     """
 
-    def __init__(self, optimizer: Optimizer, own: Callable[[], Collection[nn.Parameter]]) -> None:
+    def __init__(self, optimizer: Optimizer, ownership: Ownership) -> None:
         self.optimizer = optimizer
         self.whole: list[list[nn.Parameter]] = [list(group["params"]) for group in optimizer.param_groups]
-        self._own = own
-        self._keep(set(own()))
+        self._ownership = ownership
+        self._keep(set(ownership.own_parameters))
 
     def _keep(self, own: Collection[nn.Parameter]) -> None:
         for group in self.optimizer.param_groups:
@@ -211,7 +211,7 @@ class OptimizerGroups:
 
         Such groups are over the whole module, and become part of :attr:`whole`.
         """
-        own = set(self._own())
+        own = set(self._ownership.own_parameters)
         adopted = []
         for index, group in enumerate(self.optimizer.param_groups):
             known = self.whole[index] if index < len(self.whole) else []

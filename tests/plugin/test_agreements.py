@@ -29,11 +29,11 @@ class Line:
         return []
 
 
-def decisions(num_stages: int = 3, leads: bool = True, **trainer: Any) -> tuple[Decisions, Any, Line]:
+def decisions(num_stages: int = 3, is_rank_zero: bool = True, **trainer: Any) -> tuple[Decisions, Any, Line]:
     loop = SimpleNamespace(_skip_backward=False)
     fake: Any = SimpleNamespace(**{"should_stop": False, "checkpoint_callbacks": [], "fit_loop": loop, **trainer})
     line: Any = Line()
-    made = Decisions(fake, line, num_stages, leads)
+    made = Decisions(fake, line, num_stages, is_rank_zero)
     made.begin()
     return made, fake, line
 
@@ -52,7 +52,7 @@ def test_a_stop_is_due_as_many_batches_later_as_there_are_stages() -> None:
 
 
 def test_another_rank_stops_when_told_and_not_when_it_wants_to() -> None:
-    made, trainer, line = decisions(leads=False)
+    made, trainer, line = decisions(is_rank_zero=False)
     trainer.should_stop = True
     made.due(0)
     made.end_batch(0)
@@ -76,7 +76,7 @@ def test_without_gradients_to_carry_notices_a_stop_waits_for_the_end_of_the_epoc
 
 
 def test_a_notice_of_an_earlier_run_is_void() -> None:
-    made, trainer, line = decisions(leads=False)
+    made, trainer, line = decisions(is_rank_zero=False)
     made.begin()
     line.notices.append((1, 5, ["stop"]))
     made.due(5)
@@ -141,17 +141,17 @@ def test_timed_checkpoints_know_when_their_interval_has_passed(tmp_path: Any) ->
     assert "on_train_batch_end" not in vars(timed)
 
 
-@pytest.mark.parametrize("leads", [True, False])
-def test_a_timer_does_not_ask_other_ranks(leads: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("is_rank_zero", [True, False])
+def test_a_timer_does_not_ask_other_ranks(is_rank_zero: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     timer = Timer(timedelta(hours=1))
     trainer = quiet_trainer(devices=1, callbacks=[timer])
-    undo = time_on_rank_zero(trainer, leads)
+    undo = time_on_rank_zero(trainer, is_rank_zero)
     monkeypatch.setattr(trainer.strategy, "broadcast", lambda *args: pytest.fail("it asked"))
     timer.on_train_batch_end(trainer)
     assert not trainer.should_stop
     monkeypatch.setattr(timer, "time_elapsed", lambda *args: 3600.0)
     timer.on_train_batch_end(trainer)
-    assert trainer.should_stop == leads
+    assert trainer.should_stop == is_rank_zero
     undo()
     monkeypatch.setattr(trainer.strategy, "broadcast", lambda value: value)
     trainer.should_stop = False

@@ -72,8 +72,7 @@ def step(net: nn.Module, optimizer: Optimizer, times: int) -> None:
 
 
 def stage_of(net: nn.Sequential, make: Make, stage: int) -> tuple[Optimizer, list[list[nn.Parameter]]]:
-    ownership = Ownership(net, [net[:1], net[1:]], stage)
-    groups = OptimizerGroups(make(net), lambda: ownership.own_parameters)
+    groups = OptimizerGroups(make(net), Ownership(net, [net[:1], net[1:]], stage))
     return groups.optimizer, groups.whole
 
 

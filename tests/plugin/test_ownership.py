@@ -103,7 +103,7 @@ def test_keep_only_keeps_groups_and_own_state() -> None:
     net = network()
     optimizer = grouped(net)
     step(net, optimizer, 1)
-    OptimizerGroups(optimizer, lambda: list(net[0].parameters()))
+    OptimizerGroups(optimizer, Ownership(net, [net[:1], net[1:]], 1))
     assert [len(group["params"]) for group in optimizer.param_groups] == [1, 1, 0, 0]
     assert set(optimizer.state) == set(net[0].parameters())
     before = [parameter.detach().clone() for parameter in net[1:].parameters()]
@@ -117,8 +117,9 @@ def ids(groups: Any) -> list[list[int]]:
 
 def test_groups_that_were_added_or_replaced_are_adopted() -> None:
     a, b, c, d, e = (nn.Parameter(torch.zeros(1)) for _ in range(5))
+    stages = [nn.ParameterList([a, d]), nn.ParameterList([b, c, e])]
     optimizer = torch.optim.SGD([{"params": [a, b]}, {"params": [c]}], lr=0.1)
-    groups = OptimizerGroups(optimizer, lambda: [a, d])
+    groups = OptimizerGroups(optimizer, Ownership(nn.ParameterList([a, b, c, d, e]), stages, 1))
     before = ids(groups.whole)
     groups.adopt()
     assert ids(groups.whole) == before, "nothing has changed"
