@@ -41,8 +41,6 @@ OWED: dict[str, set[str]] = {
     "lines": {
         "comm.mailbox",
         "network.replay.part",
-        "network.trace.graph",
-        "network.trace.tracer",
         "observe.monitor",
         "plugin.compat",
         "plugin.refusals",

@@ -7,8 +7,8 @@ when what happens in :mod:`~lightning_ddg.planning.simulate`.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import ceil
@@ -27,6 +27,7 @@ from lightning_ddg.network.cut import best_stages, forbidden_cuts, stage_memory
 from lightning_ddg.network.find import find_network
 from lightning_ddg.network.layers import Layers
 from lightning_ddg.network.profile import NotTheSame, Profile, check_same, measure_profile, parameter_costs
+from lightning_ddg.network.restore import in_mode
 from lightning_ddg.planning.simulate import SECONDS_PER_BYTE, Prediction, Work, predict, simulate
 from lightning_ddg.planning.timeline import Panel, check_picture, draw_timeline
 from lightning_ddg.planning.units import show_bytes, show_ms
@@ -232,11 +233,11 @@ def plan_module(
         call = _call_of_network(module, target, name, batch, context)
         return map_tensors(torch.Tensor.detach, call)
 
-    with _training_mode(module):
+    with in_mode(module, training=True):
         network = find_network(module, layers, example=example)
         args, kwargs = _call_of_network(module, network.target, network.target_name, batch, context)
         try:
-            check_same(network.chain, network.whole, args, kwargs, context)
+            check_same(network.chain, args, kwargs, context)
             profile = measure_profile(network.chain, args, kwargs, context=context)
         except NotTheSame:
             raise
@@ -319,17 +320,6 @@ def _call_of_network(
             f"`training_step` failed before it called the network ({type(error).__name__}: {error}). Give the batch as"
             " the training step takes it, on the module's device."
         ) from error
-
-
-@contextmanager
-def _training_mode(module: nn.Module) -> Iterator[None]:
-    before = [(part, part.training) for part in module.modules()]
-    module.train()
-    try:
-        yield
-    finally:
-        for part, training in before:
-            part.training = training
 
 
 def _panel(title: str, work: Work, prediction: Prediction, stop: float) -> Panel:

@@ -25,7 +25,7 @@ from lightning_ddg.network.cut import best_cut, best_stages, check_cut, cut_at, 
 from lightning_ddg.network.find import Network
 from lightning_ddg.network.layers import Layers
 from lightning_ddg.network.profile import NotTheSame, Profile, check_same, flop_costs, measure_profile, parameter_costs
-from lightning_ddg.network.restore import untouched
+from lightning_ddg.network.restore import trainability_kept, untouched
 from lightning_ddg.plugin import compat
 from lightning_ddg.plugin.redirection import Seam, StepDone
 from lightning_ddg.plugin.refusals import no_call_of
@@ -171,29 +171,26 @@ def measured_costs(
     Raises:
         RuntimeError: If the layers one after the other compute something else than the network.
     """
-    wanted = [parameter.requires_grad for parameter in module.parameters()]
     try:
-        try:
+        with trainability_kept(module):
             module.to(device)
             args, kwargs = first_call(module, network.target, network.target_name, loaders, precision, device)
-            check_same(network.chain, network.whole, args, kwargs, precision.train_step_context)
+            check_same(network.chain, args, kwargs, precision.train_step_context)
             if balance == "flops":
                 return flop_costs(network.chain, args, kwargs)
             return measure_profile(network.chain, args, kwargs, context=precision.train_step_context)
-        except NotTheSame:
-            raise
-        except Exception as error:  # noqa: BLE001 - any layer and any user code may fail here; training will tell
-            # Not on rank zero only: the rank that reads, and so measures, is another one.
-            warnings.warn(
-                f"The layers could not be measured for balance={balance!r} ({type(error).__name__}: {error}),"
-                f" so that the network is cut by"
-                " its parameters. Give `split_points` or balance='parameters' to decide it yourself.",
-                stacklevel=2,
-            )
-            return None
+    except NotTheSame:
+        raise
+    except Exception as error:  # noqa: BLE001 - any layer and any user code may fail here; training will tell
+        # Not on rank zero only: the rank that reads, and so measures, is another one.
+        warnings.warn(
+            f"The layers could not be measured for balance={balance!r} ({type(error).__name__}: {error}),"
+            f" so that the network is cut by"
+            " its parameters. Give `split_points` or balance='parameters' to decide it yourself.",
+            stacklevel=2,
+        )
+        return None
     finally:
-        for parameter, requires_grad in zip(module.parameters(), wanted, strict=True):
-            parameter.requires_grad_(requires_grad)
         if device.type != "cpu":
             module.to("cpu")
         if device.type == "cuda":

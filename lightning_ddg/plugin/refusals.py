@@ -20,7 +20,6 @@ from torch.utils.data import DistributedSampler
 
 from lightning_ddg.core.staleness import Staleness
 from lightning_ddg.network.find import Network
-from lightning_ddg.network.replay.part import ReplayedChain
 
 _CHOICES = {
     "balance": ("time", "parameters", "flops"),
@@ -334,7 +333,7 @@ def check_compilable(network: Network) -> None:
     Raises:
         ValueError: Naming it.
     """
-    if isinstance(network.chain, ReplayedChain):
+    if not network.chain.compilable:
         raise ValueError(
             f"The network ({describe(network.target_name)}) cannot be traced and runs its own code in every stage,"
             " which torch.compile cannot follow. Leave `compile` out and compile its layers in your module"
