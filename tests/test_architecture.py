@@ -31,7 +31,7 @@ MAY_IMPORT = {
 OWED: dict[str, set[str]] = {
     "arrows": set(),
     "circles": set(),
-    "lines": {"network.replay.part", "network.trace.graph", "network.trace.tracer", "observe.monitor"},
+    "lines": {"network.replay.part", "observe.monitor"},
     "foreign": set(),
     "private": set(),
 }

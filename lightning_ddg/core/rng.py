@@ -86,12 +86,27 @@ class Generators:
             random.setstate(python)
             np.random.set_state(numpy)
 
+    def unchanged(self) -> bool:
+        """Return whether nothing has been drawn since."""
+        now = Generators(self._device, libraries=self._libraries is not None)
+        cuda = self._cuda is None or now._cuda is not None and torch.equal(self._cuda, now._cuda)
+        return torch.equal(self._cpu, now._cpu) and cuda and _same(self._libraries, now._libraries)
+
     @contextmanager
     def again(self) -> Iterator[None]:
         """Repeat inside what has been drawn since, and go on afterwards as if nothing had been."""
         with untouched(self._device, libraries=self._libraries is not None):
             self.restore()
             yield
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two states, of Python's and NumPy's values, are equal."""
+    if isinstance(one, dict):
+        return all(_same(value, other[name]) for name, value in one.items())
+    if isinstance(one, tuple) and any(isinstance(value, dict) for value in one):
+        return all(map(_same, one, other))
+    return bool(np.all(one == other))
 
 
 @contextmanager

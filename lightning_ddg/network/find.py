@@ -1,11 +1,13 @@
 """Which part of a module is the network, and what are its layers?
 
-The rules by which a network is recognised change here; what can be done with its layers is in ``chain``.
+A network whose ``configure_stages`` lists them, or that is a plain ``nn.Sequential``, has its layers called in turn;
+any other is traced, and where it cannot be, every stage runs its code. docs/networks.md has the table.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +16,9 @@ from torch.nn.parameter import is_lazy
 
 from lightning_ddg.network.layers import Chain, Layers
 from lightning_ddg.network.replay.part import ReplayedChain
-from lightning_ddg.network.trace.graph import TracedChain, used_names
-from lightning_ddg.network.trace.tracer import Untraceable
+from lightning_ddg.network.trace.chain import TracedChain
+from lightning_ddg.network.trace.recording import Untraceable
+from lightning_ddg.network.trace.recordings import used_names
 
 
 @dataclass(frozen=True)
@@ -31,15 +34,6 @@ class Network:
     chain: Layers
     target: nn.Module
     target_name: str
-
-    @property
-    def whole(self) -> Callable[..., Any]:
-        """What all the layers together compute: without hooks, which are not the layers' business."""
-        if isinstance(self.chain, ReplayedChain):
-            # Its stages leave out what no stage could return, such as the caches of all layers.
-            return self.chain.segment(0, len(self.chain))
-        forward: Callable[..., Any] = self.target.forward
-        return forward
 
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -85,7 +79,7 @@ def find_network(
     if layers is None:
         target = _called_network(root, requirer)
         target_name = names[id(target)][0]
-        return Network(_chain_of(root, target, target_name, example, points), target, target_name)
+        return Network(_layers_of(root, target, target_name, example, points), target, target_name)
     items = list(_items(_entries(layers, names), names))
     target = _target(root, [item for _, item in items], names)
     found = [leaf for path, item in items for leaf in _leaves(path, item, outermost=item is target)]
@@ -95,10 +89,10 @@ def find_network(
     if target is not root:
         _check_covered(target, target_name, found)
     _check_initialized(found)
-    return Network(Chain(found), target, target_name)
+    return Network(Chain(found, target.forward), target, target_name)
 
 
-def _chain_of(
+def _layers_of(
     root: nn.Module,
     target: nn.Module,
     name: str,
@@ -106,39 +100,45 @@ def _chain_of(
     points: Collection[str],
 ) -> Layers:
     """Return the layers of a network, as fine as they can be told apart."""
-    flat: list[tuple[str, nn.Module]] = []
     if _calls_its_children(target):
-        flat = list(_leaves(name, target, outermost=True))
-        _check_covered(target, name, flat)
-    _check_initialized(flat or [(name, target)])
-    call = None if flat or example is None else example(target, name)
-    problem = None
+        return _layers_called_in_turn(target, name, points)
+    _check_initialized([(name, target)])
+    call = None if example is None else example(target, name)
     try:
         traced = TracedChain(target, name, call, points)
-    except Untraceable as error:
-        problem = error
-    else:
-        if sum(1 for _, layer in flat if _has_parameters(layer)) >= len(traced):
-            return Chain(flat)
-        if not _hides_layers(traced, target):
-            return traced
-    if flat:
-        return Chain(flat) if problem is not None else traced
+    except Untraceable as problem:
+        try:
+            return _replayed(target, name, call)
+        except (RuntimeError, ValueError) as error:
+            raise TypeError(
+                f"The network {_described(root, target, name)} cannot be followed to find its layers: {problem.reason}."
+                f" Nor can its own code be run in parts: {error} Return the layers, in the order of the call, from "
+                "`configure_stages()`."
+            ) from problem
+    if _hides_layers(traced, target):
+        with suppress(RuntimeError, ValueError):
+            return _replayed(target, name, call)
+    return traced
+
+
+def _layers_called_in_turn(target: nn.Module, name: str, points: Collection[str]) -> Layers:
+    """Return the modules of a plain Sequential, or what tracing finds inside them if that is more."""
+    flat = list(_leaves(name, target, outermost=True))
+    _check_covered(target, name, flat)
+    _check_initialized(flat)
     try:
-        replayed = ReplayedChain(target, name, call)
-    except (RuntimeError, ValueError) as error:
-        why = str(error)
-    else:
-        if len(replayed) > 1:
-            return replayed
-        why = "it has one layer."
-    if problem is None:
-        return traced
-    raise TypeError(
-        f"The network {_described(root, target, name)} cannot be followed to find its layers: {problem.reason}. Nor "
-        f"can its own code be run in parts: {why} Return the layers, in the order of the call, from "
-        "`configure_stages()`."
-    ) from problem
+        traced = TracedChain(target, name, None, points)
+    except Untraceable:
+        return Chain(flat, target.forward)
+    finer = len(traced) > sum(1 for _, layer in flat if _has_parameters(layer))
+    return traced if finer else Chain(flat, target.forward)
+
+
+def _replayed(target: nn.Module, name: str, call: Call | None) -> ReplayedChain:
+    replayed = ReplayedChain(target, name, call)
+    if len(replayed) == 1:
+        raise ValueError("it has one layer.")
+    return replayed
 
 
 def _hides_layers(traced: TracedChain, target: nn.Module) -> bool:

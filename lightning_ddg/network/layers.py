@@ -1,40 +1,62 @@
 """A network as an ordered list of layers, and the modules that run a part of it.
 
-What a chain may consist of changes here; how its layers are found, costed and cut does not: those parts use only
-``names``, ``len`` and ``segment``.
+However the layers were found, :class:`Layers` is all that the rest of the package knows of them. Here are the protocol
+and its simplest form, layers that are called in turn; the others are in :mod:`~lightning_ddg.network.trace` and
+:mod:`~lightning_ddg.network.replay`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from torch import nn
 
 
 class Layers(Protocol):
-    """The layers of a network, in order, however they were found: all that is needed to cost them and to cut them."""
+    """The layers of a network, in order.
+
+    Attributes:
+        names: A label for each layer, relative to the root module; it is what a user writes as a split point.
+        compilable: Whether ``torch.compile`` can follow the segments.
+        read_only: Buffers, by their names in the segments, that several segments may hold, since none writes them.
+    """
 
     names: list[str]
+    compilable: bool
+    read_only: frozenset[str]
 
     def __len__(self) -> int:
         """How many layers there are."""
         ...
 
     def segment(self, start: int, stop: int) -> nn.Module:
-        """Return the module that runs the layers ``start`` to ``stop - 1``."""
+        """Return the module that runs the layers ``start`` to ``stop - 1``.
+
+        The first takes the network's arguments, every later one what the one before it returned. The layers are the
+        user's own modules, not copies, under their own names: parameter ``net.0.weight`` of the root module is
+        parameter ``net.0.weight`` of the segment too.
+
+        Args:
+            start: Position of its first layer, from 0.
+            stop: Position after its last layer.
+
+        Raises:
+            ValueError: The two positions do not enclose a layer.
+        """
         ...
 
     def modules(self, start: int, stop: int) -> list[nn.Module]:
         """Return the user's modules that are called in the layers ``start`` to ``stop - 1``."""
         ...
 
+    def whole(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the network uncut and without its hooks, and return of its output what its stages can return."""
+        ...
+
 
 class Segment(nn.Module):
-    """Consecutive layers of a network as one module.
-
-    The layers are the original modules, not copies, and they are registered under their labels: parameter
-    ``net.0.weight`` of the root module is parameter ``net.0.weight`` of the segment too.
+    """Consecutive layers of a network as one module, registered under their labels.
 
     Args:
         layers: (label, module) of each layer, in the order of the call.
@@ -66,21 +88,25 @@ class Segment(nn.Module):
 
 
 class Chain:
-    """An ordered list of layers that may be cut at any position between two of them.
+    """Layers that are called in turn, each with what the one before it returned; see :class:`Layers`.
 
     Args:
-        layers: (label, module) of each layer, in the order of the call. A label is the layer's name relative to the
-            root module; it is what a user writes as a split point.
+        layers: (label, module) of each layer, in the order of the call.
+        forward: What the network itself does in a call, if it has code of its own.
 
     Raises:
         ValueError: There are no layers, or two have the same label.
     """
 
-    def __init__(self, layers: Sequence[tuple[str, nn.Module]]) -> None:
+    compilable = True
+    read_only: frozenset[str] = frozenset()
+
+    def __init__(self, layers: Sequence[tuple[str, nn.Module]], forward: Callable[..., Any] | None = None) -> None:
         if not layers:
             raise ValueError("A chain of 0 layers cannot be cut: give it at least one layer.")
         self.names = [name for name, _ in layers]
         self.layers = [layer for _, layer in layers]
+        self._forward = forward
         repeated = next((name for i, name in enumerate(self.names) if name in self.names[:i]), None)
         if repeated is not None:
             raise ValueError(f"Two layers are labelled {repeated!r}: a split point needs labels that differ.")
@@ -89,25 +115,30 @@ class Chain:
         return len(self.layers)
 
     def segment(self, start: int, stop: int) -> nn.Module:
-        """Return the module that runs the layers ``start`` to ``stop - 1``.
-
-        Args:
-            start: Position of its first layer, from 0.
-            stop: Position after its last layer.
-
-        Raises:
-            ValueError: The two positions do not enclose a layer of the chain.
-        """
-        if not 0 <= start < stop <= len(self):
-            raise ValueError(
-                f"No segment from position {start} to {stop}: the chain has {len(self)} layers, "
-                f"so 0 <= start < stop <= {len(self)} must hold."
-            )
+        """Return a :class:`Segment`; see :meth:`Layers.segment`."""
+        check_range(self, start, stop)
         return Segment(list(zip(self.names, self.layers, strict=True))[start:stop])
 
     def modules(self, start: int, stop: int) -> list[nn.Module]:
-        """Return the user's modules that are called in the layers ``start`` to ``stop - 1``."""
+        """Return some of the layers."""
         return self.layers[start:stop]
+
+    def whole(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the network's own code; without such code, the layers in turn."""
+        return (self._forward or self.segment(0, len(self)))(*args, **kwargs)
+
+
+def check_range(layers: Layers, start: int, stop: int) -> None:
+    """Refuse positions that do not enclose a layer.
+
+    Raises:
+        ValueError: They do not.
+    """
+    if not 0 <= start < stop <= len(layers):
+        raise ValueError(
+            f"No segment from position {start} to {stop}: the chain has {len(layers)} layers, "
+            f"so 0 <= start < stop <= {len(layers)} must hold."
+        )
 
 
 def namespace(root: nn.Module, path: Sequence[str]) -> nn.Module:

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_ddg.core.tensors import map_tensors, tensors_of
+from lightning_ddg.core.tensors import carries_grad, map_tensors, tensors_of
 from lightning_ddg.network.layers import Layers
-from lightning_ddg.network.restore import untouched
+from lightning_ddg.network.restore import gpus_of, trial
 
 
 def parameter_costs(chain: Layers) -> list[float]:
@@ -46,7 +46,7 @@ def flop_costs(chain: Layers, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     """
 
     layers = _layers(chain)
-    with _no_trace(layers, _cuda_devices(layers, args, kwargs)), FlopCounterMode(display=False) as counter:
+    with _trial(layers, args, kwargs), torch.enable_grad(), FlopCounterMode(display=False) as counter:
 
         def clock() -> float:
             return float(counter.get_total_flops())
@@ -113,7 +113,7 @@ def measure_profile(
     if repeats < 1:
         raise ValueError(f"repeats={repeats}: measure each layer at least once.")
     layers = _layers(chain)
-    devices = _cuda_devices(layers, args, kwargs)
+    devices = gpus_of(layers, tensors_of((tuple(args), dict(kwargs))))
 
     def clock() -> float:
         for device in devices:
@@ -127,7 +127,7 @@ def measure_profile(
         return _pass_through(layers, args, kwargs, context, clock)
 
     memory = _Memory(layers)
-    with _no_trace(layers, devices), _no_garbage_collection():
+    with _trial(layers, args, kwargs), torch.enable_grad(), _no_garbage_collection():
         _pass_through(layers, args, kwargs, context, clock, memory)
         memory.returned()
         measure()
@@ -151,7 +151,6 @@ class NotTheSame(RuntimeError):
 
 def check_same(
     chain: Layers,
-    whole: Callable[..., Any],
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     context: Callable[[], AbstractContextManager[object]] = nullcontext,
@@ -160,16 +159,14 @@ def check_same(
 
     Args:
         chain: The layers.
-        whole: The network.
-        args: Positional arguments of its call, on the same device.
-        kwargs: Keyword arguments of its call.
+        args: Positional arguments of the network's call, on the same device.
+        kwargs: Keyword arguments of the network's call.
         context: Entered around each forward, e.g. autocast.
 
     Raises:
         NotTheSame: What they return differs by more than rounding.
     """
     layers = _layers(chain)
-    devices = _cuda_devices(layers, args, kwargs)
 
     def cut(*args: Any, **kwargs: Any) -> Any:
         value = layers[0](*args, **kwargs)
@@ -178,8 +175,8 @@ def check_same(
         return value
 
     outputs = []
-    for network in (whole, cut):
-        with _no_trace(layers, devices), torch.no_grad(), context():
+    for network in (chain.whole, cut):
+        with _trial(layers, args, kwargs), torch.no_grad(), context():
             # A copy: the network may write into its input.
             call = map_tensors(Tensor.clone, (tuple(args), dict(kwargs)))
             outputs.append(tensors_of(network(*call[0], **call[1])))
@@ -195,6 +192,11 @@ def check_same(
 
 def _layers(chain: Layers) -> list[nn.Module]:
     return [chain.segment(position, position + 1) for position in range(len(chain))]
+
+
+def _trial(layers: Sequence[nn.Module], args: Sequence[Any], kwargs: Mapping[str, Any]) -> AbstractContextManager[None]:
+    devices = gpus_of(layers, tensors_of((tuple(args), dict(kwargs))))
+    return trial((module for layer in layers for module in layer.modules()), devices)
 
 
 def _new_sizes(groups: Sequence[Sequence[Tensor]]) -> list[int]:
@@ -225,7 +227,7 @@ def _pass_through(
     call = map_tensors(Tensor.detach, (tuple(args), dict(kwargs)))
     forward, backward = [], []
     for layer in layers:
-        inputs = map_tensors(lambda tensor: tensor.detach().requires_grad_(_carries_grad(tensor)), call)
+        inputs = map_tensors(lambda tensor: tensor.detach().requires_grad_(carries_grad(tensor)), call)
         leaves = [tensor for tensor in tensors_of(inputs) if tensor.requires_grad]
         # The layer gets a copy: it may write into its input, which autograd does not allow on a leaf.
         layer_args, layer_kwargs = map_tensors(Tensor.clone, inputs)
@@ -238,7 +240,7 @@ def _pass_through(
         with watch, context():
             output = layer(*layer_args, **layer_kwargs)
         forward.append(clock() - start)
-        heads = [tensor for tensor in tensors_of(output) if _carries_grad(tensor)]
+        heads = [tensor for tensor in tensors_of(output) if carries_grad(tensor)]
         tails = [*leaves, *(parameter for parameter in layer.parameters() if parameter.requires_grad)]
         grads = [torch.ones_like(head) for head in heads]
         start = clock()
@@ -261,7 +263,7 @@ def _train_through(
 ) -> tuple[list[float], list[float]]:
     """Train on one batch, without a step; return the seconds of each layer's forward and backward.
 
-    The backward of a layer begins when the first gradient by what it has made is there: autograd goes through the
+    The backward of a layer begins when the first gradient w.r.t. what it has made is there: autograd goes through the
     layers in reverse.
     """
     # A copy: the network may write into its input, which is needed again. Its own inputs need no gradient.
@@ -278,7 +280,7 @@ def _train_through(
         with context():
             output = layer(*call_args, **call_kwargs)
         forward.append(clock() - start)
-        made = [tensor for tensor in tensors_of(output) if _carries_grad(tensor)]
+        made = [tensor for tensor in tensors_of(output) if carries_grad(tensor)]
         for tensor in made:
             if (id(tensor), tensor._version) not in passed:
                 tensor.register_hook(partial(note, position))  # type: ignore[no-untyped-call]
@@ -296,10 +298,6 @@ def _train_through(
         backward.append(ended - start)
         ended = start
     return forward, backward
-
-
-def _carries_grad(tensor: Tensor) -> bool:
-    return tensor.requires_grad and (tensor.is_floating_point() or tensor.is_complex())
 
 
 class _Memory:
@@ -346,10 +344,10 @@ class _Memory:
         self._uncounted = {
             _address(tensor): tensor.untyped_storage().nbytes()
             for tensor in outputs
-            if _carries_grad(tensor) and _address(tensor) not in self._counted
+            if carries_grad(tensor) and _address(tensor) not in self._counted
         }
         self.crossing.append(sum(map(_bytes, outputs)))
-        self.crossing_grad.append(sum(_bytes(tensor) for tensor in outputs if _carries_grad(tensor)))
+        self.crossing_grad.append(sum(_bytes(tensor) for tensor in outputs if carries_grad(tensor)))
 
     def returned(self) -> None:
         """Count what the last layer gave, which the loss needs."""
@@ -359,13 +357,6 @@ class _Memory:
 
 def _address(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
-
-
-def _cuda_devices(layers: Sequence[nn.Module], args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.device]:
-    tensors = tensors_of((tuple(args), dict(kwargs)))
-    for layer in layers:
-        tensors += [*layer.parameters(), *layer.buffers()]
-    return sorted({tensor.device for tensor in tensors if tensor.is_cuda}, key=str)
 
 
 @contextmanager
@@ -378,11 +369,3 @@ def _no_garbage_collection() -> Iterator[None]:
     finally:
         if before:
             gc.enable()
-
-
-@contextmanager
-def _no_trace(layers: Sequence[nn.Module], devices: Sequence[torch.device]) -> Iterator[None]:
-    """Compute gradients whatever the caller's mode, then put the modules and torch's generators back."""
-    modules = (module for layer in layers for module in layer.modules())
-    with untouched(modules), torch.random.fork_rng(devices), torch.inference_mode(False), torch.enable_grad():
-        yield

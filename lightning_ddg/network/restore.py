@@ -1,22 +1,27 @@
-"""Running a user's code without a trace in the modules: what is put back afterwards may be extended here."""
+"""Put modules back as they were: the one place for it, in small context managers that can be combined.
+
+Measuring and observing a network run the user's code before the training does, which must not be seen afterwards.
+"""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from lightning_ddg.core import rng
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 
 
 @contextmanager
 def untouched(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Put back the modules' buffers, their plain attributes (counters, flags) and their random generators."""
+    """Restore the modules' buffers, their plain attributes (modes, counters, flags) and the generators they hold."""
     undo = [function for module in dict.fromkeys(modules) for function in (_buffers(module), *_attributes(module))]
     try:
         yield
@@ -24,6 +29,53 @@ def untouched(modules: Iterable[nn.Module]) -> Iterator[None]:
         with torch.no_grad():
             for function in undo:
                 function()
+
+
+@contextmanager
+def trial(modules: Iterable[nn.Module], devices: Iterable[torch.device]) -> Iterator[None]:
+    """Let modules run as if they had not: see :func:`untouched`; the global generators are restored too.
+
+    Inference mode is off inside, so that gradients can be computed whatever the caller's mode.
+
+    Args:
+        modules: The modules.
+        devices: Whose generators are restored besides the CPU's; see :func:`gpus_of`.
+    """
+    with ExitStack() as stack:
+        for device in (torch.device("cpu"), *devices):
+            stack.enter_context(rng.untouched(device))
+        stack.enter_context(untouched(modules))
+        stack.enter_context(torch.inference_mode(False))
+        yield
+
+
+def gpus_of(modules: Iterable[nn.Module], tensors: Iterable[Tensor]) -> list[torch.device]:
+    """Return the CUDA devices that hold any of the tensors, or of the modules' parameters and buffers."""
+    owned = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+    return sorted({tensor.device for tensor in (*tensors, *owned) if tensor.is_cuda}, key=str)
+
+
+@contextmanager
+def in_mode(module: nn.Module, training: bool) -> Iterator[None]:
+    """Train or evaluate inside; give each submodule its own mode back."""
+    before = [(part, part.training) for part in module.modules()]
+    module.train(training)
+    try:
+        yield
+    finally:
+        for part, mode in before:
+            part.training = mode
+
+
+@contextmanager
+def trainability_kept(module: nn.Module) -> Iterator[None]:
+    """Restore ``requires_grad`` of each parameter, by its place: a parameter may have been exchanged since."""
+    wanted = [parameter.requires_grad for parameter in module.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, requires_grad in zip(module.parameters(), wanted, strict=True):
+            parameter.requires_grad_(requires_grad)
 
 
 def _buffers(module: nn.Module) -> Callable[[], None]:

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from lightning_ddg.network.find import Network
-from lightning_ddg.network.replay.part import ReplayedChain
 from lightning_ddg.plugin.step import describe
 
 
@@ -20,7 +19,7 @@ def check_compilable(network: Network) -> None:
     Raises:
         ValueError: Naming it.
     """
-    if isinstance(network.chain, ReplayedChain):
+    if not network.chain.compilable:
         raise ValueError(
             f"The network ({describe(network.target_name)}) cannot be traced and runs its own code in every stage,"
             " which torch.compile cannot follow. Leave `compile` out and compile its layers in your module"

@@ -6,8 +6,8 @@ Called when a fit needs the costs of the layers to cut by, and for a plan of cut
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -21,7 +21,7 @@ from lightning_ddg.core.tensors import map_tensors
 from lightning_ddg.network.cut import CostModel, Costs
 from lightning_ddg.network.find import Network, find_network
 from lightning_ddg.network.profile import NotTheSame, check_same, flop_costs, measure_profile
-from lightning_ddg.network.restore import untouched
+from lightning_ddg.network.restore import in_mode, trainability_kept, untouched
 from lightning_ddg.planning.plan import NUM_STAGES, Plan, make_plan
 from lightning_ddg.planning.simulate import SECONDS_PER_BYTE
 from lightning_ddg.plugin import compat
@@ -48,30 +48,27 @@ def measured_costs(
     Raises:
         NotTheSame: The layers one after the other compute something else than the network.
     """
-    wanted = [parameter.requires_grad for parameter in module.parameters()]
     try:
-        try:
+        with trainability_kept(module):
             module.to(device)
             args, kwargs = first_call(module, network.target, network.target_name, loaders, precision, device)
-            check_same(network.chain, network.whole, args, kwargs, precision.train_step_context)
+            check_same(network.chain, args, kwargs, precision.train_step_context)
             if balance == "flops":
                 return Costs(flop_costs(network.chain, args, kwargs), "FLOPs")
             profile = measure_profile(network.chain, args, kwargs, context=precision.train_step_context)
             return Costs.measured(CostModel(profile))
-        except NotTheSame:
-            raise
-        except Exception as error:  # noqa: BLE001 - any layer and any user code may fail here; training will tell
-            # Not on rank zero only: the rank that reads, and so measures, is another one.
-            warnings.warn(
-                f"The layers could not be measured for balance={balance!r} ({type(error).__name__}: {error}),"
-                " so that the network is cut by its parameters. Give `split_points` or balance='parameters' to decide"
-                " it yourself.",
-                stacklevel=2,
-            )
-            return Costs.by_parameters(network.chain)
+    except NotTheSame:
+        raise
+    except Exception as error:  # noqa: BLE001 - any layer and any user code may fail here; training will tell
+        # Not on rank zero only: the rank that reads, and so measures, is another one.
+        warnings.warn(
+            f"The layers could not be measured for balance={balance!r} ({type(error).__name__}: {error}),"
+            " so that the network is cut by its parameters. Give `split_points` or balance='parameters' to decide"
+            " it yourself.",
+            stacklevel=2,
+        )
+        return Costs.by_parameters(network.chain)
     finally:
-        for parameter, requires_grad in zip(module.parameters(), wanted, strict=True):
-            parameter.requires_grad_(requires_grad)
         if device.type != "cpu":
             module.to("cpu")
         if device.type == "cuda":
@@ -204,11 +201,11 @@ def plan_module(
         call = _call_of_network(module, target, name, batch, context)
         return map_tensors(torch.Tensor.detach, call)
 
-    with _training_mode(module):
+    with in_mode(module, training=True):
         network = find_network(module, layers, example=example)
         args, kwargs = _call_of_network(module, network.target, network.target_name, batch, context)
         try:
-            check_same(network.chain, network.whole, args, kwargs, context)
+            check_same(network.chain, args, kwargs, context)
             profile = measure_profile(network.chain, args, kwargs, context=context)
         except NotTheSame:
             raise
@@ -238,14 +235,3 @@ def _call_of_network(
             f"`training_step` failed before it called the network ({type(error).__name__}: {error}). Give the batch as"
             " the training step takes it, on the module's device."
         ) from error
-
-
-@contextmanager
-def _training_mode(module: nn.Module) -> Iterator[None]:
-    before = [(part, part.training) for part in module.modules()]
-    module.train()
-    try:
-        yield
-    finally:
-        for part, training in before:
-            part.training = training

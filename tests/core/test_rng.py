@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from lightning_ddg.core.rng import seeded
+from lightning_ddg.core.rng import Generators, seeded
 
 CPU = torch.device("cpu")
 
@@ -96,3 +97,22 @@ def test_the_devices_generator_too() -> None:
     assert torch.equal(torch.cuda.get_rng_state(device), before)
     with seeded(5, device):
         assert torch.rand(3, device=device).tolist() == first
+
+
+@pytest.mark.parametrize(
+    ("one_draw", "seen"),
+    [
+        (lambda: torch.rand(1), (True, True)),
+        (random.random, (True, False)),
+        (lambda: np.random.rand(1), (True, False)),
+        (lambda: random.gauss(0, 1), (True, False)),
+        (lambda: None, (False, False)),
+    ],
+)
+def test_whether_something_has_been_drawn_can_be_told(one_draw: Callable[[], object], seen: tuple[bool, bool]) -> None:
+    for libraries, drawn in zip((True, False), seen, strict=True):
+        before = Generators(CPU, libraries=libraries)
+        one_draw()
+        assert before.unchanged() is not drawn
+        before.restore()
+        assert before.unchanged()

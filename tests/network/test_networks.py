@@ -20,7 +20,7 @@ from torchvision import models
 from lightning_ddg.core.tensors import tensors_of
 from lightning_ddg.network.balance import best_cut, forbidden_cuts
 from lightning_ddg.network.profile import parameter_costs
-from lightning_ddg.network.trace.graph import TracedChain
+from lightning_ddg.network.trace.chain import TracedChain
 from tests.networks import GPT, UNet
 
 

@@ -17,7 +17,7 @@ from lightning_ddg.core.stage import Stage
 from lightning_ddg.network import profile as cost_module
 from lightning_ddg.network.layers import Chain
 from lightning_ddg.network.profile import NotTheSame, check_same, flop_costs, measure_profile, parameter_costs
-from lightning_ddg.network.trace.graph import TracedChain
+from lightning_ddg.network.trace.chain import TracedChain
 
 
 def time_costs(*args: Any, **kwargs: Any) -> list[float]:
@@ -331,11 +331,11 @@ def test_layers_that_compute_something_else_than_the_network_are_refused() -> No
     chain = TracedChain(network, "net")
     before = copy.deepcopy(network.state_dict())
     x = torch.randn(5, 4)
-    check_same(chain, network.forward, (x,), {})
+    check_same(chain, (x,), {})
     network.factors = [3.0]
     message = r"its layers from 'net.layers.0' to 'net.layers.1', computes something else.*`configure_stages\(\)`"
     with pytest.raises(NotTheSame, match=message):
-        check_same(chain, network.forward, (x,), {})
+        check_same(chain, (x,), {})
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
 

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_ddg.network.balance import best_cut, forbidden_cuts
-from lightning_ddg.network.trace.graph import TracedChain
-from lightning_ddg.network.trace.tracer import Untraceable
+from lightning_ddg.network.trace.chain import TracedChain
+from lightning_ddg.network.trace.recording import Untraceable
 from tests.networks import GPT, UNet
 
 X = torch.randn(3, 4)

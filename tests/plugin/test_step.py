@@ -6,8 +6,9 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from lightning_ddg.plugin.step import StepDone, or_end_step, placeholder_maker
 from torch import Tensor, nn
+
+from lightning_ddg.plugin.step import StepDone, or_end_step, placeholder_maker
 
 # ---- placeholders
 

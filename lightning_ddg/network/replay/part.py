@@ -81,6 +81,9 @@ class ReplayedChain:
         ValueError: The network has no layers, or the call asks for what a part of the network cannot give.
     """
 
+    compilable = False
+    read_only: frozenset[str] = frozenset()
+
     def __init__(self, target: nn.Module, target_name: str, call: Call | None = None) -> None:
         self._target = target
         self._prefix = f"{target_name}." if target_name else ""
@@ -134,6 +137,10 @@ class ReplayedChain:
     def modules(self, start: int, stop: int) -> list[nn.Module]:
         """Return the user's modules that are called in the layers ``start`` to ``stop - 1``."""
         return [layer.module for layer in self._survey.layers[slice(*self._positions(start, stop))]]
+
+    def whole(self, *args: Any, **kwargs: Any) -> Any:
+        """Run all the layers as one part, which leaves out what no stage could return, such as caches of all layers."""
+        return self.segment(0, len(self))(*args, **kwargs)
 
     def _positions(self, start: int, stop: int) -> tuple[int, int]:
         ends = [*self._starts, len(self._survey.layers)]

@@ -1,7 +1,7 @@
 """How those modules of ``torch.nn`` that are loops over layers call their layers, in a form that can be traced.
 
-Their own ``forward`` looks at the values of masks, which a trace cannot do; here the looking is one recorded step. Add
-a function when torch has another such container. The layers themselves are called as they are.
+Their own ``forward`` looks at the values of masks, which a trace cannot do; here the looking is one recorded step. The
+layers themselves are called as they are.
 """
 
 from __future__ import annotations
