@@ -5,7 +5,7 @@ as :class:`~lightning.pytorch.cli.LightningCLI` has them, with three differences
 
 * Importing this package registered its strategies, so a YAML file may say ``strategy: ddg``.
 * A module that lies next to the user's YAML file can be named as a ``class_path``, however the program was started.
-* ``plan`` takes the YAML file of a ``fit`` and says what it would be like in 2, 3, ... stages, without training.
+* ``plan`` takes the YAML file of a ``fit`` and shows what it would be like in 2, 3, ... stages, without training.
 
 Lightning's launcher starts the other stages by running the same command line again in the same directory. Both forms
 can be repeated: neither reads its standard input, and neither depends on anything but ``sys.argv`` and the directory.

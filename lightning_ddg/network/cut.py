@@ -232,7 +232,7 @@ def decide_cut(
             earlier = starts
     if earlier is not None and max_memory is None:
         return Cut(chain, earlier, parameters)
-    # Before anything is measured: it says whether so many stages are possible at all.
+    # Refuses a number of stages that is not possible, before anything is measured.
     best_cut(parameters.of_layers, num_stages, forbidden)
     costs = measure()
     model = costs.model

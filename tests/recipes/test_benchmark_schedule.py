@@ -67,7 +67,7 @@ def test_a_flushing_schedule_in_theory() -> None:
     assert theory_ms("zb", 8, 4, PAPER) is None
 
 
-def test_messages_cost_backprop_all_of_their_time_and_ddg_what_the_package_predicts() -> None:
+def test_messages_cost_backprop_all_of_their_time_and_ddg_what_the_package_simulates() -> None:
     late = PAPER._replace(message_ms=10)
     assert references_ms(2, late)["backprop"] == 120 + 20
     assert theory_ms("ddg", 1, 2, late) == pytest.approx(70)
