@@ -48,3 +48,18 @@ def test_files_that_are_named_exist(path: str) -> None:
     named = re.findall(r"`((?:tests|lightning_ddg|docs|recipes)/[^`\s:]*)`", (ROOT / path).read_text())
     missing = sorted({name for name in named if "NAME" not in name and not any(ROOT.glob(name.rstrip("/")))})
     assert not missing, f"{path} names {missing}"
+
+
+def test_the_house_is_drawn_whole(tmp_path: Path) -> None:
+    for folder in (tmp_path / "one", tmp_path / "two"):
+        subprocess.run([sys.executable, str(ROOT / "docs" / "house.py"), str(folder)], check=True, timeout=120)
+    picture = (tmp_path / "one" / "house.svg").read_text()
+    assert picture == (tmp_path / "two" / "house.svg").read_text()
+    assert (tmp_path / "one" / "house.png").is_file()
+    drawn = set(re.findall(r">([^<>]+)</text>", picture))
+    package = ROOT / "lightning_ddg"
+    for path in package.rglob("*.py"):
+        storey, *rest = path.relative_to(package).parts
+        assert (storey in drawn) if rest else ("face" in drawn)
+        if path.name != "__init__.py" or not rest:
+            assert ("/".join(rest) or storey) in drawn
