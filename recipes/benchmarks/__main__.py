@@ -56,7 +56,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         metavar="NAME",
         choices=[*PARTS, *WORKS, *KINDS],
         default=[],
-        help=f"parts ({', '.join(PARTS)}), works ({', '.join(WORKS)}) or contenders ({', '.join(KINDS)})",
+        help=f"parts ({', '.join(PARTS)}), works ({', '.join(WORKS)}), which ask for the part work, or contenders"
+        f" ({', '.join(KINDS)}), which restrict the parts that know them",
     )
     parser.add_argument("--rounds", type=int, help=f"rounds of each part; {FULL.rounds} if not --quick")
     parser.add_argument("--accelerator", choices=["cpu", "cuda"], default="cpu", help="what the works are trained on")
@@ -92,24 +93,43 @@ def _problem(options: argparse.Namespace) -> str:
         return f"--message-ms {options.message_ms:g}: a message cannot arrive before it is sent; give 0 or more."
     if options.accelerator == "cuda" and not torch.cuda.is_available():
         return "--accelerator cuda: torch finds no GPU here; leave it out, or install torch with CUDA."
+    try:
+        chosen(options)
+    except ValueError as error:
+        return str(error)
     return ""
 
 
 def chosen(options: argparse.Namespace) -> dict[str, list[str]]:
-    """What ``--only`` leaves: ``"parts"``, ``"works"``, ``"contenders"`` of the works and of the ``"devices"``."""
-    works = [name for name in options.only if name in WORKS]
-    contenders = [name for name in options.only if name in KINDS]
-    parts = [name for name in options.only if name in PARTS]
+    """What ``--only`` asks for: ``"parts"``, ``"works"``, ``"contenders"`` of the works and of the ``"devices"``.
+
+    A part asks for itself, a work for the part ``work`` with that work. A contender restricts the chosen parts that
+    know it; where only contenders are named, the parts that know one of them are chosen.
+
+    Raises:
+        ValueError: A named contender is known to no chosen part.
+    """
+    named = dict.fromkeys(options.only)
+    works = [name for name in named if name in WORKS]
+    contenders = [name for name in named if name in KINDS]
+    shared = options.accelerator == "cuda" and torch.cuda.device_count() < options.processes
+    known: dict[str, list[str]] = {"work": on_cuda(shared), "devices": ON_DEVICES, "cost": []}
+    parts = [part for part in PARTS if part in named or (part == "work" and works)]
     if not parts:
-        parts = ["work"] if works else ["work", "devices"] if contenders else list(PARTS)
-    everybody = ON_CPU
-    if options.accelerator == "cuda":
-        everybody = on_cuda(torch.cuda.device_count() < options.processes)
+        parts = [part for part in PARTS if not contenders or {*contenders} & {*known[part]}]
+    asked = {part: [name for name in contenders if name in known[part]] for part in parts}
+    for name in contenders:
+        if not any(name in names for names in asked.values()):
+            others = [part for part in PARTS if name in known[part]]
+            who = f"{', '.join(parts)} does not run it here" if parts else "no part runs it here"
+            remedy = f"add {' or '.join(others)}, or leave it out" if others else "leave it out"
+            raise ValueError(f"--only {name}: {who}; {remedy}.")
+    everybody = known["work"] if options.accelerator == "cuda" else ON_CPU
     return {
         "parts": parts,
         "works": works or (QUICK_WORKS if options.quick else list(WORKS)),
-        "contenders": contenders or everybody,
-        "devices": [name for name in ON_DEVICES if not contenders or name in contenders],
+        "contenders": asked.get("work") or everybody,
+        "devices": asked.get("devices") or ON_DEVICES,
     }
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from recipes.benchmarks import __main__ as command
 from recipes.benchmarks import cost, machine, report, rounds
 from recipes.benchmarks.__main__ import chosen, main, parse
 from recipes.benchmarks.contenders import KINDS, Job, Outcome, run
-from recipes.benchmarks.parts import Plan, run_work
+from recipes.benchmarks.parts import ON_CPU, ON_DEVICES, Plan, run_work
 from recipes.benchmarks.pictures import draw
 from recipes.benchmarks.workers import Crew, WorkerError, Workers
 from recipes.benchmarks.works import WORKS, Cuts, Work, make, measure_cuts, random_values, sgd
@@ -383,6 +386,82 @@ def test_only_leaves_what_is_named() -> None:
     assert (some["parts"], some["works"], some["contenders"]) == (["work"], ["mlp"], ["ddg", "naive"])
     assert chosen(parse(["--only", "devices", "ddg"]))["devices"] == ["ddg"]
     assert chosen(parse(["--only", "cost"]))["parts"] == ["cost"]
+
+
+@pytest.mark.parametrize(
+    ("only", "parts", "works", "contenders", "devices"),
+    [
+        (["work"], ["work"], list(WORKS), ON_CPU, ON_DEVICES),
+        (["devices"], ["devices"], list(WORKS), ON_CPU, ON_DEVICES),
+        (["cost", "devices"], ["devices", "cost"], list(WORKS), ON_CPU, ON_DEVICES),
+        (["resnet56"], ["work"], ["resnet56"], ON_CPU, ON_DEVICES),
+        (["resnet56", "work"], ["work"], ["resnet56"], ON_CPU, ON_DEVICES),
+        (["resnet56", "devices"], ["work", "devices"], ["resnet56"], ON_CPU, ON_DEVICES),
+        (["cost", "mlp", "gpt"], ["work", "cost"], ["mlp", "gpt"], ON_CPU, ON_DEVICES),
+        (["mlp", "mlp"], ["work"], ["mlp"], ON_CPU, ON_DEVICES),
+        # A contender alone: the parts that know it.
+        (["ddg"], ["work", "devices"], list(WORKS), ["ddg"], ["ddg"]),
+        (["naive"], ["work"], list(WORKS), ["naive"], ON_DEVICES),
+        (["naive", "ddg"], ["work", "devices"], list(WORKS), ["naive", "ddg"], ["ddg"]),
+        # A contender beside parts: it restricts those that know it, and the others stay whole.
+        (["devices", "ddg", "gpipe"], ["devices"], list(WORKS), ["ddg", "gpipe"], ["ddg", "gpipe"]),
+        (["cost", "work", "ddp"], ["work", "cost"], list(WORKS), ["ddp"], ON_DEVICES),
+        (["work", "devices", "ddp"], ["work", "devices"], list(WORKS), ["ddp"], ON_DEVICES),
+        # All three; and what is left out at first runs where it is named.
+        (["lstm", "devices", "ddg", "ddp"], ["work", "devices"], ["lstm"], ["ddg", "ddp"], ["ddg"]),
+        (["mlp", "ddg-one-process"], ["work"], ["mlp"], ["ddg-one-process"], ON_DEVICES),
+    ],
+)
+def test_only_is_a_union_of_parts_and_works_that_contenders_restrict(
+    only: list[str], parts: list[str], works: list[str], contenders: list[str], devices: list[str]
+) -> None:
+    found = chosen(parse(["--only", *only]))
+    assert found["parts"] == parts
+    if "work" in parts:
+        assert (found["works"], found["contenders"]) == (works, contenders)
+    if "devices" in parts:
+        assert found["devices"] == devices
+
+
+def test_only_runs_what_it_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[Any] = []
+    monkeypatch.setattr(command, "Crew", lambda *_: nullcontext())
+    monkeypatch.setattr(command, "run_work", lambda work, contenders, *_: ran.append((work.name, contenders)))
+    monkeypatch.setattr(command, "run_devices", lambda stages, times, contenders, *_: ran.append((stages, contenders)))
+    monkeypatch.setattr(command, "run_cost", lambda *_: ran.append("cost"))
+    options = parse(["--only", "mlp", "devices", "cost", "ddg", "naive", "--stages", "2"])
+    results: dict[str, Any] = {"works": [], "devices": [], "cost": None, "machine": {}}
+    command.measure(options, results, Console(quiet=True))
+    assert ran == [("Wide MLP", ["ddg", "naive"]), (2, ["ddg"]), "cost"]
+
+
+@pytest.mark.parametrize(
+    ("only", "message"),
+    [
+        (["devices", "ddp"], "--only ddp: devices does not run it here; add work, or leave it out"),
+        (["devices", "ddg", "naive"], "--only naive: devices does not run it here; add work, or leave it out"),
+        (["cost", "ddg"], "--only ddg: cost does not run it here; add work or devices, or leave it out"),
+        (["cost", "devices", "ddp"], "--only ddp: devices, cost does not run it here; add work, or leave it out"),
+    ],
+)
+def test_a_contender_that_no_chosen_part_knows_is_refused(
+    only: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--only", *only])
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_pipeline_that_shared_gpus_cannot_run_is_refused() -> None:
+    options = parse(["--only", "naive"])
+    options.accelerator, options.processes = "cuda", 1 + torch.cuda.device_count()
+    with pytest.raises(ValueError, match="--only naive: no part runs it here; leave it out"):
+        chosen(options)
+    options.only = ["mlp", "gpipe"]
+    with pytest.raises(ValueError, match="--only gpipe: work does not run it here; add devices, or leave it out"):
+        chosen(options)
+    options.only = ["gpipe"]
+    assert chosen(options)["parts"] == ["devices"]
 
 
 def test_results_are_written_to_a_new_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
