@@ -21,14 +21,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_ddg.comm.wire import describe, pack, unpack
-from lightning_ddg.core.pipeline import placeholder_maker
 from lightning_ddg.core.stage import Stage
 from lightning_ddg.core.tensors import map_tensors, tensors_of
 from lightning_ddg.network.balance import cut_at, forbidden_cuts
 from lightning_ddg.network.profile import flop_costs
 from lightning_ddg.network.replay.part import ReplayedChain
-from lightning_ddg.plugin.ownership import Weights
-from lightning_ddg.plugin.redirection import Seam
+from lightning_ddg.plugin.placeholder import zeros_like_output
+from lightning_ddg.plugin.redirection import Redirection
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -430,26 +429,25 @@ def test_delayed_stages_give_the_gradients_of_their_forward(name: str) -> None:
                     assert_same(grad, expected[name])
                     compared += 1
         for stage in stages:
-            stage.stash()
+            stage.before_step()
         with torch.no_grad():
             for parameter in network.parameters():
                 parameter.add_(0.01 * torch.randn_like(parameter))
     assert compared == len(calls) * sum(grad is not None for grad in grads_of(snapshots[0]).values())
 
 
-def test_it_runs_inside_the_seam_and_in_mixed_precision() -> None:
+def test_it_runs_inside_a_redirection_and_in_mixed_precision() -> None:
     network = made(Handmade).float()
     call = FAMILIES["handmade"].call(2, 6)
     chain = ReplayedChain(network, "net", call)
-    seam = Seam(network, {}, Weights())
+    redirection = Redirection(network)
     network.eval()
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-        with seam.handled_by(lambda args, kwargs: run_parts(chain, [2, 4], (args, kwargs))):
+        with redirection.handled_by(lambda args, kwargs: run_parts(chain, [2, 4], (args, kwargs))):
             ours = network(*call[0], **call[1])
-        assert seam.calls == 1
         with without_fast_path():
             assert_same(ours, network(*call[0], **call[1]))
-    seam.remove()
+    redirection.remove()
 
 
 @pytest.mark.parametrize("name", ["handmade", "GPT-2", "ViT", "nn.TransformerEncoder"])
@@ -555,7 +553,7 @@ def test_the_shape_of_the_output_can_be_had_without_values_where_no_code_asks_fo
     network = made(Handmade)
     call = (batch_of_ids(2, 5),), {}
     chain = ReplayedChain(network, "net", call)
-    make = placeholder_maker(chain.segment(3, 6))
+    make = zeros_like_output(chain.segment(3, 6))
     output = make(chain.segment(0, 3)(*call[0]))
     assert output["logits"].shape == (2, 5, 20)
     call = FAMILIES["handmade"].call(2, 5)
@@ -713,7 +711,7 @@ def test_a_checkpoint_around_code_finds_the_stashed_weights() -> None:
     reference(x).sum().backward()
     stage = Stage(chain.segment(0, 4), 1)
     output = stage.forward(x, received=False)
-    stage.stash()
+    stage.before_step()
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.mul_(2)

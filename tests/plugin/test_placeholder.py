@@ -1,4 +1,4 @@
-"""Tests of ``step.py``: what stands in for the network's output where that is in another process."""
+"""Tests of ``placeholder.py``: what stands in for the network's output where that is in another process."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_ddg.plugin.step import StepDone, or_end_step, placeholder_maker
-
-# ---- placeholders
+from lightning_ddg.plugin.placeholder import end_step, or_end_step, zeros_like_output
+from lightning_ddg.plugin.redirection import StepDone
 
 
 class Counting(nn.Module):
@@ -25,7 +24,7 @@ def test_a_placeholder_is_shaped_as_the_output_and_found_once_per_shape() -> Non
     Counting.calls.clear()
     rest = nn.Sequential(nn.Linear(4, 3).double(), nn.BatchNorm1d(3).double(), nn.Dropout(), Counting())
     before = {name: tensor.clone() for name, tensor in rest.state_dict().items()}
-    make = placeholder_maker(rest)
+    make = zeros_like_output(rest)
     state = torch.get_rng_state()
     for count in (5, 2, 5):
         got = make(torch.ones(count, 4, dtype=torch.float64))
@@ -44,7 +43,7 @@ def test_a_placeholder_is_shaped_as_the_output_and_found_once_per_shape() -> Non
 
 
 def test_two_placeholders_share_nothing() -> None:
-    make = placeholder_maker(nn.Identity())
+    make = zeros_like_output(nn.Identity())
     first, second = make(torch.ones(2)), make(torch.ones(2))
     with torch.no_grad():
         first.fill_(7.0)
@@ -63,16 +62,16 @@ MESSAGE = (
 
 
 def test_layers_whose_output_shape_depends_on_the_data_are_refused() -> None:
-    make = placeholder_maker(NeedsValues())
+    make = zeros_like_output(NeedsValues())
     with pytest.raises(RuntimeError, match=MESSAGE):
         make(torch.ones(3))
 
 
 def test_where_no_placeholder_can_be_made_the_step_may_end() -> None:
-    make = or_end_step(placeholder_maker(NeedsValues()))
+    make = or_end_step(zeros_like_output(NeedsValues()))
     with pytest.raises(StepDone):
         make(torch.ones(3))
-    assert or_end_step(placeholder_maker(nn.Identity()))(torch.ones(3)).tolist() == [0.0, 0.0, 0.0]
+    assert or_end_step(zeros_like_output(nn.Identity()))(torch.ones(3)).tolist() == [0.0, 0.0, 0.0]
 
 
 class KeepsAResult(nn.Module):
@@ -89,7 +88,7 @@ class KeepsAResult(nn.Module):
 
 def test_layers_that_cannot_be_copied_are_refused_in_the_same_words() -> None:
     with pytest.raises(RuntimeError, match=MESSAGE):
-        placeholder_maker(KeepsAResult())(torch.ones(2))
+        zeros_like_output(KeepsAResult())(torch.ones(2))
 
 
 class Owner(nn.Module):
@@ -108,5 +107,10 @@ class Owner(nn.Module):
 
 def test_hooks_on_the_layers_are_not_copied() -> None:
     owner = Owner()
-    assert placeholder_maker(owner.layer)(torch.ones(3, 2)).shape == (3, 2)
+    assert zeros_like_output(owner.layer)(torch.ones(3, 2)).shape == (3, 2)
     assert owner.seen == []
+
+
+def test_where_nothing_follows_the_step_ends() -> None:
+    with pytest.raises(StepDone):
+        end_step(torch.ones(1))
