@@ -31,7 +31,7 @@ MAY_IMPORT = {
 OWED: dict[str, set[str]] = {
     "arrows": set(),
     "circles": set(),
-    "lines": {"network.replay.part", "observe.monitor"},
+    "lines": {"network.replay.part"},
     "foreign": set(),
     "private": set(),
 }

@@ -186,7 +186,7 @@ class InFlight(Protocol):
         return None
 
 
-class Observer(Protocol):
+class Observer:
     """Looks on while stages are trained. Each method does nothing unless it is overridden; none may change anything."""
 
     def before_forward(self, stage: int) -> None:

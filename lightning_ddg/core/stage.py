@@ -6,7 +6,7 @@ At iteration t, with the delay d::
     gradient of t-d  <-- [ B(t-d), with the weights w(t-d)      ] <-- gradient of t-d
                          [ step: w(t+1) = w(t) - lr * g(t-d)    ]
 
-Of each of the d batches in flight the stage keeps the weights (:mod:`~lightning_ddg.core.stash`) and the graph, or, where
+Of each of the d batches in flight the stage keeps the weights (:mod:`~lightning_ddg.core.stash`) and the graph; where
 activations are recomputed, the inputs instead of the graph (:mod:`~lightning_ddg.core.recompute`).
 """
 

@@ -1,15 +1,16 @@
 """What a process can say of its stages while it trains them: how long they wait, how old their gradients are.
 
-It is measured from outside, between an execution and its callers; a further figure is a further field of
-:class:`Tally`. Who gathers, logs and shows the figures is in :mod:`~lightning_ddg.observe.monitor`.
+A :class:`Gauge` is told by the execution what happens, and adds it up in a
+:class:`~lightning_ddg.planning.tally.Tally`. How the figures come to rank 0 is in
+:mod:`~lightning_ddg.observe.gathering`.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import astuple, dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any, NamedTuple, cast
 
@@ -17,27 +18,18 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_ddg.comm.mailbox import GroupMailbox
-from lightning_ddg.core.delay_line import DelayLine
-from lightning_ddg.core.execution import ACTIVATION, GRADIENT, Channel
-from lightning_ddg.core.pipeline import Pipeline
-from lightning_ddg.core.stage import Stage
-from lightning_ddg.core.staged import Lockstep
-from lightning_ddg.plugin.data import BATCH, FLAG
+from lightning_ddg.core.execution import ACTIVATION, GRADIENT, Channel, InFlight, Observer, Observers
+from lightning_ddg.planning.tally import Tally
 
-Undo = Callable[[], None]
-
-FIGURES = Channel("figures", varied=True)
-
-# What a message makes a stage wait for. The batch, or that there is one, comes from the first stage like activations.
-_SIDES = {ACTIVATION: "activations", BATCH: "activations", FLAG: "activations", GRADIENT: "gradients"}
+# The batch, or that there is one, comes from the first stage like activations.
+_WAITED_FOR = {ACTIVATION.name, "batch", "flag", GRADIENT.name}
 
 
 # ---- mathematics
 
 
 def relative_change(now: Sequence[Tensor], then: Sequence[Tensor]) -> Tensor:
-    """``||w_t - w_{t-d}|| / ||w_t||`` over all tensors together, in the 2-norm: how far weights have moved.
+    """Return how far weights have moved: ``||w_t - w_{t-d}|| / ||w_t||`` over all tensors together, in the 2-norm.
 
     Args:
         now: The weights ``w_t``; one tensor or more.
@@ -50,7 +42,7 @@ def relative_change(now: Sequence[Tensor], then: Sequence[Tensor]) -> Tensor:
 
 
 def cosine(one: Sequence[Tensor | None], other: Sequence[Tensor | None]) -> Tensor | None:
-    """The cosine of the angle between two gradients, each over all its tensors together.
+    """Return the cosine of the angle between two gradients, each over all its tensors together.
 
     Args:
         one: A gradient, by parameter; ``None`` counts as zero.
@@ -80,66 +72,6 @@ def _norm(tensors: Iterable[Tensor]) -> Tensor:
 # ---- figures
 
 
-@dataclass(frozen=True)
-class Tally:
-    """Sums over some batches of one stage; tallies can be added up.
-
-    Attributes:
-        batches: The batches whose time was measured.
-        seconds: Their time.
-        activations: The seconds of it that passed in waiting for activations, or for the batch itself.
-        gradients: The seconds of it that passed in waiting for gradients.
-        due: The batches in which a gradient was applied.
-        delay: Their delays, in batches.
-        updates: Their delays, in updates of the stage's weights.
-        norms: How often the staleness was measured.
-        staleness: The ``||w_t - w_{t-d}|| / ||w_t||``.
-        angles: How often gradients were compared.
-        cosine: The cosines between the gradient that was applied and the batch's own.
-    """
-
-    batches: float = 0.0
-    seconds: float = 0.0
-    activations: float = 0.0
-    gradients: float = 0.0
-    due: float = 0.0
-    delay: float = 0.0
-    updates: float = 0.0
-    norms: float = 0.0
-    staleness: float = 0.0
-    angles: float = 0.0
-    cosine: float = 0.0
-
-    def __add__(self, other: Tally) -> Tally:
-        return Tally(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
-
-    @property
-    def waiting(self) -> float:
-        """The share of the time that passed in waiting, in 0..1."""
-        return (self.activations + self.gradients) / self.seconds if self.seconds else 0.0
-
-    @property
-    def busy(self) -> float:
-        """Seconds per batch in which the stage did not wait."""
-        return (self.seconds - self.activations - self.gradients) / self.batches if self.batches else 0.0
-
-    def figures(self, waits: bool) -> dict[str, float]:
-        """The means, by name; what was not measured is missing.
-
-        Args:
-            waits: Whether the stage has anybody to wait for.
-        """
-        sums = {
-            "waits_activations": (self.activations, self.seconds * waits),
-            "waits_gradients": (self.gradients, self.seconds * waits),
-            "delay": (self.delay, self.due),
-            "delay_updates": (self.updates, self.due),
-            "staleness": (self.staleness, self.norms),
-            "cosine": (self.cosine, self.angles),
-        }
-        return {name: value / count for name, (value, count) in sums.items() if count}
-
-
 class Reading(NamedTuple):
     """A stage's figures of the batches since the reading before.
 
@@ -160,7 +92,7 @@ class Reading(NamedTuple):
 
 
 class _Clock:
-    """Marks moments of a device's work and says later what lies between them: nobody waits for the device."""
+    """Marks moments of a device's work, and tells later what lies between them: nobody waits for the device."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device if device.type == "cuda" else None
@@ -173,7 +105,7 @@ class _Clock:
         return event
 
     def between(self, marks: Iterable[tuple[Any, Any]]) -> float:
-        """The seconds of all pairs of marks together."""
+        """Return the seconds between all pairs of marks together."""
         if self._device is None:
             return float(sum(after - before for before, after in marks))
         return float(sum(before.elapsed_time(after) for before, after in marks)) / 1e3
@@ -194,6 +126,8 @@ class _Track:
         self._in_flight: deque[tuple[int, int]] = deque()
         self._updates = 0
         self._pending = False
+        # By the batch that is read: the weights, as many batches earlier as the delay.
+        self.kept: dict[int, list[Tensor]] = {}
         self.reset()
 
     def reset(self) -> None:
@@ -203,7 +137,7 @@ class _Track:
         self.cosine: Tensor | float | None = None
 
     def backward(self, batch: int, in_flight: int, due: bool) -> None:
-        """Notes that ``batch`` went forward and that one of those ``in_flight``, itself included, may be due."""
+        """Note that ``batch`` went forward and that one of those ``in_flight``, itself included, may be due."""
         self._in_flight.append((batch, self._updates))
         # Draining, or forgetting, has made them fewer.
         while len(self._in_flight) > in_flight:
@@ -242,61 +176,50 @@ class _Closed(NamedTuple):
     tracks: list[tuple[int, Tally, Tensor | float | None, Tensor | float | None]]
 
 
-class Gauge:
+class Gauge(Observer):
     """Measures the stages of one process.
 
-    The staleness and the cosine are measured in every ``every``-th batch; the former needs a copy of the weights for
-    ``d(k)`` batches in one process, and nothing in several, where those weights are stashed anyway.
+    The staleness and the cosine are measured in every ``every``-th batch. The former needs a copy of the weights for
+    ``d(k)`` batches where gradients wait in a queue, and nothing where weights are stashed anyway.
 
     Args:
-        execution: Trains the stages.
-        transport: Connects them; ``None`` in one process.
+        observers: Tell what happens to the stages.
+        stages: The numbers of the stages.
         optimizers: Update them.
         device: Where they are.
         every: Batches between two readings.
-        compare: Whether to measure the cosine; in one process only.
+        compare: Whether to measure the cosine, where a batch's own gradient is known at once.
     """
 
     def __init__(
         self,
-        execution: Pipeline | DelayLine | Lockstep,
-        transport: GroupMailbox | None,
+        observers: Observers,
+        stages: Sequence[int],
         optimizers: Sequence[Optimizer],
         device: torch.device,
         every: int,
         compare: bool,
     ) -> None:
-        self._execution = execution
         self._every = every
         self._compare = compare
         self._clock = _Clock(device)
-        if isinstance(execution, Pipeline):
-            numbers = [execution.number]
-        else:
-            parts = execution.lines if isinstance(execution, DelayLine) else execution.stages
-            numbers = list(range(1, len(parts) + 1))
-        self._tracks = [_Track(number) for number in numbers]
-        self._kept: dict[tuple[int, int], list[Tensor]] = {}
+        self._tracks = {stage: _Track(stage) for stage in stages}
         self._batch = 0
         self._in_batch = False
         self._mark: Any = None
+        self._wait: Any = None
         self._window = _Window()
         self._closed: deque[_Closed] = deque()
-        self._undo: list[Undo] = [
-            replaced(execution, "backward", self._watched(execution.backward)),
-            replaced(execution, "drain", self._unwatched(execution.drain)),
-        ]
-        if transport is not None:
-            self._undo.append(replaced(transport, "take", self._timed(transport.take)))
+        self._undo = [observers.subscribe(self)]
         self._undo += [optimizer.register_step_post_hook(self._stepped).remove for optimizer in optimizers]
 
     def detach(self) -> None:
-        """Steps aside."""
+        """Stop looking on."""
         while self._undo:
             self._undo.pop()()
 
     def begin(self, batch: int, counts: bool) -> None:
-        """Says that a batch begins.
+        """Called when a batch begins.
 
         Args:
             batch: Its number in the fit.
@@ -309,14 +232,17 @@ class Gauge:
             self._mark = self._clock.mark()
 
     def end(self, step: int) -> list[Reading]:
-        """Says that the batch has ended; returns the readings that have become known.
+        """Called when the batch has ended.
 
         Args:
             step: The loggers' step of the batch.
+
+        Returns:
+            The readings that have become known.
         """
         self._count()
         self._in_batch = False
-        if self._is_read:
+        if self._is_read(self._batch):
             self._close(step)
         readings = []
         while self._closed and self._clock.has_passed(self._closed[0].end):
@@ -324,20 +250,19 @@ class Gauge:
         return readings
 
     def pause(self) -> None:
-        """Says that the time that follows is no time of training, until a batch begins that counts."""
+        """Called where what follows is no time of training, until a batch begins that counts."""
         self._count()
         self._mark = None
 
     def finish(self) -> list[Reading]:
-        """Returns the readings that are left; the last of each stage is of fewer batches, and has no step."""
+        """Return the readings that are left; the last of each stage is of fewer batches, and has no step."""
         self.pause()
         self._close(None)
         self._clock.wait_for(self._closed[-1].end)
         return [reading for closed in self._closed for reading in self._read(closed)]
 
-    @property
-    def _is_read(self) -> bool:
-        return (self._batch + 1) % self._every == 0
+    def _is_read(self, batch: int) -> bool:
+        return (batch + 1) % self._every == 0
 
     def _count(self) -> None:
         if self._mark is None or not self._in_batch:
@@ -348,10 +273,10 @@ class Gauge:
         self._mark = now
 
     def _close(self, step: int | None) -> None:
-        tracks = [(track.stage, track.tally, track.staleness, track.cosine) for track in self._tracks]
+        tracks = [(track.stage, track.tally, track.staleness, track.cosine) for track in self._tracks.values()]
         self._closed.append(_Closed(self._clock.mark(), self._batch, step, self._window, tracks))
         self._window = _Window()
-        for track in self._tracks:
+        for track in self._tracks.values():
             track.reset()
 
     def _read(self, closed: _Closed) -> list[Reading]:
@@ -366,84 +291,54 @@ class Gauge:
             readings.append(Reading(stage, closed.batch, closed.step, timed + tally))
         return readings
 
-    # ---- between the execution and its callers
+    # ---- what happens to the stages
 
-    def _timed(self, take: Callable[[int, Channel], Any]) -> Callable[[int, Channel], Any]:
-        def timed(peer: int, channel: Channel) -> Any:
-            side = _SIDES.get(channel)
-            if side is None or self._mark is None:
-                return take(peer, channel)
-            start = self._clock.mark()
-            value = take(peer, channel)
-            getattr(self._window, side).append((start, self._clock.mark()))
-            return value
+    def in_flight(self, stage: int, batches: InFlight) -> None:
+        track, delay, due = self._tracks[stage], batches.delay, len(batches) > batches.delay
+        track.backward(self._batch, len(batches), due)
+        if self._is_read(self._batch):
+            then = track.kept.pop(self._batch, None)
+            if due:
+                track.staleness = _staleness(batches, then)
+                track.cosine = _cosine(batches) if self._compare else None
+        if delay and self._is_read(self._batch + delay) and batches.newest_gradient() is not None:
+            track.kept[self._batch + delay] = [weight.detach().clone() for weight in _trained(batches)]
 
-        return timed
+    def before_take(self, source: int, channel: Channel) -> None:
+        waits = self._mark is not None and channel.name in _WAITED_FOR
+        self._wait = self._clock.mark() if waits else None
 
-    def _unwatched(self, drain: Callable[[], bool]) -> Callable[[], bool]:
-        def paused() -> bool:
-            self.pause()
-            return drain()
+    def after_take(self, source: int, channel: Channel) -> None:
+        if self._wait is not None:
+            waits = self._window.gradients if channel == GRADIENT else self._window.activations
+            waits.append((self._wait, self._clock.mark()))
+            self._wait = None
 
-        return paused
-
-    def _watched(self, backward: Callable[..., None]) -> Callable[..., None]:
-        def watched(run: Callable[[], object]) -> None:
-            execution = self._execution
-            if isinstance(execution, DelayLine):
-                self._look_at_lines(execution)
-                if self._compare and self._is_read:
-                    run = self._comparing(execution, run)
-            else:
-                self._look_at_stages([execution.stage] if isinstance(execution, Pipeline) else execution.stages)
-            backward(run)
-
-        return watched
+    def before_drain(self) -> None:
+        self.pause()
 
     def _stepped(self, *_: object) -> None:
-        for track in self._tracks:
+        for track in self._tracks.values():
             track.stepped()
 
-    def _look_at_stages(self, stages: Sequence[Stage]) -> None:
-        for track, stage in zip(self._tracks, stages, strict=True):
-            due = len(stage) > stage.delay
-            track.backward(self._batch, len(stage), due)
-            if due and self._is_read:
-                pairs = stage.oldest_weights()
-                if pairs:
-                    track.staleness = relative_change(*zip(*pairs, strict=True))
-                elif not stage.delay:
-                    track.staleness = 0.0
 
-    def _look_at_lines(self, execution: DelayLine) -> None:
-        for track, line in zip(self._tracks, execution.lines, strict=True):
-            due = len(line.queue) >= line.delay
-            track.backward(self._batch, len(line.queue) + 1, due)
-            weights = [parameter for parameter in line.parameters if parameter.requires_grad]
-            then = self._kept.pop((track.stage, self._batch), None)
-            if due and self._is_read and weights:
-                if not line.delay:
-                    track.staleness = 0.0
-                elif then is not None and len(then) == len(weights):
-                    track.staleness = relative_change(weights, then)
-            if line.delay and (self._batch + line.delay + 1) % self._every == 0:
-                self._kept[track.stage, self._batch + line.delay] = [weight.detach().clone() for weight in weights]
-
-    def _comparing(self, execution: DelayLine, run: Callable[[], object]) -> Callable[[], object]:
-        def run_and_compare() -> None:
-            run()
-            for track, line in zip(self._tracks, execution.lines, strict=True):
-                if not line.delay:
-                    track.cosine = 1.0
-                elif len(line.queue) == line.delay:
-                    track.cosine = cosine(line.queue[0], [parameter.grad for parameter in line.parameters])
-
-        return run_and_compare
+def _staleness(batches: InFlight, kept: list[Tensor] | None) -> Tensor | float | None:
+    if not batches.delay:
+        return 0.0
+    pairs: Sequence[tuple[Tensor, Tensor]] | None = batches.oldest_weights()
+    if pairs is None and kept is not None:
+        now = _trained(batches)
+        # Some may have been frozen, or trained again, since the copy was made.
+        pairs = list(zip(now, kept, strict=True)) if len(now) == len(kept) else None
+    return relative_change(*zip(*pairs, strict=True)) if pairs else None
 
 
-def replaced(owner: object, name: str, value: Callable[..., Any]) -> Undo:
-    """Puts a function in the place of a method of one object; returns what puts back what was there."""
-    missing = object()
-    before = vars(owner).get(name, missing)
-    setattr(owner, name, value)
-    return lambda: delattr(owner, name) if before is missing else setattr(owner, name, before)
+def _cosine(batches: InFlight) -> Tensor | float | None:
+    if not batches.delay:
+        return 1.0
+    applied, own = batches.oldest_gradient(), batches.newest_gradient()
+    return None if applied is None or own is None else cosine(applied, own)
+
+
+def _trained(batches: InFlight) -> list[Tensor]:
+    return [parameter for parameter in batches.parameters if parameter.requires_grad]

@@ -53,7 +53,7 @@ class Notice(NamedTuple):
 
 
 class Listening(Enum):
-    """What becomes of a signal: Lightning has it, or it acts at once, or it waits for the batch where all ranks stop."""
+    """What becomes of a signal: it is Lightning's, or it acts at once, or waits for the batch where all ranks stop."""
 
     OFF = "off"
     AT_ONCE = "at once"

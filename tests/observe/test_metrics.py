@@ -1,4 +1,4 @@
-"""Tests of ``figures.py``, and of what DDGMonitor logs of it: against figures reckoned by hand from the weights.
+"""Tests of ``metrics.py``, and of what DDGMonitor logs of it: against figures reckoned by hand from the weights.
 
 How long anything takes is nowhere asserted, except that layers that sleep make another stage wait.
 """
@@ -9,7 +9,6 @@ import csv
 import math
 import time
 import warnings
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,11 @@ from torch.nn.functional import cross_entropy
 
 from lightning_ddg import DDGMixin, DDGMonitor, DDGStrategy
 from lightning_ddg.core.delay_line import DelayLine
-from lightning_ddg.observe.metrics import Gauge, cosine, relative_change, replaced
+from lightning_ddg.core.execution import ACTIVATION, GRADIENT, OUTPUT, Channel, Observers
+from lightning_ddg.core.rng import Batch
+from lightning_ddg.core.staged import Staged
+from lightning_ddg.core.staleness import PAPER
+from lightning_ddg.observe.metrics import Gauge, cosine, relative_change
 from tests.harness import run_ranks, run_ranks_raw
 from tests.networks import Classifier, ManualClassifier, loader, quiet_trainer, seeded_network
 
@@ -58,18 +61,6 @@ def test_the_cosine_counts_a_missing_gradient_as_zero() -> None:
     assert float(cosine([a.to_sparse()], [b]) or 0) == pytest.approx(0.5**0.5)
 
 
-def test_what_is_replaced_is_put_back_as_it_was() -> None:
-    owner = type("Owner", (), {"go": lambda self: "own"})()
-    outer = replaced(owner, "go", lambda: "first")
-    inner = replaced(owner, "go", lambda: "second")
-    assert owner.go() == "second"
-    inner()
-    assert owner.go() == "first"
-    outer()
-    assert owner.go() == "own"
-    assert "go" not in vars(owner)
-
-
 class FakeEvent:
     """A CUDA event on a device whose work of the n-th mark is done at n seconds."""
 
@@ -100,8 +91,9 @@ def test_on_a_device_readings_come_when_its_work_is_done_and_nobody_waits(monkey
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"the stream of {device}")
     monkeypatch.setattr(FakeEvent, "recorded", 0)
     monkeypatch.setattr(FakeEvent, "done", 0)
-    line = DelayLine([nn.Linear(1, 1), nn.Linear(1, 1)], [], lambda stage: nullcontext())
-    gauge = Gauge(line, None, [], torch.device("cuda:1"), 2, False)
+    observers = Observers()
+    line = DelayLine([nn.Linear(1, 1), nn.Linear(1, 1)], observers=observers)
+    gauge = Gauge(observers, line.stages, [], torch.device("cuda:1"), 2, False)
     readings = []
     for batch in range(5):
         gauge.begin(batch, True)
@@ -117,6 +109,66 @@ def test_on_a_device_readings_come_when_its_work_is_done_and_nobody_waits(monkey
     assert [(reading.batch, reading.step) for reading in gauge.finish()] == [
         (3, 30), (3, 30), (5, 50), (5, 50), (5, None), (5, None),
     ]  # fmt: skip
+
+
+def test_what_is_waited_for_is_counted_on_its_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = iter(range(100))
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(seconds)))
+    observers = Observers()
+    gauge = Gauge(observers, [2], [], torch.device("cpu"), 1, False)
+    for batch, counts in enumerate((False, True)):
+        gauge.begin(batch, counts)
+        for channel in (ACTIVATION, Channel("batch"), Channel("flag"), GRADIENT, OUTPUT):
+            observers.before_take(0, channel)
+            observers.after_take(0, channel)
+        (reading,) = gauge.end(batch)
+        assert (reading.tally.activations, reading.tally.gradients) == ((3.0, 1.0) if counts else (0.0, 0.0))
+        assert reading.tally.batches == counts
+    observers.before_drain()
+    gauge.detach()
+    observers.before_take(0, GRADIENT)
+    observers.after_take(0, GRADIENT)
+    assert gauge.finish()[0].tally.gradients == 0.0
+
+
+def test_stashed_weights_and_copies_of_them_tell_the_same_staleness() -> None:
+    readings = []
+    for kind in (DelayLine, Staged):
+        torch.manual_seed(0)
+        segments, observers = [nn.Linear(3, 3).double() for _ in range(3)], Observers()
+        line: Any = (
+            Staged(segments, PAPER, False, observers) if kind is Staged else DelayLine(segments, [], PAPER, observers)
+        )
+        optimizer = torch.optim.SGD(nn.ModuleList(segments).parameters(), lr=0.1)
+        gauge = Gauge(observers, line.stages, [optimizer], torch.device("cpu"), 1, kind is DelayLine)
+        for batch in range(6):
+            gauge.begin(batch, True)
+            output = line.train(Batch(batch), (torch.full((1, 3), 1.0 + batch).double(),), {})
+            line.backward(output.square().sum().backward)
+            line.before_step()
+            optimizer.step()
+            line.after_step()
+            optimizer.zero_grad()
+            for reading in gauge.end(batch):
+                figures = reading.tally.figures(waits=False)
+                # In one stage the cosine is 1, and as far as there is one, it is there as often as the staleness.
+                assert ("cosine" in figures) == ("staleness" in figures and kind is DelayLine)
+                figures.pop("cosine", None)
+                readings.append((reading.stage, batch, figures))
+    lines, stages = readings[:18], readings[18:]
+    assert [row[:2] for row in lines] == [row[:2] for row in stages]
+    for one, other in zip(lines, stages, strict=True):
+        assert one[2] == pytest.approx(other[2], rel=1e-12)
+    assert [figures.get("staleness", None) is None for _, _, figures in lines[:6]] == [
+        True,
+        True,
+        False,
+        True,
+        False,
+        False,
+    ]
+    assert lines[-3][2]["staleness"] > 0.0
+    assert lines[-3][2]["delay"] == 2
 
 
 # ---- real fits
@@ -170,8 +222,7 @@ class History(Callback):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         strategy = trainer.strategy
-        parts = [strategy._execution, getattr(strategy._execution, "stage", None), strategy._transport]
-        self.left = {name for part in parts if part is not None for name in vars(part)} & {"backward", "drain", "take"}
+        self.left = {type(observer).__name__ for observer in strategy.run.observers._all} & {"Gauge", "Recorder"}
 
 
 def flat(tensors: list[Tensor]) -> Tensor:

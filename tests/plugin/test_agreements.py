@@ -153,7 +153,9 @@ def test_a_timed_checkpoint_saves_when_it_is_due_and_at_no_other_batch(monkeypat
     monkeypatch.setattr(ModelCheckpoint, "on_train_batch_end", lambda self, batch: saved.append(batch))
     checkpoint = ModelCheckpoint(train_time_interval=timedelta(seconds=0))
     other = ModelCheckpoint(every_n_train_steps=1)
-    made, _, letters = agreements(2, checkpoint_callbacks=[other, checkpoint], callbacks=[], _signal_connector=SimpleNamespace())
+    made, _, letters = agreements(
+        2, checkpoint_callbacks=[other, checkpoint], callbacks=[], _signal_connector=SimpleNamespace()
+    )
     undo = made.install()
     checkpoint._last_time_checked = 0.0
     for batch in range(5):
