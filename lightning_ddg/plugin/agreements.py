@@ -330,7 +330,7 @@ class Agreements:
         Raises:
             KeyboardInterrupt: If that is wanted.
         """
-        if not self._run:
+        if not self._run or self._trainer.sanity_checking:
             return
         wanted, mailbox = self._wanted, self._ranks.mailbox
         if self._ranks.is_rank_zero:

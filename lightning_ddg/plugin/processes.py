@@ -23,10 +23,18 @@ from typing_extensions import override
 
 from lightning_ddg.comm.ranks import LocalRanks, PipelineRanks, Ranks
 from lightning_ddg.core.schedule import delay, stage_of_rank
+from lightning_ddg.core.staleness import Staleness
 from lightning_ddg.plugin import compat
 from lightning_ddg.plugin.options import Options, check_backend, check_precision, check_started
 
 _T = TypeVar("_T")
+
+
+_STRATEGIES = {
+    "ddg": ("popen", "Decoupled parallel backpropagation, one process per stage started as scripts"),
+    "ddg_spawn": ("spawn", "Decoupled parallel backpropagation, one process per stage started by spawning"),
+    "ddg_notebook": ("fork", "Decoupled parallel backpropagation, one process per stage forked from a notebook"),
+}
 
 
 class StageProcesses(ParallelStrategy):
@@ -58,6 +66,14 @@ class StageProcesses(ParallelStrategy):
         self._options = options
         self._ranks: Ranks = LocalRanks(1)
 
+    @classmethod
+    @override
+    def register_strategies(cls, strategy_registry: Any) -> None:
+        """Register ``"ddg"``, ``"ddg_spawn"`` and ``"ddg_notebook"``; called when the package is imported."""
+        for name, (start_method, description) in _STRATEGIES.items():
+            if name not in strategy_registry:
+                strategy_registry.register(name, cls, description=description, start_method=start_method)
+
     @property
     def num_stages(self) -> int:
         """Number of stages ``K``."""
@@ -72,6 +88,11 @@ class StageProcesses(ParallelStrategy):
     def delay(self) -> int | None:
         """Delay ``K - stage`` of this process's stage, in batches; ``None`` if it runs all stages."""
         return None if self.stage is None else delay(self.stage, self.num_stages)
+
+    @property
+    def staleness(self) -> Staleness:
+        """What stages do with stale gradients."""
+        return self._options.staleness
 
     @property
     def device_mesh(self) -> DeviceMesh:

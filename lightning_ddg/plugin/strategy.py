@@ -37,12 +37,6 @@ from lightning_ddg.plugin.site import Site
 
 _T = TypeVar("_T")
 
-_STRATEGIES = {
-    "ddg": ("popen", "Decoupled parallel backpropagation, one process per stage started as scripts"),
-    "ddg_spawn": ("spawn", "Decoupled parallel backpropagation, one process per stage started by spawning"),
-    "ddg_notebook": ("fork", "Decoupled parallel backpropagation, one process per stage forked from a notebook"),
-}
-
 
 class DDGStrategy(StageProcesses):
     """Train a network cut into ``K`` stages with delayed gradients: no stage waits for another's backward.
@@ -122,22 +116,9 @@ class DDGStrategy(StageProcesses):
         # Over all runs, or each prediction would draw what the one before it drew.
         self._evaluations = count()
 
-    @classmethod
-    @override
-    def register_strategies(cls, strategy_registry: Any) -> None:
-        """Register ``"ddg"``, ``"ddg_spawn"`` and ``"ddg_notebook"``; called when the package is imported."""
-        for name, (start_method, description) in _STRATEGIES.items():
-            if name not in strategy_registry:
-                strategy_registry.register(name, cls, description=description, start_method=start_method)
-
     # ---- what a user may ask
 
     plan = staticmethod(plan_module)
-
-    @property
-    def staleness(self) -> Staleness:
-        """What stages do with stale gradients."""
-        return self._options.staleness
 
     @property
     def stage_parameter_names(self) -> list[list[str]]:
@@ -271,17 +252,13 @@ class DDGStrategy(StageProcesses):
     def on_validation_start(self) -> None:
         if self._run is not None:
             self._run.evaluation.begin()
-            self._follow_rank_zero(self._run, meet=False)
+            self._run.agreements.follow()
 
     @override
     def on_validation_end(self) -> None:
         """Give all ranks rank 0's decision to stop."""
         if self._run is not None:
-            self._follow_rank_zero(self._run, meet=True)
-
-    def _follow_rank_zero(self, run: Run, meet: bool) -> None:
-        if not run.site.trainer.sanity_checking:
-            run.agreements.follow(meet)
+            self._run.agreements.follow(meet=True)
 
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:

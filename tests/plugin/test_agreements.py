@@ -39,7 +39,14 @@ class Letters:
 
 def agreements(num_stages: int = 3, rank: int = 0, **trainer: Any) -> tuple[Agreements, Any, Letters]:
     loop = SimpleNamespace(_skip_backward=False)
-    given = {"should_stop": False, "checkpoint_callbacks": [], "fit_loop": loop, "callback_metrics": {}, **trainer}
+    given = {
+        "should_stop": False,
+        "checkpoint_callbacks": [],
+        "fit_loop": loop,
+        "callback_metrics": {},
+        "sanity_checking": False,
+        **trainer,
+    }
     fake: Any = SimpleNamespace(**given)
     letters = Letters()
     others = [other for other in range(num_stages) if other != rank]
