@@ -43,7 +43,6 @@ OWED: dict[str, set[str]] = {
         "network.replay.part",
         "network.trace.graph",
         "network.trace.tracer",
-        "observe.monitor",
         "plugin.compat",
         "plugin.refusals",
         "plugin.strategy",
