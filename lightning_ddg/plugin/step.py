@@ -191,7 +191,7 @@ class StepRunner:
         batch = self._batch_of(compat.batch_number(self._module.trainer))
         self.step.begin(batch.number, optimizers)
         with self._context():
-            output = self._run(batch, args, kwargs) if self._runs_step else self._train_stage(batch)
+            output = self._run_step(batch, args, kwargs) if self._runs_step else self._train_stage(batch)
         self._after_forward()
         if skips:
             self._execution.skip()
@@ -212,7 +212,7 @@ class StepRunner:
         self._execution.train(batch, (), {})
         return self._no_loss()
 
-    def _run(self, batch: Batch, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    def _run_step(self, batch: Batch, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         answer = partial(self._answer, batch)
         try:
             with batch.draws(0, libraries=True), self._redirection.handled_by(answer):

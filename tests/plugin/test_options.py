@@ -76,10 +76,10 @@ def test_nccl_between_processes_that_share_a_device() -> None:
     check_backend("nccl", [device, torch.device("cuda", 1)])
     check_backend("gloo", [device, device])
     shared = DDGStrategy(parallel_devices=[device, device])
-    assert shared._get_process_group_backend() == "gloo"
+    assert shared.process_group_backend == "gloo"
     shared.parallel_devices = [device]
     shared.cluster_environment = LightningEnvironment()
-    assert shared._get_process_group_backend() == "nccl"
+    assert shared.process_group_backend == "nccl"
 
 
 def test_todays_weights_in_recurrent_layers_on_a_gpu() -> None:
