@@ -12,8 +12,8 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -34,12 +34,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_ddg import DDGStrategy
-from lightning_ddg.comm.mailbox import GroupMailbox
+from lightning_ddg.comm.ranks import PipelineRanks
+from lightning_ddg.core import rng
 from lightning_ddg.core.pipeline import Pipeline
 from lightning_ddg.core.schedule import delay, stage_of_rank
 from lightning_ddg.core.stage import Stage
 from lightning_ddg.network.find import find_network
-from lightning_ddg.plugin.redirection import StepDone
 from recipes.benchmarks.workers import TIMEOUT
 from recipes.benchmarks.works import Batch, Cuts, Work, make, positional_segments, segments, sgd
 
@@ -338,41 +338,37 @@ def trainer_alone(job: Job, laps: Laps) -> nn.Module:
 
 
 def ddg_bare(job: Job, laps: Laps) -> nn.Module:
-    """This package's stage, pipeline and transport without Lightning; tensors of GPUs travel through the host."""
+    """This package's core without Lightning: the loop of docs/core.md; tensors of GPUs travel through the host."""
     size = dist.get_world_size()
+    ranks = PipelineRanks.connect(size, job.device, TIMEOUT, "gloo")
     number = stage_of_rank(dist.get_rank(), size)
     module, (inputs, targets) = own_stage(job, number)
-    group = dist.new_group(list(range(size)), backend="gloo")
-    transport = GroupMailbox(group, job.device, TIMEOUT, [f"Rank {rank}" for rank in range(size)])
+    pipeline = Pipeline(Stage(module, delay(number, size)), number, size, ranks.mailbox)
+    optimizer = sgd(module)
+
+    def step() -> None:
+        pipeline.before_step()
+        optimizer.step()
+        pipeline.after_step()
+        optimizer.zero_grad()
+
     try:
-        line = Pipeline(Stage(module, delay(number, size)), number, size, transport, lambda stage: nullcontext())
-        optimizer = sgd(module)
-        for _ in laps:
-            optimizer.zero_grad()
-            loss = None
-            with suppress(StepDone):
-                loss = job.work.loss(line.train((inputs,), {}), targets)
-            line.backward(loss.backward if loss is not None else _no_loss)
-            line.before_step()
-            optimizer.step()
-            line.stepped()
-        while line.waiting:
-            optimizer.zero_grad()
-            line.drain()
-            line.before_step()
-            optimizer.step()
-            line.stepped()
+        for number in laps:
+            output = pipeline.train(rng.Batch(number), (inputs,), {})
+            pipeline.backward(partial(_backward, job.work.loss, output, targets))
+            step()
+        while pipeline.drain():
+            step()
     except BaseException as error:
-        transport.abort(repr(error))
+        ranks.abort(repr(error))
         raise
     finally:
-        transport.close()
-        dist.destroy_process_group(group)
+        ranks.disconnect()
     return module
 
 
-def _no_loss() -> None:
-    raise AssertionError("a stage before the last has no loss")
+def _backward(loss: Callable[..., Any], output: Any, targets: Any) -> None:
+    loss(output, targets).backward()
 
 
 KINDS = {

@@ -161,19 +161,34 @@ def test_evaluation_without_a_fit() -> None:
         assert len(names) == 2
 
 
+class NotesTheCut(pl.Callback):
+    """Notes by what the network was cut, and where, while there is a run."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, list[str]]] = []
+
+    def note(self, trainer: pl.Trainer) -> None:
+        run = trainer.strategy.run  # type: ignore[attr-defined]
+        self.seen.append((run.cut.costs.unit, run.cut.split_points))
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.note(trainer)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.note(trainer)
+
+
 def test_a_fit_after_an_evaluation_measures_its_cut() -> None:
-    strategy = DDGStrategy()
-    trainer = quiet_trainer(strategy=strategy, devices=1, max_epochs=1)
+    cuts = NotesTheCut()
+    trainer = quiet_trainer(strategy=DDGStrategy(), devices=1, max_epochs=1, callbacks=[cuts])
     module = Classifier("mlp")
     trainer.validate(module, loader("mlp"), verbose=False)
-    assert strategy._cut is not None
-    assert strategy._cut.costs.unit == "parameters"
     trainer.fit(module, loader("mlp"))
-    assert strategy._cut.costs.unit == "measured time"
-    # And a cut that was trained with is used again.
-    points = strategy._cut.split_points
     trainer.validate(module, loader("mlp"), verbose=False)
-    assert strategy._cut.split_points == points
+    evaluated, fitted, again = cuts.seen
+    assert evaluated[0] == "parameters"
+    assert fitted[0] == "measured time"
+    assert again[1] == fitted[1], "a cut that was trained with is used again"
 
 
 class MonteCarlo(Classifier):
