@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ def weights(parts: list[nn.Module]) -> list[Tensor]:
 
 
 def in_a_process(count: int) -> tuple[int, list[Tensor]]:
+    # As torchrun sets it.
+    os.environ["RANK"] = os.environ["LOCAL_RANK"]
     parts = stages(count)
     names = loop()
     seen: list[int] = []
