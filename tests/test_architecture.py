@@ -40,7 +40,6 @@ OWED: dict[str, set[str]] = {
     "circles": {"plugin.callbacks", "plugin.strategy"},
     "lines": {
         "comm.mailbox",
-        "network.replay.part",
         "observe.monitor",
         "plugin.compat",
         "plugin.refusals",

@@ -2,8 +2,8 @@
 
 ``torch.fx`` sees calls of modules and what is done with proxies. It does not see
 
-- which attributes of modules decide what a forward does (``nn.Module.__getattribute__``), such as ``self.training``, and
-  may be others in the next call;
+- which attributes of modules decide what a forward does (``nn.Module.__getattribute__``), such as ``self.training``,
+  and may be others in the next call;
 - that a forward assigns to ``self``, or enters ``autocast`` or inference mode, which the recorded graph would not do;
 - calls without a proxy among their arguments that must happen anew each time, such as ``torch.rand`` and
   ``torch.arange``: fx would run them once and keep the result.
