@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from lightning_ddg.network.layers import Chain, Layers
-from lightning_ddg.network.replay.part import ReplayedChain
+from lightning_ddg.network.layers import Call, Chain, Layers
+from lightning_ddg.network.replay.chain import ReplayedChain
 from lightning_ddg.network.trace.chain import TracedChain
 from lightning_ddg.network.trace.recording import Untraceable
 from lightning_ddg.network.trace.recordings import used_names
@@ -34,9 +33,6 @@ class Network:
     chain: Layers
     target: nn.Module
     target_name: str
-
-
-Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def find_network(

@@ -12,6 +12,9 @@ from typing import Any, Protocol
 
 from torch import nn
 
+#: Arguments and keyword arguments.
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
 
 class Layers(Protocol):
     """The layers of a network, in order.

@@ -1,6 +1,6 @@
-"""What each layer of a chain costs: parameters, FLOPs, or measured seconds.
+"""What each layer of a network costs: parameters, FLOPs, or measured seconds and bytes.
 
-A new measure is a new function here; it returns one number per layer and leaves no trace on the network.
+Measuring leaves no trace on the network.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lightning_ddg.network.find import find_network
-from lightning_ddg.network.replay.part import ReplayedChain
+from lightning_ddg.network.replay.chain import ReplayedChain
 
 
 class Root(nn.Module):

@@ -1,18 +1,16 @@
-"""Temporary changes to a network's modules while its forward runs: whose calls are taken over, what they see.
+"""Whose calls are taken over while a network's forward runs, and what its modules may not do meanwhile.
 
-Each undoes itself. What is done with an intercepted call is the caller's business.
+Each change undoes itself.
 """
 
 from __future__ import annotations
 
-import io
-import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 Handler = Callable[[tuple[Any, ...], dict[str, Any]], Any]
 
@@ -21,7 +19,8 @@ Handler = Callable[[tuple[Any, ...], dict[str, Any]], Any]
 def calls_taken(handlers: Mapping[nn.Module, Handler]) -> Iterator[None]:
     """Send the calls of modules to ``handler(args, kwargs)`` instead; their hooks do not fire.
 
-    Of all places this one is met by every caller, whichever way it holds the module, and leaves its class alone.
+    ``_compiled_call_impl``, the place of ``nn.Module.compile``, is met by every caller, whichever way it holds the
+    module, and leaves the module's class alone.
     """
     before = [(module, module._compiled_call_impl) for module in handlers]
     for module, handler in handlers.items():
@@ -75,7 +74,7 @@ def plain_calls(configs: Iterable[Any]) -> Iterator[None]:
     """Switch off what networks do in a call beside computing their output, on which stages would have to agree.
 
     That is the filling of caches if ``config.use_cache`` says so, and ``nn.TransformerEncoder``'s packing of padded
-    batches in evaluation.
+    batches in evaluation. Both are asked for by global state, which no argument of the call overrides.
     """
     caching = [config for config in configs if config.use_cache is True]
     fast = torch.backends.mha.get_fastpath_enabled()
@@ -88,23 +87,3 @@ def plain_calls(configs: Iterable[Any]) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
         for config in caching:
             config.use_cache = True
-
-
-class _Places(pickle.Pickler):
-    def __init__(self, file: io.BytesIO) -> None:
-        super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
-        self.tensors: list[Tensor] = []
-
-    def persistent_id(self, obj: Any) -> int | None:
-        if not isinstance(obj, Tensor):
-            return None
-        self.tensors.append(obj)
-        return 0
-
-
-def places(nest: Any) -> tuple[bytes, list[Tensor]]:
-    """Return the form of a nest and the tensor at each place, a tensor in two places twice."""
-    buffer = io.BytesIO()
-    pickler = _Places(buffer)
-    pickler.dump(nest)
-    return buffer.getvalue(), pickler.tensors

@@ -1,7 +1,7 @@
 """A tensor that is followed through the code of a network, with or without its values.
 
-What happens to such a tensor in an operation changes here; what follows from it is decided by its :class:`Ledger`, in
-:mod:`~lightning_ddg.network.replay.survey` (with values) and :mod:`~lightning_ddg.network.replay.part` (without).
+What is computed from such a tensor is another one. What follows from it is decided by its :class:`Ledger`:
+:mod:`~lightning_ddg.network.replay.dataflow` (with values) and :mod:`~lightning_ddg.network.replay.absent` (without).
 """
 
 from __future__ import annotations
@@ -13,33 +13,43 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from lightning_ddg.network.replay.crossing import Output
+from lightning_ddg.network.replay.layers import Place
+
 
 class Origin(NamedTuple):
     """Where a followed tensor comes from.
 
     Attributes:
-        what: The first thing that it was computed from, for people.
+        what: The first thing that it was computed from, in words.
         computed: Whether a layer or a parameter had a part in it.
         inputs: Which of the network's inputs had a part in it.
+        parameter: The parameter that it stands for, if it stands for one.
+        output: Which output of a layer it is, if it is one.
     """
 
     what: str
     computed: bool = True
     inputs: frozenset[int] = frozenset()
+    parameter: Place | None = None
+    output: Output | None = None
 
 
 class Ledger(Protocol):
-    """Is told what happens to the tensors that are followed."""
+    """Is told what happens to the tensors that are followed, and computes with their contents."""
 
     @property
     def now(self) -> int:
         """How many calls of layers have begun."""
 
     def used(self, tensor: Tracked) -> None:
-        """An operation takes the tensor."""
+        """Called when an operation takes the tensor."""
 
     def read(self, tensor: Tracked, operation: str) -> None:
-        """An operation needs the tensor's values at once: to branch on them, or to write them into another tensor."""
+        """Called when an operation needs the tensor's values at once, to branch on them or to write them elsewhere."""
+
+    def compute(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return what an operation returns that writes into none of its arguments."""
 
 
 class Tracked(Tensor):
@@ -98,10 +108,10 @@ class Tracked(Tensor):
         return _operate(func, args, kwargs or {})
 
 
-def followed(nest: Any) -> list[Tracked]:
-    """Return the followed tensors in a nest of tuples, lists and dicts."""
+def followed(tree: Any) -> list[Tracked]:
+    """Return the followed tensors in a pytree of tuples, lists and dicts."""
     found = []
-    rest = [nest]
+    rest = [tree]
     while rest:
         value = rest.pop()
         if isinstance(value, Tracked):
@@ -113,20 +123,28 @@ def followed(nest: Any) -> list[Tracked]:
     return found
 
 
-def replaced(function: Callable[[Any], Any], nest: Any) -> Any:
-    """Apply a function to each value in a nest of tuples, lists and dicts."""
-    kind = type(nest)
-    # `tree_map` knows more kinds, and takes ten times as long.
+def replaced(function: Callable[[Any], Any], tree: Any) -> Any:
+    """Apply a function to each value in a pytree of tuples, lists and dicts.
+
+    Runs several times for every operation between layers, where ``torch.utils._pytree.tree_map``, which knows more
+    kinds, takes ten times as long (and pickling, as ``map_tensors`` does, longer still).
+    """
+    kind = type(tree)
     if kind is tuple or kind is list:
-        return kind([replaced(function, value) for value in nest])
+        return kind([replaced(function, value) for value in tree])
     if kind is dict:
-        return {key: replaced(function, value) for key, value in nest.items()}
-    return tree_map(function, nest) if isinstance(nest, tuple | list | dict) else function(nest)
+        return {key: replaced(function, value) for key, value in tree.items()}
+    return tree_map(function, tree) if isinstance(tree, tuple | list | dict) else function(tree)
 
 
-def known(nest: Any) -> Any:
-    """Replace, in a nest, each followed tensor by the one it stands for, if that is known."""
-    return replaced(lambda leaf: leaf.value if isinstance(leaf, Tracked) and leaf.value is not None else leaf, nest)
+def known(tree: Any) -> Any:
+    """Replace each followed tensor in a pytree by the one it stands for, if that is known."""
+    return replaced(lambda leaf: leaf.value if isinstance(leaf, Tracked) and leaf.value is not None else leaf, tree)
+
+
+def content_of(leaf: Any) -> Any:
+    """Return what operations are done on in a value's place: itself, if it is not followed."""
+    return leaf.content if isinstance(leaf, Tracked) else leaf
 
 
 #: Methods that go past the dispatcher, straight to the memory.
@@ -157,12 +175,14 @@ def _operate(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if first.content.is_meta:
         if kwargs.get("device") is not None:
             device, kwargs = torch.device(kwargs["device"]), {**kwargs, "device": "meta"}
-        result = None if written else _shapes_of(func, *replaced(_on_meta, (args, kwargs)))
+        args, kwargs = replaced(_on_meta, (args, kwargs))
     else:
-        args, kwargs = replaced(lambda leaf: leaf.content if isinstance(leaf, Tracked) else leaf, (args, kwargs))
-        result = func(*args, **kwargs)
+        args, kwargs = replaced(content_of, (args, kwargs))
     if written:
+        if not first.content.is_meta:
+            func(*args, **kwargs)
         return written[0] if len(written) == 1 else tuple(written)
+    result = first.ledger.compute(func, args, kwargs)
     what, inputs = first.origin.what, frozenset[int]().union(*(tensor.origin.inputs for tensor in tracked))
     origin = Origin(what, any(tensor.origin.computed for tensor in tracked), inputs)
     return replaced(
@@ -181,36 +201,6 @@ def _reshaped(func: Any, tensor: Tracked, args: tuple[Any, ...], kwargs: dict[st
         )
     tensor.content = content
     return tensor
-
-
-_known_shapes: dict[Any, Any] = {}
-_MOST_SHAPES = 4096
-
-
-def _shapes_of(func: Any, args: Any, kwargs: Any) -> Any:
-    """Return what an operation returns on the meta device, which takes a hundred times as long as to look it up."""
-    key = (func, _key(args), _key(kwargs))
-    try:
-        result = _known_shapes.get(key)
-    except TypeError:
-        # An argument that cannot be looked up.
-        return func(*args, **kwargs)
-    if result is None:
-        if len(_known_shapes) >= _MOST_SHAPES:
-            _known_shapes.clear()
-        result = _known_shapes[key] = func(*args, **kwargs)
-    return result
-
-
-def _key(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.shape, value.stride(), value.storage_offset(), value.dtype
-    if isinstance(value, tuple | list):
-        return tuple(map(_key, value))
-    if isinstance(value, dict):
-        return tuple((name, _key(item)) for name, item in value.items())
-    # True, 1 and 1.0 are one key, but not one argument.
-    return type(value), value
 
 
 def _needs_values(func: Any, args: tuple[Any, ...]) -> bool:

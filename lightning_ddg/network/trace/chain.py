@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from lightning_ddg.network.layers import check_range
+from lightning_ddg.network.layers import Call, check_range
 from lightning_ddg.network.trace.recording import read_only
-from lightning_ddg.network.trace.recordings import Call, Recordings
+from lightning_ddg.network.trace.recordings import Recordings
 from lightning_ddg.network.trace.segment import TracedSegment
 
 

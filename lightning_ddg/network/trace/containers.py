@@ -17,15 +17,7 @@ from torch.nn.modules import transformer
 def encoder_masks(
     src: Tensor, mask: Tensor | None, padding: Tensor | None, is_causal: bool | None, batch_first: bool
 ) -> tuple[Tensor | None, Tensor | None, bool]:
-    """Return the two masks and the hint that ``nn.TransformerEncoder`` passes to its layers.
-
-    Args:
-        src: The sequence, ``(batch, length, width)`` or as ``batch_first`` says.
-        mask: ``src_mask``: boolean or floating, ``(length, length)`` or one for each batch and head.
-        padding: ``src_key_padding_mask``, ``(batch, length)``.
-        is_causal: The caller's hint, if any.
-        batch_first: The order of the first two dimensions.
-    """
+    """Return the two masks and the hint that ``nn.TransformerEncoder`` passes to its layers."""
     padding = F._canonical_mask(
         mask=padding,
         mask_name="src_key_padding_mask",
@@ -40,14 +32,7 @@ def encoder_masks(
 
 
 def causal_hint(sequence: Tensor, mask: Tensor | None, is_causal: bool | None, batch_first: bool) -> bool:
-    """Return whether ``mask`` is the causal one, as both containers find out.
-
-    Args:
-        sequence: The sequence, ``(batch, length, width)`` or as ``batch_first`` says.
-        mask: The mask over its positions, if any.
-        is_causal: The caller's hint, if any.
-        batch_first: The order of the first two dimensions.
-    """
+    """Return whether ``mask`` is the causal one, as both containers find out."""
     length = transformer._get_seq_len(sequence, batch_first)
     return transformer._detect_is_causal_mask(mask, is_causal, length)
 

@@ -11,11 +11,11 @@ import torch
 from torch import fx, nn
 
 from lightning_ddg.core.tensors import flatten, unflatten
+from lightning_ddg.network.layers import Call
 from lightning_ddg.network.restore import in_mode
 from lightning_ddg.network.trace.recording import Recording, Untraceable
 from lightning_ddg.network.trace.tracer import record
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]
 _MOST_RECORDINGS = 32
 
 

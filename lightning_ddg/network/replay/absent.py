@@ -1,0 +1,125 @@
+"""Tensors of other stages: what stands for them in a stage's run, and what is said where their values are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_ddg.core.tensors import TensorSpec, allocate
+from lightning_ddg.network.replay.tracked import Origin, Tracked
+
+REMEDY = "Cut elsewhere (`split_points`), or return the network's layers from `configure_stages()`."
+_MOST_SHAPES = 4096
+
+
+class Absent:
+    """Makes tensors without values, and refuses what would need these; a ledger of them.
+
+    Args:
+        network: The name of the network's class.
+        stage: The name of the stage's first layer.
+    """
+
+    now = 0
+
+    def __init__(self, network: str, stage: str) -> None:
+        self._network = network
+        self._stage = stage
+        self._inside: str | None = None
+        self._shapes: dict[Any, Any] = {}
+
+    def tensor(self, spec: TensorSpec, device: torch.device, what: str) -> Tracked:
+        """Return what stands for a tensor, on a device, from ``what``."""
+        return Tracked(allocate(spec, "meta"), device, self, Origin(what))
+
+    @contextmanager
+    def inside(self, layer: str) -> Iterator[None]:
+        """Refuse any use inside: a layer that runs here has real arguments only."""
+        outer, self._inside = self._inside, layer
+        try:
+            yield
+        finally:
+            self._inside = outer
+
+    def present(self, tensor: Tensor, where: str) -> Tensor:
+        """Return the tensor that one stands for; itself, if it is no absent one.
+
+        Raises:
+            RuntimeError: It is not known here.
+        """
+        if not isinstance(tensor, Tracked):
+            return tensor
+        if tensor.value is None:
+            raise self._unknown(tensor, where)
+        return tensor.value
+
+    # ---- the ledger
+
+    def used(self, tensor: Tracked) -> None:
+        """See :class:`~lightning_ddg.network.replay.tracked.Ledger`."""
+        if self._inside is not None:
+            raise self._unknown(tensor, f"the layer {self._inside!r}")
+
+    def read(self, tensor: Tracked, operation: str) -> None:
+        """See :class:`~lightning_ddg.network.replay.tracked.Ledger`."""
+        raise self.error(
+            f"goes on by the values of {tensor.origin.what} ({operation}), which is not in the stage of "
+            f"{self._stage!r}. {REMEDY}"
+        )
+
+    def compute(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Look up what an operation has returned on the meta device, which takes a hundred times as long to run it."""
+        key = (func, _key(args), _key(kwargs))
+        try:
+            result = self._shapes.get(key)
+        except TypeError:
+            # An argument that cannot be looked up.
+            return func(*args, **kwargs)
+        if result is None:
+            if len(self._shapes) >= _MOST_SHAPES:
+                self._shapes.clear()
+            result = self._shapes[key] = func(*args, **kwargs)
+        return result
+
+    # ---- errors
+
+    def error(self, what: str) -> RuntimeError:
+        """Return the error that the network does something."""
+        return RuntimeError(f"The forward of {self._network} {what}")
+
+    def diverges(self, layer: str) -> RuntimeError:
+        """Return the error that the network calls a layer, but did not in the stage before."""
+        return self.error(
+            f"took another way in the stage of {self._stage!r} than in the one before, at the call of {layer!r}: "
+            "between its layers it must not draw random numbers, count its calls, or go by what only one process "
+            f"knows. {REMEDY}"
+        )
+
+    def refuse_gradient(self, grad: Tensor) -> None:
+        """Called when a gradient arrives at an absent tensor, and could go no further."""
+        raise self.error(
+            f"passes an argument of {self._stage!r} to an autograd function outside of its layers, through which no "
+            f"gradient can be sent to the stage before. {REMEDY}"
+        )
+
+    def _unknown(self, tensor: Tracked, where: str) -> RuntimeError:
+        return self.error(
+            f"passes on a value that the stage of {self._stage!r} does not have: in {where}, a tensor of "
+            f"shape {tuple(tensor.shape)} comes from {tensor.origin.what}, which is in another stage, and is no "
+            f"argument of {self._stage!r}. {REMEDY}"
+        )
+
+
+def _key(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.storage_offset(), value.dtype
+    if isinstance(value, tuple | list):
+        return tuple(map(_key, value))
+    if isinstance(value, dict):
+        return tuple((name, _key(item)) for name, item in value.items())
+    # True, 1 and 1.0 are one key, but not one argument.
+    return type(value), value

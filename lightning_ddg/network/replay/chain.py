@@ -1,0 +1,129 @@
+"""A network as layers of which each stage runs the network's own code, for networks that cannot be traced."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import nn
+
+from lightning_ddg.core.tensors import parameters_replaced
+from lightning_ddg.network.layers import Call, check_range, namespace
+from lightning_ddg.network.replay.analysis import analyse, without_call
+from lightning_ddg.network.replay.part import Part, check_call
+
+
+class ReplayedChain:
+    """The layers of a network whose forward every stage runs; see :class:`~lightning_ddg.network.layers.Layers`.
+
+    A layer is a module that is run as a whole: an entry of a ``ModuleList``, an embedding, a head. The code around the
+    layers runs in every stage: on real tensors where they come from the network's inputs, such as masks and positions;
+    on tensors without values where they come from layers of earlier stages. The arguments of a stage's first layer are
+    received. Other values of earlier stages are not there: a layer that needs one must be in the stage that made it.
+
+    Args:
+        target: The network.
+        target_name: Its name relative to the root module; ``""`` for the root itself.
+        call: Arguments and keyword arguments of an example call, with their values, on the network's device. It is run
+            once in training and once in evaluation, to see in which order the layers are called and between which of
+            them a cut is possible; the network is left as it was. Without it, the layers are in the order in which the
+            network's modules hold them, and what is impossible is said when it is met.
+
+    Raises:
+        RuntimeError: The network's code failed in the example call.
+        ValueError: The network has no layers, or the call asks for what a part of the network cannot give.
+    """
+
+    compilable = False
+    read_only: frozenset[str] = frozenset()
+
+    def __init__(self, target: nn.Module, target_name: str, call: Call | None = None) -> None:
+        self._target = target
+        self._prefix = f"{target_name}." if target_name else ""
+        self._forward = target.forward
+        if call is not None:
+            check_call(target, call[1])
+        self._found = without_call(target) if call is None else analyse(target, self._forward, call)
+        if not self._found.layers:
+            raise ValueError(
+                f"The network {type(target).__name__} calls no module with parameters: there is nothing to cut. Return "
+                "its layers from `configure_stages()`."
+            )
+        self._parts: dict[tuple[int, int], Part] = {}
+        # A module that cannot begin a stage belongs to the layer before.
+        modules = len(self._found.layers)
+        self._bounds = [*(place for place in range(modules) if place not in self._found.forbidden), modules]
+        self.names = [self._label(place) for place in self._bounds[:-1]]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def segment(self, start: int, stop: int) -> nn.Module:
+        """Return a :class:`ReplayedSegment`; see :meth:`Layers.segment`."""
+        check_range(self, start, stop)
+        bounds = self._bounds[start], self._bounds[stop]
+        if bounds not in self._parts:
+            self._parts[bounds] = Part(self._target, self._forward, self._found, *bounds)
+        return ReplayedSegment(self._parts[bounds], self._prefix)
+
+    def modules(self, start: int, stop: int) -> list[nn.Module]:
+        """Return the user's modules that are called in the layers ``start`` to ``stop - 1``."""
+        return [layer.module for layer in self._found.layers[self._bounds[start] : self._bounds[stop]]]
+
+    def whole(self, *args: Any, **kwargs: Any) -> Any:
+        """Run all the layers as one part, which leaves out what no stage could return, such as caches of all layers."""
+        return self.segment(0, len(self))(*args, **kwargs)
+
+    def _label(self, place: int) -> str:
+        return f"{self._prefix}{self._found.layers[place].name}"
+
+
+class ReplayedSegment(nn.Module):
+    """Consecutive layers of a replayed network as one module, with the user's modules under their own names.
+
+    Args:
+        part: What runs them.
+        prefix: What stands before a name relative to the network in a name relative to the root module.
+    """
+
+    def __init__(self, part: Part, prefix: str) -> None:
+        super().__init__()
+        self._part, self._prefix = part, prefix
+        for layer in part.layers:
+            *path, leaf = f"{prefix}{layer.name}".split(".")
+            namespace(self, path).add_module(leaf, layer.module)
+        for path_name, module, name in part.loose:
+            space = self._space(path_name)
+            if not isinstance(space._parameters, _Shared):
+                space._parameters = _Shared(module._parameters)
+            space.register_parameter(name, module._parameters[name])
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the layers on the network's arguments, or on what the segment before this one returned."""
+        layers = [self.get_submodule(f"{self._prefix}{layer.name}") for layer in self._part.layers]
+        # Those of this segment, which may be a copy, in the place of the user's.
+        own = [
+            ((module._parameters, name), self._space(path)._parameters[name]) for path, module, name in self._part.loose
+        ]
+        with parameters_replaced(own):
+            return self._part.run(layers, args, kwargs)
+
+    def _space(self, path: str) -> nn.Module:
+        """The module here that has the name of one of the network's."""
+        names = f"{self._prefix}{path}".strip(".")
+        return namespace(self, names.split(".") if names else [])
+
+
+class _Shared(dict[str, Any]):
+    """Parameters of which another module's table gets every change: whoever stashes weights here changes them there."""
+
+    def __init__(self, other: dict[str, Any]) -> None:
+        super().__init__()
+        self._other = other
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        super().__setitem__(name, value)
+        self._other[name] = value
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
+        return {name: copy.deepcopy(value, memo) for name, value in self.items()}
