@@ -111,14 +111,20 @@ class TrainingStep:
         """Called when the step runs its backward; in automatic optimization Lightning does, once and after its end.
 
         Raises:
-            RuntimeError: For a second backward.
+            RuntimeError: For a second backward, or one before the call of the network.
         """
+        if self._module.automatic_optimization:
+            return
         if self.state is State.BACKWARD:
             raise RuntimeError(
                 "`manual_backward` was called more than once in a training step. Add the losses up and call it once."
             )
-        if not self._module.automatic_optimization:
-            self.state = State.BACKWARD
+        if self.state is not State.ANSWERED:
+            raise RuntimeError(
+                f"`manual_backward` was called before the network ({self._name}), whose backward it runs. Call the"
+                " network first, exactly once in every training step."
+            )
+        self.state = State.BACKWARD
 
     def end(self, output: Any) -> None:
         """Called with what the step has returned.
