@@ -184,7 +184,7 @@ def divide(site: Site, network: Network, optimizers: Sequence[Optimizer]) -> Cut
         partial(_measure, site, network, optimizers),
         options.max_memory if site.fits else None,
     )
-    if site.fits and site.ranks.is_rank_zero and not site.trainer.barebones:
+    if site.fits and site.trainer.is_global_zero and not site.trainer.barebones:
         print_cut(cut)
     _log.debug("rank %d: the network is cut at %s", site.ranks.rank, cut.split_points)
     return cut
