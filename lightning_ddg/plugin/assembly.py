@@ -138,13 +138,13 @@ def build(site: Site, set_up_optimizers: Callable[[], Sequence[Optimizer]]) -> R
     agreements = Agreements(site.trainer, site.ranks, site.num_stages)
     drain = make_drain(site, execution, optimizers)
     copies = StaleCopies(network.target, ownership)
+    site.undo.callback(copies.forget)
     hooks = FitHooks(execution, site.ranks, drain, agreements, groups, copies, site.fail)
     if site.fits:
         patch_fit(site, ownership)
         watch_steps(site, optimizers, execution, drain)
         site.undo.callback(agreements.install())
         site.undo.callback(hooks.install(site.trainer, site.module))
-        site.undo.callback(copies.forget)
     # Without a seed each process has made its own weights; what is never trained is not shared again.
     share(lambda tensor: True)
     return Run(site, cut, ownership, groups, execution, step, evaluation, drain, agreements, hooks)
