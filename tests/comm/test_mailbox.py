@@ -268,15 +268,16 @@ def test_waiting_has_a_limit() -> None:
 
 def die_or_wait() -> str:
     mailbox = connect()
-    # All are connected before one of them dies.
-    for peer in range(3):
-        if peer != mailbox.rank:
-            mailbox.send(peer, FLAG, None)
-    for peer in range(3):
-        if peer != mailbox.rank:
-            mailbox.take(peer, FLAG)
+    others = [peer for peer in range(3) if peer != mailbox.rank]
+    mailbox.send(others, FLAG, None)
+    for peer in others:
+        mailbox.take(peer, FLAG)
+    # Rank 1 dies when the others have all that they take: what is on its way by then, its own or theirs, may be lost.
     if mailbox.rank == 1:
+        for peer in others:
+            mailbox.take(peer, ACTIVATION)
         os._exit(3)
+    mailbox.send(1, ACTIVATION, None)
     with pytest.raises(PeerError) as caught:
         # Rank 2 waits for a rank that lives.
         mailbox.take({0: 1, 2: 0}[mailbox.rank], ACTIVATION)

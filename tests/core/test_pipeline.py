@@ -1,6 +1,6 @@
 """Tests of ``pipeline.py``: one rank's rules, with a recorded conversation in the place of the other ranks.
 
-Several real ranks are in ``test_transport.py`` and in ``integration``.
+Several real ranks are in ``tests/comm`` and in ``integration``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Tests of ``stalestage.py`` and ``rerun.py``: what is kept of batches in flight, and what a second forward sees."""
+"""Tests of ``stash.py``, ``recompute.py`` and ``staleness.py``: which weights a batch in flight sees, and what is kept."""
 
 from __future__ import annotations
 
@@ -190,7 +190,7 @@ def test_todays_weights_are_seen_by_a_backward_however_they_were_changed(
         assert not stage._stash._spare, "nothing is copied"
 
 
-def test_prediction_runs_ahead_of_weights_that_it_does_not_touch() -> None:
+def test_extrapolation_runs_ahead_of_weights_that_it_does_not_touch() -> None:
     module = nn.Linear(1, 1, bias=False)
     stage = Stage(module, 2, Staleness(predict=True), recompute=False)
     stage.begin(0)
