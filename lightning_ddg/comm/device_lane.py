@@ -52,7 +52,7 @@ class DeviceLane(HostLane):
     # ---- sending
 
     def send(self, peer: int, parts: list[Tensor], payload: list[Tensor], *, on_host: bool) -> None:
-        edge = self._edge(self._rank, peer, on_host)
+        edge = None if on_host else self._edges.get((self._rank, peer))
         copied = None
         by_edge = [data for data in payload if data.is_cuda and edge is not None]
         for data in payload:
@@ -74,9 +74,6 @@ class DeviceLane(HostLane):
         left = threading.Event()
         self._staged.put(left)
         return left
-
-    def _edge(self, source: int, destination: int, on_host: bool) -> dist.ProcessGroup | None:
-        return None if on_host else self._edges.get((source, destination))
 
     def _enter_thread(self) -> None:
         # The current CUDA device belongs to a thread, and a new thread's is the first.
@@ -115,7 +112,7 @@ class DeviceLane(HostLane):
         self._streams[peer] = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
 
     def receive(self, peer: int, specs: Sequence[TensorSpec], *, on_host: bool) -> tuple[list[Tensor], Any]:
-        edge, stream = self._edge(peer, self._rank, on_host), self._streams[peer]
+        edge, stream = None if on_host else self._edges.get((peer, self._rank)), self._streams[peer]
         tensors, ready = [], None
         with torch.cuda.stream(stream):
             for spec in specs:

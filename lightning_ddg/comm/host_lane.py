@@ -49,15 +49,10 @@ class HostLane:
     # ---- sending
 
     def send(self, peer: int, parts: list[Tensor], payload: list[Tensor], *, on_host: bool) -> None:
-        """Send a message without waiting for its receiver.
+        """Send a message without waiting for its receiver: ``parts`` on the CPU, then its tensors where they are.
 
-        Args:
-            peer: The receiver.
-            parts: What goes before the payload; ``uint8``, on the CPU.
-            payload: The bytes of the message's tensors, ``uint8``, each of them where its tensor is.
-            on_host: Whether the tensors arrive on the receiver's host, wherever they were.
+        All are ``uint8``. With ``on_host`` the tensors arrive on the receiver's host, wherever they were.
         """
-        del on_host
         self._isend(peer, parts + payload)
 
     def mark(self) -> threading.Event:
@@ -95,7 +90,6 @@ class HostLane:
             sent = item = work = data = None
 
     def _wait_until_gone(self, work: Any, data: Tensor) -> None:
-        del data
         if work is not None:
             work.wait(_FOREVER)
 
@@ -111,11 +105,7 @@ class HostLane:
             work.wait(_FOREVER)
 
     def receive(self, peer: int, specs: Sequence[TensorSpec], *, on_host: bool) -> tuple[list[Tensor], Any]:
-        """Wait for a message's tensors.
-
-        Returns:
-            The tensors, and what :meth:`arrive` must be given before they are used.
-        """
+        """Wait for a message's tensors; return them, and what :meth:`arrive` must be given before they are used."""
         tensors = [allocate(spec, "cpu" if spec.on_cpu or on_host else self._device) for spec in specs]
         for tensor in tensors:
             if tensor.numel():

@@ -109,8 +109,8 @@ class GroupMailbox:
         Args:
             to: The receiver, or several.
             channel: What it is for.
-            value: The value. Its tensors must not be modified afterwards, unless :meth:`flush` was called in between.
-            snapshot: Copy the tensors first, so that they may be modified while the message is on its way.
+            value: Its tensors must not be modified before they have left, as :meth:`flush` makes sure.
+            snapshot: Copy the tensors first, so that they may be modified at once.
             payload: ``False`` sends shapes and dtypes only: the receiver gets zeros.
 
         Raises:
@@ -212,10 +212,7 @@ class GroupMailbox:
         return next((name for name in names if self._arrived[source, name]), None)
 
     def has(self, source: int, channel: Channel) -> bool:
-        """Return whether a message of a channel from a rank is there.
-
-        What that rank sent before a message that was taken always is.
-        """
+        """Return whether a message is there; what its sender sent before a message that was taken always is."""
         return bool(self._arrived.get((source, channel.name)))
 
     def _receive_from(self, peer: int) -> None:
@@ -244,7 +241,6 @@ class GroupMailbox:
     def _read(
         self, peer: int, content: memoryview, spec: int, meta_length: int, flags: int, seen: dict[int, Description]
     ) -> tuple[Any, Any]:
-        """What follows a header, in it or after it; and what the lane says of when it can be used."""
         if meta_length:
             if not flags & _INLINE:
                 meta = torch.empty(meta_length, dtype=torch.uint8)

@@ -7,7 +7,7 @@ training, for checkpoints and at the end; unless it says otherwise, every rank m
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from datetime import timedelta
 from functools import lru_cache
 from statistics import median
@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from lightning_ddg.comm.mailbox import GroupMailbox, PeerError
@@ -85,7 +85,6 @@ class Ranks(Protocol):
 
     def agree(self, decision: bool, all: bool = True) -> bool:
         """Return whether all ranks say yes, or any of them."""
-        del all
         return decision
 
     def gather(self, own: dict[Any, Any]) -> list[dict[Any, Any]]:
@@ -96,28 +95,17 @@ class Ranks(Protocol):
         Raises:
             PeerError: If a rank has failed.
         """
-        del own
         return []
 
     def share(self, module: nn.Module, names: Collection[str], sources: Collection[int]) -> None:
-        """Give every rank the parameters and buffers of a module that others have.
+        """Give every rank the parameters and buffers of a module that others have, under the same names.
 
-        Args:
-            module: A module with the same names on every rank.
-            names: The parameters and buffers that this rank gives.
-            sources: The ranks that give.
+        Of the ranks, ``sources`` give; this one gives those in ``names``, if it is among them.
         """
         return
 
     def seconds_per_byte(self, default: float) -> float:
-        """Return what a byte costs on its way from stage 1 to stage 2.
-
-        Args:
-            default: The answer where nothing can be measured.
-
-        Returns:
-            Seconds per byte, one way.
-        """
+        """Return the seconds that a byte takes from stage 1 to stage 2; ``default`` where they cannot be measured."""
         return default
 
     def abort(self, reason: str) -> str:
@@ -142,12 +130,7 @@ class EmptyMailbox:
     def send(
         self, to: int | Iterable[int], channel: Channel, value: Any, *, snapshot: bool = False, payload: bool = True
     ) -> None:
-        """Send to nobody.
-
-        Raises:
-            RuntimeError: If there is a receiver.
-        """
-        del value, snapshot, payload
+        """Raise ``RuntimeError`` if there is a receiver."""
         for peer in (to,) if isinstance(to, int) else to:
             raise self._nobody(peer, channel)
 
@@ -157,7 +140,6 @@ class EmptyMailbox:
 
     def has(self, source: int, channel: Channel) -> bool:
         """Return ``False``."""
-        del source, channel
         return False
 
     def _nobody(self, peer: int, channel: Channel) -> RuntimeError:
@@ -167,12 +149,7 @@ class EmptyMailbox:
 
 
 class LocalRanks(Ranks):
-    """One process with all stages: it agrees with itself, and there is nobody to send to.
-
-    Args:
-        num_stages: ``K``.
-        observers: Those who look on at this process.
-    """
+    """One process with all stages: it agrees with itself, and there is nobody to send to."""
 
     def __init__(self, num_stages: int, observers: Observers | None = None) -> None:
         self.rank, self.size = 0, 1
@@ -289,7 +266,8 @@ class PipelineRanks(Ranks):
             self.mailbox.flush()
         for rank in self.others:
             if rank in sources:
-                _assign(named, self.mailbox.take(rank, STATE))
+                for name, value in self.mailbox.take(rank, STATE).items():
+                    named[name].detach().copy_(value)
 
     def seconds_per_byte(self, default: float) -> float:
         seconds, second = default, rank_of_stage(2, self.num_stages)
@@ -335,7 +313,6 @@ def group_timeout(timeout: timedelta) -> timedelta:
 # One mesh for all fits with a default group, as a mesh's groups hold sockets and threads.
 @lru_cache(maxsize=1)
 def _mesh_of(world: dist.ProcessGroup, device_type: str, num_stages: int) -> DeviceMesh:
-    del world
     return init_device_mesh(device_type, (1, num_stages), mesh_dim_names=("data", "stage"))
 
 
@@ -352,9 +329,3 @@ def _gather(mailbox: GroupMailbox, own: dict[Any, Any]) -> list[dict[Any, Any]]:
     mailbox.send(0, STATE, own)
     mailbox.flush()
     return []
-
-
-def _assign(named: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    with torch.no_grad():
-        for name, value in values.items():
-            named[name].detach().copy_(value)

@@ -48,12 +48,9 @@ class Packed(NamedTuple):
 
 
 def pack(value: Any, *, payload: bool = True, snapshot: bool = False) -> Packed:
-    """Prepare a pytree for sending.
+    """Prepare a pytree for sending, without its tensors' values unless ``payload``.
 
-    Args:
-        value: The pytree.
-        payload: ``False`` sends the description only: the receiver gets zeros of the same shapes and dtypes.
-        snapshot: Copy the tensors, so that the originals may be modified while the message is on its way.
+    With ``snapshot`` the tensors are copied, so that they may be modified while the message is on its way.
     """
     if isinstance(value, Tensor) and value.layout is torch.strided and not value.is_quantized:
         structure, tensors = None, [value]

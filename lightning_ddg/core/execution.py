@@ -61,11 +61,7 @@ class Mailbox(Protocol):
     def send(self, to: int | Iterable[int], channel: Channel, value: Any, *, snapshot: bool = False) -> None:
         """Send a pytree of tensors and Python values to one rank, or to several.
 
-        Args:
-            to: The receivers.
-            channel: What it is for.
-            value: The value; its tensors must not be changed afterwards.
-            snapshot: Copy the tensors first, so that they may be changed.
+        Its tensors must not be changed afterwards, unless ``snapshot`` asks for copies of them to be sent.
         """
         ...
 
@@ -102,12 +98,7 @@ class Execution(Protocol):
         return
 
     def train(self, batch: Batch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the forward of a training batch.
-
-        Args:
-            batch: Which one.
-            args: The network's arguments; not looked at where the first stage is elsewhere.
-            kwargs: Its keyword arguments.
+        """Run the forward of a training batch; the arguments are not looked at where the first stage is elsewhere.
 
         Returns:
             The network's output, attached to its graph; :class:`Sent` where the last stage is elsewhere.
@@ -121,11 +112,9 @@ class Execution(Protocol):
     def backward(self, loss: Callable[[], object]) -> None:
         """Run the backward of the batch that is due, if any, adding to what ``p.grad`` has accumulated.
 
-        A stage to which nothing is due, and nothing was added since the last step, has ``p.grad = None`` afterwards, so
-        that its optimizer leaves it alone: zeros would decay weights and count as a step.
-
-        Args:
-            loss: Runs the backward of the loss; not called where the last stage is elsewhere.
+        ``loss`` runs the backward of the loss; it is not called where the last stage is elsewhere. A stage to which
+        nothing is due, and nothing was added since the last step, has ``p.grad = None`` afterwards, so that its
+        optimizer leaves it alone: zeros would decay weights and count as a step.
         """
         ...
 

@@ -16,11 +16,6 @@ Gradients = list[Tensor | None]
 class GradientQueue(InFlight):
     """The gradients of one stage on their way to ``p.grad``.
 
-    Args:
-        parameters: The stage's parameters.
-        delay: ``d(k)``, in batches.
-        rule: How updates are applied.
-
     Attributes:
         queue: For each batch in flight, the gradient w.r.t. each parameter, the oldest first.
         pending: Whether a gradient has been added to ``p.grad`` since the last step.
@@ -37,7 +32,6 @@ class GradientQueue(InFlight):
 
     @property
     def parameters(self) -> Sequence[nn.Parameter]:
-        """The stage's parameters."""
         return self._parameters
 
     def take(self) -> Gradients:

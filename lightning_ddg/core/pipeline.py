@@ -24,15 +24,9 @@ from lightning_ddg.core.staleness import shrunk
 
 
 class Pipeline(Execution):
-    """The execution of one stage among ``num_stages`` ranks.
+    """The execution of stage ``number`` among ``num_stages`` ranks.
 
-    Args:
-        stage: This rank's stage.
-        number: Its number ``k``, input side first.
-        num_stages: ``K``.
-        mailbox: Connects the ranks.
-        shrink: Factor of the gradients sent upstream.
-        observers: Look on.
+    Gradients are multiplied by ``shrink`` when they are sent upstream.
     """
 
     def __init__(
@@ -62,8 +56,7 @@ class Pipeline(Execution):
         self.stage.begin(step)
 
     def train(self, batch: Batch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._upstream is not None:
-            args, kwargs = (self._mailbox.take(self._upstream, ACTIVATION),), {}
+        args, kwargs = self._received(args, kwargs)
         self._observers.before_forward(self.number)
         with batch.draws(self.number):
             output = self.stage.forward(*args, received=self._upstream is not None, **kwargs)
@@ -74,8 +67,7 @@ class Pipeline(Execution):
         return Sent(output)
 
     def evaluate(self, batch: Batch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._upstream is not None:
-            args, kwargs = (self._mailbox.take(self._upstream, ACTIVATION),), {}
+        args, kwargs = self._received(args, kwargs)
         with batch.draws(self.number), torch.no_grad():
             output = self.stage.module(*args, **kwargs)
         if self._downstream is not None:
@@ -133,6 +125,9 @@ class Pipeline(Execution):
                 self._mailbox.take(self._downstream, GRADIENT)
             self._send([])
         self.stage.clear()
+
+    def _received(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return (args, kwargs) if self._upstream is None else ((self._mailbox.take(self._upstream, ACTIVATION),), {})
 
     def _backward_of_oldest(self, downstream: int) -> None:
         grads = self._mailbox.take(downstream, GRADIENT)

@@ -23,11 +23,8 @@ _ALWAYS_COPIED = 1 << 16
 class Circumstances:
     """What a forward depends on besides its weights, as it is when this is made.
 
-    Args:
-        module: The module that will be run, its buffers known by ``buffers``.
-        args: Its arguments; they are copied, as the module and its caller may write into them.
-        kwargs: Its keyword arguments; copied too.
-        buffers: Copies of the module's buffers, brought up to date here.
+    The arguments are copied, as the module and its caller may write into them; ``buffers``, those of the module, are
+    brought up to date.
     """
 
     def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], buffers: BufferCopies) -> None:
@@ -80,16 +77,13 @@ class BufferCopies:
         found: list[tuple[Slot, Tensor | None]] = []
         for table, name in slots:
             buffer = table[name]
-            if buffer is None:
-                found.append(((table, name), None))
-                continue
-            if id(buffer) not in self._known:
+            if buffer is not None and id(buffer) not in self._known:
                 original, copy = known.get(id(buffer), (None, buffer))
                 large = buffer.numel() * buffer.element_size() > _ALWAYS_COPIED
                 if original is not buffer or not large or not torch.equal(copy, buffer):
                     copy = buffer.detach().clone()
                 self._known[id(buffer)] = (buffer, copy)
-            found.append(((table, name), self._known[id(buffer)][1]))
+            found.append(((table, name), None if buffer is None else self._known[id(buffer)][1]))
         return found
 
 

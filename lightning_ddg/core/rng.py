@@ -63,12 +63,7 @@ class Batch(NamedTuple):
 
 
 class Generators:
-    """The states of torch's generators (the CPU's and a device's), Python's and NumPy's, as they are when it is made.
-
-    Args:
-        device: A device whose generator counts besides the CPU's.
-        libraries: Whether Python's and NumPy's count too.
-    """
+    """The RNG states of torch (CPU and ``device``) and, with ``libraries``, of Python and NumPy, when this is made."""
 
     def __init__(self, device: torch.device, *, libraries: bool = True) -> None:
         self._device = device
@@ -101,7 +96,6 @@ class Generators:
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Whether two states, of Python's and NumPy's values, are equal."""
     if isinstance(one, dict):
         return all(_same(value, other[name]) for name, value in one.items())
     if isinstance(one, tuple) and any(isinstance(value, dict) for value in one):
@@ -121,12 +115,9 @@ def untouched(device: torch.device, *, libraries: bool = True) -> Iterator[None]
 
 @contextmanager
 def seeded(seed: int, device: torch.device, *, libraries: bool = False) -> Iterator[None]:
-    """Seed torch's generators (CPU and ``device``) inside, and restore them afterwards.
+    """Seed torch's generators (the CPU's and that of ``device``) inside, and restore them afterwards.
 
-    Args:
-        seed: The seed, ``0 <= seed < 2**63``.
-        device: A device whose generator is seeded besides the CPU's.
-        libraries: Also seed Python's ``random`` and NumPy.
+    ``seed`` is in ``0..2**63 - 1``; with ``libraries``, Python's ``random`` and NumPy are seeded too.
     """
     with untouched(device, libraries=libraries):
         torch.default_generator.manual_seed(seed)

@@ -13,11 +13,7 @@ from __future__ import annotations
 
 
 def delay(stage: int, num_stages: int) -> int:
-    """Delay ``d(k) = K - k`` of a stage, in batches (arXiv 1804.10574, section 4.1).
-
-    Args:
-        stage: Stage ``k`` in ``1..K``, input side first.
-        num_stages: Number of stages ``K``.
+    """Return the delay ``d(k) = K - k`` of stage ``k``, in batches (arXiv 1804.10574, section 4.1).
 
     Raises:
         ValueError: If ``stage`` is not in ``1..num_stages``.
@@ -28,10 +24,10 @@ def delay(stage: int, num_stages: int) -> int:
 
 
 def stage_of_rank(rank: int, num_stages: int) -> int:
-    """Stage of a global rank. Rank 0 owns the last stage, with the loss: Lightning's rank 0 logs and decides."""
+    """Return the stage of a global rank. Rank 0 has the last, with the loss: Lightning's rank 0 logs and decides."""
     return num_stages - rank % num_stages
 
 
 def rank_of_stage(stage: int, num_stages: int) -> int:
-    """Rank within its pipeline that owns a stage; the inverse of :func:`stage_of_rank` for the first pipeline."""
+    """Return the rank within its pipeline that has a stage; the inverse of :func:`stage_of_rank` in the first one."""
     return num_stages - stage

@@ -36,6 +36,10 @@ class _Batch(NamedTuple):
     weights: Weights | None
     again: Circumstances | None = None
 
+    @property
+    def grads(self) -> list[Tensor | None]:
+        return [] if self.inlet is None else self.inlet.grads
+
 
 class Stage(InFlight):
     """A module whose backward runs ``delay`` batches after its forward, with the weights of that forward.
@@ -62,13 +66,8 @@ class Stage(InFlight):
     def forward(self, *args: Any, received: bool, **kwargs: Any) -> Any:
         """Run the stage on one batch and keep what its backward will need.
 
-        Args:
-            *args: The network's arguments in the first stage; in all others what was received, alone.
-            received: Whether it was received, so that gradients w.r.t. it are wanted.
-            **kwargs: The network's keyword arguments (first stage only).
-
-        Returns:
-            The stage's output, attached to its graph; with ``recompute`` there is none.
+        The arguments are the network's in the first stage; in all others there is one, which was ``received``, so that
+        gradients w.r.t. it are wanted. What is returned is attached to its graph; with ``recompute`` there is none.
 
         Raises:
             RuntimeError: If weights were changed since the last forward without :meth:`before_step`.
@@ -84,11 +83,8 @@ class Stage(InFlight):
     def backward(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Run the backward of the oldest batch in flight, adding to ``p.grad``.
 
-        Args:
-            grads: The gradient w.r.t. each output tensor that carries one, ``None`` where nothing depends on it.
-
-        Returns:
-            The gradient w.r.t. each received tensor that carries one.
+        It takes the gradient w.r.t. each output tensor that carries one, ``None`` where nothing depends on it, and
+        returns that w.r.t. each received tensor.
         """
         self._stash.before_backward()
         batch = self._in_flight.popleft()
@@ -104,14 +100,14 @@ class Stage(InFlight):
                 torch.autograd.backward(outputs, given)
         if weights is not None:
             self._stash.release(weights, (other.weights for other in self._in_flight))
-        return _grads(batch.inlet)
+        return batch.grads
 
     def backward_done(self) -> list[Tensor | None]:
         """Drop the oldest batch, whose backward ran as part of the loss's; return the gradients w.r.t. its inputs."""
-        return _grads(self._in_flight.popleft().inlet)
+        return self._in_flight.popleft().grads
 
     def before_step(self) -> None:
-        """Called before weights change: batches in flight keep those they have."""
+        """Called before weights change."""
         if self.delay:
             self._stash.before_step()
 
@@ -150,7 +146,3 @@ class Stage(InFlight):
             output = self.module(*args, **kwargs)
         outputs = [tensor for tensor in tensors_of(output) if carries_grad(tensor)]
         return output, _Batch(outputs, inlet, weights)
-
-
-def _grads(inlet: Inlet | None) -> list[Tensor | None]:
-    return [] if inlet is None else inlet.grads

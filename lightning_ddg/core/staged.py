@@ -25,13 +25,7 @@ _Queues = defaultdict[tuple[int, int, Channel], deque[Any]]
 
 
 class LocalMailbox(Mailbox):
-    """One rank's end of queues within a process.
-
-    Args:
-        rank: The rank.
-        size: How many there are.
-        queues: By source, destination and channel; shared by all ranks.
-    """
+    """One rank's end of queues within a process, which all ranks share: by source, destination and channel."""
 
     def __init__(self, rank: int, size: int, queues: _Queues) -> None:
         self.rank, self.size, self._queues = rank, size, queues
@@ -68,12 +62,11 @@ class Staged(Execution):
         self._segments = list(segments)
         self._observers = observers or Observers()
         queues: _Queues = defaultdict(deque)
-        mailboxes = {number: LocalMailbox(rank_of_stage(number, count), count, queues) for number in self.stages}
-        stages = [Stage(part, delay(number, count), rule, recompute) for number, part in enumerate(segments, start=1)]
-        self._pipelines = [
-            Pipeline(stage, number, count, mailboxes[number], rule.shrink)
-            for number, stage in zip(self.stages, stages, strict=True)
-        ]
+        self._pipelines = []
+        for number, segment in zip(self.stages, segments, strict=True):
+            stage = Stage(segment, delay(number, count), rule, recompute)
+            mailbox = LocalMailbox(rank_of_stage(number, count), count, queues)
+            self._pipelines.append(Pipeline(stage, number, count, mailbox, rule.shrink))
 
     def begin(self, step: int) -> None:
         for pipeline in self._pipelines:

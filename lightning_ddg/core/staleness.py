@@ -1,8 +1,7 @@
 """The update rules of the family of delayed gradients: their options and formulas, and what they make of weights.
 
-:class:`Staleness` is what a user may choose; the defaults are the paper's algorithm. Change a formula here only
-together with its source, `docs/staleness.md` and its test. How a rule is carried out by a stage is in
-:mod:`~lightning_ddg.core.stale_stage` and :mod:`~lightning_ddg.core.delay_line`.
+:class:`Staleness` is what a user may choose; the defaults are the paper's algorithm. Which weights a forward runs on is
+in :mod:`~lightning_ddg.core.stash`.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ class Staleness:
             times ``beta ** (K - k)`` (gradient shrinking, arXiv 1906.09108).
         slow_start: Number ``T`` of optimizer steps in which late stages learn more slowly: in step ``t`` the update of
             stage ``k`` is multiplied by ``d(k) ** -(1 - t / T)`` (PipeMare's T1, arXiv 1910.05124).
-        predict: Whether a forward runs on the weights that are expected at its backward (linear weight prediction in
+        predict: Whether a forward runs on the weights that are expected at its backward (linear extrapolation, in
             the weight-difference form, arXiv 2003.11666).
 
     Raises:
@@ -56,8 +55,8 @@ class Staleness:
             raise ValueError(f"slow_start={self.slow_start!r} is not a number of steps. Use 0 (none) or more.")
         if self.predict and not self.stash:
             raise ValueError(
-                "predict=True predicts the weights that a backward will use, but with stash=False it uses those there"
-                " are then. Leave out one of the two."
+                "predict=True extrapolates to the weights that a backward will use, but with stash=False it uses those"
+                " there are then. Leave out one of the two."
             )
 
 
@@ -66,12 +65,12 @@ PAPER = Staleness()
 
 
 def shrunk(grads: Sequence[Tensor | None], factor: float) -> list[Tensor | None]:
-    """Gradients times a factor; ``None`` stays ``None``."""
+    """Return gradients times a factor; ``None`` stays ``None``."""
     return list(grads) if factor == 1 else [None if grad is None else grad * factor for grad in grads]
 
 
 def slow_start_factor(delay: int, step: int, slow_start: int) -> float:
-    """What the update of a stage is multiplied by: ``delay ** -(1 - step / slow_start)``, and 1 afterwards.
+    """Return what a stage's update is multiplied by: ``delay ** -(1 - step / slow_start)``, and 1 afterwards.
 
     PipeMare (arXiv 1910.05124), technique T1: a learning rate divided by the delay to the power of ``p``, with ``p``
     going from 1 to 0.
@@ -88,10 +87,6 @@ class Updates:
     """The optimizer steps of one stage under a rule: makes them smaller, and remembers where they lead.
 
     :meth:`before` and :meth:`after` enclose a step. What is added to a step by hooks before it counts as part of it.
-
-    Args:
-        rule: The rule.
-        delay: ``d(k)`` of the stage, in batches.
     """
 
     def __init__(self, rule: Staleness, delay: int) -> None:
@@ -103,28 +98,22 @@ class Updates:
         self._horizon = 0.0
 
     def begin(self, step: int) -> None:
-        """Says that a run begins, with the step of that number."""
+        """Called when a run begins, with the number of its first step."""
         self._step = step
         self.forget()
 
     def forget(self) -> None:
-        """Forgets where the last step led: what comes next does not go on from there."""
+        """Forget where the last step led: what comes next does not go on from there."""
         self._batches = 0
         self._old, self._velocity = {}, {}
 
-    @property
-    def _wants_old(self) -> bool:
-        return (self._rule.predict and self._delay > 0) or self._factor != 1
-
     def before(self, parameters: Sequence[nn.Parameter], old: Sequence[Tensor] | None = None) -> None:
-        """Remembers weights that a step may change.
+        """Remember weights that a step may change.
 
-        Args:
-            parameters: The parameters.
-            old: Memory with their values that nobody writes to before :meth:`after`; by default, the values of those
-                that are trained are copied.
+        ``old`` is memory with their values that nobody writes to before :meth:`after`; by default, the values of those
+        that are trained are copied.
         """
-        if self._wants_old:
+        if (self._rule.predict and self._delay > 0) or self._factor != 1:
             if old is None:
                 parameters = [parameter for parameter in parameters if parameter.requires_grad]
                 old = [parameter.detach().clone() for parameter in parameters]
@@ -132,11 +121,10 @@ class Updates:
 
     @torch.no_grad()
     def after(self, drained: bool = False) -> None:
-        """Applies the rule to what a step has changed.
+        """Apply the rule to what a step has changed.
 
-        Args:
-            drained: Whether the step belongs to no iteration, because its gradient was drained: it is not counted, and
-                the batches that follow have as many batches before their first update as after a start.
+        A step whose gradient was drained belongs to no iteration: it is not counted, and the batches that follow have
+        as many batches before their first update as after a start.
         """
         old, self._old = self._old, {}
         factor = self._factor
@@ -152,11 +140,11 @@ class Updates:
         self._step += not drained
 
     def count_batch(self) -> None:
-        """Says that a batch's forward has run."""
+        """Called when a batch's forward runs."""
         self._batches += 1
 
     def ahead(self, parameter: nn.Parameter) -> Tensor | None:
-        """How far a parameter is expected to move until the backward of the next forward; ``None`` if not at all.
+        """Return how far a parameter should move until the backward of the next forward; ``None`` if not at all.
 
         It is ``d(k) / n * v``, with ``v`` the change by the last step, which ``n`` batches went into: ``d(k)`` batches
         further on the line through the weights before and after it.

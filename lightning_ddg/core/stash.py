@@ -56,13 +56,7 @@ class Weights(NamedTuple):
 
 
 class Stash:
-    """Keeps ``d + 1`` versions of a stage's weights, the current one included: the paper's algorithm.
-
-    Args:
-        module: The layers of the stage.
-        delay: ``d(k)`` in batches, at least 1.
-        rule: How updates are applied.
-    """
+    """Keeps ``d + 1`` versions of a stage's weights, the current one included: the paper's algorithm."""
 
     #: Whether the weights of a batch in flight are those that the parameters had then.
     exact = True
@@ -114,13 +108,10 @@ class Stash:
         self._updates.before(weights.parameters, weights.memory)
 
     def after_step(self, drained: bool) -> None:
-        """Apply the rule to a step, and make sure that :meth:`before_step` came before it.
-
-        Args:
-            drained: Whether the step's gradient was drained.
+        """Apply the rule to a step; ``drained`` says whether its gradient was drained.
 
         Raises:
-            RuntimeError: If it did not.
+            RuntimeError: If :meth:`before_step` did not come before it.
         """
         if self._current is not None and self._current.parameters:
             raise RuntimeError(_CHANGED)
@@ -163,7 +154,6 @@ class Stash:
         )
 
     def _memory(self, parameters: list[nn.Parameter]) -> list[Tensor]:
-        """What a forward runs on."""
         return [parameter.data for parameter in parameters]
 
     def _unused_memory(self, parameters: list[nn.Parameter]) -> list[Tensor]:

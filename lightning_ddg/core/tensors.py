@@ -37,11 +37,10 @@ class _Flattener(pickle.Pickler):
     def persistent_id(self, obj: Any) -> int | None:
         if not isinstance(obj, Tensor) or obj.layout is not torch.strided or obj.is_quantized:
             return None
-        index = self._index.get(id(obj))
-        if index is None:
-            index = self._index[id(obj)] = len(self.tensors)
+        if id(obj) not in self._index:
+            self._index[id(obj)] = len(self.tensors)
             self.tensors.append(obj)
-        return index
+        return self._index[id(obj)]
 
 
 class _Unflattener(pickle.Unpickler):
@@ -82,11 +81,15 @@ def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
     return unflatten(structure, [function(tensor) for tensor in tensors])
 
 
+def carries_grad(tensor: Tensor) -> bool:
+    """Return whether a gradient w.r.t. a tensor is wanted and can be had."""
+    return tensor.requires_grad and (tensor.is_floating_point() or tensor.is_complex())
+
+
 def spec_of(tensor: Tensor) -> TensorSpec:
     """Return the description of a dense tensor: one whose elements fill their memory, in any order."""
-    wants_grad = tensor.requires_grad and (tensor.is_floating_point() or tensor.is_complex())
     on_cpu = tensor.device.type == "cpu"
-    return TensorSpec(tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype, wants_grad, on_cpu)
+    return TensorSpec(tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype, carries_grad(tensor), on_cpu)
 
 
 def allocate(spec: TensorSpec, device: torch.device | str = "cpu", pin_memory: bool = False) -> Tensor:
@@ -94,17 +97,14 @@ def allocate(spec: TensorSpec, device: torch.device | str = "cpu", pin_memory: b
     return torch.empty_strided(spec.shape, spec.stride, dtype=spec.dtype, device=device, pin_memory=pin_memory)
 
 
-def carries_grad(tensor: Tensor) -> bool:
-    return tensor.requires_grad and (tensor.is_floating_point() or tensor.is_complex())
+#: The dict that holds a parameter, and its name in there.
+Slot = tuple[dict[str, Any], str]
 
 
 def slots_of(module: nn.Module) -> list[Slot]:
+    """Return where a module and those inside it keep parameters; one that is kept twice has two slots."""
     names = (name.rpartition(".") for name, _ in module.named_parameters(remove_duplicate=False))
     return [(module.get_submodule(owner)._parameters, name) for owner, _, name in names]
-
-
-#: The dict that holds a parameter, and its name in there.
-Slot = tuple[dict[str, Any], str]
 
 
 @contextmanager

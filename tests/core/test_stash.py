@@ -1,4 +1,4 @@
-"""Tests of ``stash.py``, ``recompute.py`` and ``staleness.py``: which weights a batch in flight sees, and what is kept."""
+"""Tests of ``stash.py``, ``recompute.py`` and ``staleness.py``: what batches in flight keep, and what they see."""
 
 from __future__ import annotations
 
