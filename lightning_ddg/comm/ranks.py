@@ -111,8 +111,7 @@ class Ranks(Protocol):
     def abort(self, reason: str) -> str:
         """Tell the other ranks that this one has failed; they need not call it.
 
-        Returns:
-            The first failure known: another rank's, if that is why this one fails, else ``reason``.
+        Return the first failure known: another rank's, if that is why this one fails, else ``reason``.
         """
         return reason
 
@@ -210,7 +209,8 @@ class PipelineRanks(Ranks):
 
     def _open(self, observers: Observers | None = None) -> GroupMailbox:
         def connect(those: list[int], backend: str) -> dist.ProcessGroup:
-            timeout = group_timeout(self._timeout)
+            # The mailbox keeps the limit of a message; the group's must not be shorter.
+            timeout = max(self._timeout, timedelta(minutes=30))
             return cast(dist.ProcessGroup, dist.new_group(those, timeout=timeout, backend=backend))
 
         ranks = list(range(self.size))
@@ -303,11 +303,6 @@ class PipelineRanks(Ranks):
         if self._connected:
             self._connected = False
             self.mailbox.disconnect()
-
-
-def group_timeout(timeout: timedelta) -> timedelta:
-    """Return the timeout of a process group where ``timeout`` is the longest a rank waits for one message."""
-    return max(timeout, timedelta(minutes=30))
 
 
 # One mesh for all fits with a default group, as a mesh's groups hold sockets and threads.

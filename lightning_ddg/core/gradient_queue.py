@@ -24,7 +24,6 @@ class GradientQueue(InFlight):
     def __init__(self, parameters: list[nn.Parameter], delay: int, rule: Staleness) -> None:
         self._parameters = parameters
         self.delay = delay
-        # Once for each boundary that the gradient would cross.
         self._shrink = rule.shrink**delay
         self.updates = Updates(rule, delay)
         self.queue: deque[Gradients] = deque()
@@ -46,7 +45,7 @@ class GradientQueue(InFlight):
             parameter.grad = grad
 
     def append(self, grads: Gradients) -> None:
-        """Add a batch's gradient."""
+        """Add a batch's gradient, shrunk as by all boundaries that it would cross."""
         self.queue.append(shrunk(grads, self._shrink))
 
     def apply_oldest(self) -> None:
