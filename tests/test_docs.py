@@ -31,8 +31,6 @@ def prose(text: str) -> Iterator[tuple[int, str]]:
 
 @pytest.mark.parametrize("path", PATHS)
 def test_lines_are_short(path: str) -> None:
-    if path == "docs/networks.md":
-        pytest.skip("not wrapped yet")
     long = [number for number, line in prose((ROOT / path).read_text()) if len(line) > MOST]
     assert not long, f"{path}: lines {long} have more than {MOST} characters"
 

@@ -19,14 +19,7 @@ Window = Mapping[int, Reading]
 
 
 class Gathering:
-    """The readings of all stages.
-
-    Args:
-        ranks: The processes.
-
-    Attributes:
-        totals: On rank 0: what has come so far, by stage.
-    """
+    """The readings of all stages; on rank 0, ``totals`` is what has come so far, by stage."""
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
@@ -34,10 +27,7 @@ class Gathering:
         self.totals: dict[int, Tally] = {}
 
     def add(self, readings: Sequence[Reading]) -> list[Window]:
-        """Send a rank's readings to rank 0; there, add its own to those that have come.
-
-        Args:
-            readings: Those that have become known since the last call.
+        """Send a rank's new readings to rank 0; there, add its own to those that have come.
 
         Returns:
             On rank 0: the readings, by stage, of each batch for which those of all stages are there now.

@@ -25,9 +25,6 @@ from lightning_ddg.planning.tally import Tally
 _WAITED_FOR = {ACTIVATION.name, "batch", "flag", GRADIENT.name}
 
 
-# ---- mathematics
-
-
 def relative_change(now: Sequence[Tensor], then: Sequence[Tensor]) -> Tensor:
     """Return how far weights have moved: ``||w_t - w_{t-d}|| / ||w_t||`` over all tensors together, in the 2-norm.
 
@@ -69,9 +66,6 @@ def _norm(tensors: Iterable[Tensor]) -> Tensor:
     return cast(Tensor, torch.linalg.vector_norm(torch.stack(norms)))
 
 
-# ---- figures
-
-
 class Reading(NamedTuple):
     """A stage's figures of the batches since the reading before.
 
@@ -86,9 +80,6 @@ class Reading(NamedTuple):
     batch: int
     step: int | None
     tally: Tally
-
-
-# ---- measuring
 
 
 class _Clock:
@@ -121,8 +112,7 @@ class _Clock:
 class _Track:
     """Of one stage: the batches between forward and backward, and what a window of batches has shown so far."""
 
-    def __init__(self, stage: int) -> None:
-        self.stage = stage
+    def __init__(self) -> None:
         self._in_flight: deque[tuple[int, int]] = deque()
         self._updates = 0
         self._pending = False
@@ -162,7 +152,6 @@ class _Track:
 class _Window:
     """What is measured between two readings."""
 
-    batches: int = 0
     time: list[tuple[Any, Any]] = field(default_factory=list)
     activations: list[tuple[Any, Any]] = field(default_factory=list)
     gradients: list[tuple[Any, Any]] = field(default_factory=list)
@@ -186,7 +175,7 @@ class Gauge(Observer):
         observers: Tell what happens to the stages.
         stages: The numbers of the stages.
         optimizers: Update them.
-        device: Where they are.
+        device: Where the stages are.
         every: Batches between two readings.
         compare: Whether to measure the cosine, where a batch's own gradient is known at once.
     """
@@ -203,7 +192,7 @@ class Gauge(Observer):
         self._every = every
         self._compare = compare
         self._clock = _Clock(device)
-        self._tracks = {stage: _Track(stage) for stage in stages}
+        self._tracks = {stage: _Track() for stage in stages}
         self._batch = 0
         self._in_batch = False
         self._mark: Any = None
@@ -219,12 +208,7 @@ class Gauge(Observer):
             self._undo.pop()()
 
     def begin(self, batch: int, counts: bool) -> None:
-        """Called when a batch begins.
-
-        Args:
-            batch: Its number in the fit.
-            counts: Whether its time counts, as the pipeline has been filled.
-        """
+        """Called when a batch begins; its time ``counts`` once the pipeline has been filled."""
         self._batch, self._in_batch = batch, True
         if not counts:
             self._mark = None
@@ -232,14 +216,7 @@ class Gauge(Observer):
             self._mark = self._clock.mark()
 
     def end(self, step: int) -> list[Reading]:
-        """Called when the batch has ended.
-
-        Args:
-            step: The loggers' step of the batch.
-
-        Returns:
-            The readings that have become known.
-        """
+        """Called when the batch has ended, at that step of the loggers; return the readings that have become known."""
         self._count()
         self._in_batch = False
         if self._is_read(self._batch):
@@ -269,11 +246,10 @@ class Gauge(Observer):
             return
         now = self._clock.mark()
         self._window.time.append((self._mark, now))
-        self._window.batches += 1
         self._mark = now
 
     def _close(self, step: int | None) -> None:
-        tracks = [(track.stage, track.tally, track.staleness, track.cosine) for track in self._tracks.values()]
+        tracks = [(stage, track.tally, track.staleness, track.cosine) for stage, track in self._tracks.items()]
         self._closed.append(_Closed(self._clock.mark(), self._batch, step, self._window, tracks))
         self._window = _Window()
         for track in self._tracks.values():
@@ -281,7 +257,7 @@ class Gauge(Observer):
 
     def _read(self, closed: _Closed) -> list[Reading]:
         window = closed.window
-        timed = Tally(window.batches, *map(self._clock.between, (window.time, window.activations, window.gradients)))
+        timed = Tally(len(window.time), *map(self._clock.between, (window.time, window.activations, window.gradients)))
         readings = []
         for stage, tally, staleness, cosine in closed.tracks:
             for name, count, value in (("staleness", "norms", staleness), ("cosine", "angles", cosine)):

@@ -147,14 +147,8 @@ class DDGMonitor(Callback):
         if run is None:
             return
         self._gathering = Gathering(run.ranks)
-        self._gauge = Gauge(
-            run.observers,
-            run.execution.stages,
-            strategy.optimizers,
-            strategy.root_device,
-            self.every_n_steps,
-            self.cosine,
-        )
+        stages, device = run.execution.stages, strategy.root_device
+        self._gauge = Gauge(run.observers, stages, strategy.optimizers, device, self.every_n_steps, self.cosine)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

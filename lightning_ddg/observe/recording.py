@@ -23,13 +23,8 @@ _SHOWN = 4  # periods in the picture
 class Recorder(Observer):
     """Notes when the forwards, the backwards and the waits of one rank begin and end.
 
-    Args:
-        stage: The rank's stage; 1 if it has all of them.
-        delay: Batches between a forward and its backward.
-        device: Where the rank computes.
-
     Attributes:
-        stage: The rank's stage.
+        stage: The rank's stage; 1 if it has all of them.
         batch: Number of the current batch in its epoch.
         events: What has been noted.
     """
@@ -115,13 +110,9 @@ class Measured:
         first = self._typical_batch()
         shown = _SHOWN * max(self.period, settled.period)
         on_paper = simulate(work, first + num_rows + ceil(shown / settled.period) + 1)
+        title = "measured (blank: the optimizer, Lightning's loop, the data)"
         panels = [
-            Panel(
-                "measured (blank: the optimizer, Lightning's loop, the data)",
-                _from(measured, first),
-                num_rows,
-                self.period,
-            ),
+            Panel(title, _from(measured, first), num_rows, self.period),
             Panel(f"simulated from {source}", _from(on_paper, first), num_rows, settled.period),
         ]
         draw_timeline(panels, path, span=(0.0, shown))
@@ -137,12 +128,7 @@ class Measured:
 
 
 def summarize(rows: Sequence[Sequence[Event]], planned: Work | None = None) -> Measured | None:
-    """Return what the recorded events say, or ``None`` if they are too few to say anything.
-
-    Args:
-        rows: The events of each stage, each on its own rank's clock.
-        planned: What was measured when the network was cut.
-    """
+    """Return what the events of each stage, on its own rank's clock, say; ``None`` if they are too few."""
     forward, backward = ([_durations(row, kind) for row in rows] for kind in ("F", "B"))
     begins = [event.start for event in rows[-1] if event.kind == "F"]
     if len(begins) < 2 or not all(forward) or not all(backward):

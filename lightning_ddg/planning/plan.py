@@ -45,18 +45,11 @@ class Plan:
         raise ValueError(cut)
 
     def print(self, *, details: bool = True) -> None:
-        """Print a row for each number of stages, the line that repeats each cut, and a table of each one's stages.
-
-        Args:
-            details: Whether to print the tables of the stages.
-        """
+        """Print a row for each number of stages, the line that repeats each cut and, with ``details``, its stages."""
         print_plan(self.rows, self.seconds, details=details)
 
     def draw(self, path: str | Path) -> None:
         """Draw the simulated timelines below plain backpropagation's, on one scale, from an empty pipeline on.
-
-        Args:
-            path: Where to write the picture; ``.png`` or ``.svg`` by its suffix.
 
         Raises:
             ValueError: ``path`` ends otherwise, or no number of stages is possible.
@@ -74,21 +67,14 @@ class Plan:
         panels = [_panel("plain backpropagation on one device", whole, stop)]
         for num_stages, cut in cuts.items():
             if num_stages > 1:
-                speedup = self.seconds / cut.steady_state.period
-                limit = cut.steady_state.reason
+                speedup, limit = self.seconds / cut.steady_state.period, cut.steady_state.reason
                 title = f"{count_of_stages(num_stages)}: {speedup:.2f} times as fast, limited by {limit}"
                 panels.append(_panel(title, cut.work, stop))
         draw_timeline(panels, path, span=(0.0, stop))
 
 
 def make_plan(chain: Layers, model: CostModel, num_stages: Sequence[int]) -> Plan:
-    """Plan cuts of a measured network.
-
-    Args:
-        chain: Its layers.
-        model: What they and the messages cost.
-        num_stages: The numbers of stages to plan.
-    """
+    """Plan cuts of a network, whose layers have been measured, into each of the numbers of stages."""
     forbidden = forbidden_cuts(chain)
     rows: dict[int, CutPlan | str] = {}
     for number in num_stages:

@@ -19,25 +19,14 @@ _BETTER = 0.05
 
 
 class Proposal(NamedTuple):
-    """Another cut.
-
-    Attributes:
-        split_points: Names of the layers that begin stages ``2..K``.
-        seconds: What its slowest stage should take for a batch.
-    """
+    """Another cut, by the layers that begin stages ``2..K``, and what its slowest stage should take for a batch."""
 
     split_points: list[str]
     seconds: float
 
 
 def shared_out(costs: Sequence[float], starts: Sequence[int], seconds: Sequence[float]) -> list[float]:
-    """Share each stage's seconds out among its layers, in proportion to what they cost, or evenly if that is nothing.
-
-    Args:
-        costs: Cost of each layer, in any unit.
-        starts: The start positions of stages 2 to K.
-        seconds: Of each stage.
-    """
+    """Share each stage's seconds out among its layers, in proportion to their costs, or evenly if these are 0."""
     shares: list[float] = []
     for (start, stop), whole in zip(pairwise([0, *starts, len(costs)]), seconds, strict=True):
         total = sum(costs[start:stop])
@@ -50,7 +39,7 @@ def better_cut(cut: Cut, seconds: Sequence[float], max_memory: int | None = None
 
     Args:
         cut: The cut that was trained with.
-        seconds: What each of its stages was busy per batch.
+        seconds: For how long each of its stages was busy per batch.
         max_memory: Bytes that no stage may need.
     """
     forbidden, num_stages = forbidden_cuts(cut.chain), len(seconds)
@@ -83,13 +72,7 @@ def _scaled(model: CostModel, starts: Sequence[int], seconds: Sequence[float]) -
 
 
 def idle_warning(cut: Cut, tallies: Sequence[Tally], max_memory: int | None = None) -> str | None:
-    """Return what to say where a stage waits for more than a fifth of the time; ``None`` where none does.
-
-    Args:
-        cut: The cut.
-        tallies: What was measured of each stage, input side first.
-        max_memory: Bytes that no stage may need.
-    """
+    """Return what to say where a stage waits for more than a fifth of the time; ``None`` where none does."""
     idlest = max(tallies, key=lambda tally: tally.waiting)
     if idlest.waiting <= IDLE:
         return None

@@ -56,13 +56,7 @@ def cut_table(cut: Cut) -> Table:
 
 
 def print_plan(rows: Mapping[int, CutPlan | str], seconds: float, *, details: bool) -> None:
-    """Print a plan on the standard output: a row for each number of stages, then each cut.
-
-    Args:
-        rows: By the number of stages K: the plan, or why the network cannot be cut so.
-        seconds: What a batch takes on one device with plain backpropagation.
-        details: Whether to print a table of the stages of each cut.
-    """
+    """Print a plan on the standard output: a row for each number of stages, then each cut, or why there is none."""
     print_table(_summary(rows, seconds))
     for num_stages, cut in rows.items():
         if isinstance(cut, str):
@@ -76,12 +70,7 @@ def print_plan(rows: Mapping[int, CutPlan | str], seconds: float, *, details: bo
 
 
 def summary_table(totals: Mapping[int, Tally], waits: bool) -> Table:
-    """Lay out the means over a fit, a row for each stage.
-
-    Args:
-        totals: What was measured, by stage.
-        waits: Whether the stages are in several processes.
-    """
+    """Lay out the means over a fit, a row for each stage; ``waits``: whether the stages have others to wait for."""
     timed = [tally for tally in totals.values() if tally.batches]
     period = f", {show_ms(max(tally.seconds / tally.batches for tally in timed))} per batch" if timed else ""
     table = Table(title=f"DDGMonitor: {len(totals)} stages{period}")
@@ -110,11 +99,7 @@ def print_table(table: Table) -> None:
 
 
 def split_points_line(names: Sequence[str]) -> str:
-    """Return the line of a YAML file that repeats a cut.
-
-    Args:
-        names: Of the layers that begin stages ``2..K``.
-    """
+    """Return the line of a YAML file that repeats a cut, from the layers that begin stages ``2..K``."""
     # JSON is YAML whatever the names hold.
     return f"split_points: {json.dumps(list(names), ensure_ascii=False)}"
 

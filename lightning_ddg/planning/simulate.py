@@ -90,10 +90,6 @@ def simulate(work: Work, num_batches: int) -> list[Event]:
     a message is under way for the given seconds while its sender goes on. A link carries one message at a time in each
     direction.
 
-    Args:
-        work: What takes how long.
-        num_batches: How many batches there are.
-
     Returns:
         The events, stage by stage, each stage's in the order of time; a wait is an event where it is longer than zero.
 
@@ -139,9 +135,6 @@ def steady_state(work: Work) -> SteadyState:
 
     and a link needs the time of its message. With l = m that is ``max_k (f_k + b_k)``, which is the period wherever
     messages are short enough to hide behind work.
-
-    Args:
-        work: What takes how long.
 
     Raises:
         ValueError: The lists' lengths do not fit, a time is negative or not finite, or no stage takes any time.
@@ -193,7 +186,6 @@ def _check(work: Work) -> None:
             raise ValueError(
                 f"{name} has {len(values)} entries, but {num_stages} stages need {needed}: give one for each {what}."
             )
-    for name, values in work._asdict().items():
         for value in values:
             if not (isfinite(value) and value >= 0):
                 raise ValueError(f"{name} holds {value}: a time must be finite and not negative.")

@@ -54,12 +54,7 @@ class CutPlan:
 
 
 def work_of(model: CostModel, starts: Sequence[int]) -> Work:
-    """Return how long the work of a cut's stages and its messages take; a forward done again is its backward's.
-
-    Args:
-        model: What the layers and the messages cost.
-        starts: The start positions of stages 2 to K.
-    """
+    """Return how long the work of a cut's stages and its messages take; a forward done again is its backward's."""
     profile = model.profile
     bounds = [0, *starts, len(profile.forward)]
     forward, backward = (
@@ -74,26 +69,12 @@ def work_of(model: CostModel, starts: Sequence[int]) -> Work:
 
 
 def plan_cut(chain: Layers, model: CostModel, starts: Sequence[int]) -> CutPlan:
-    """Return the figures of a cut.
-
-    Args:
-        chain: The layers.
-        model: What they and the messages cost.
-        starts: The start positions of stages 2 to K.
-    """
+    """Return the figures of a cut, whose stages 2 to K begin at the layers ``starts``."""
     bounds = list(pairwise([0, *starts, len(chain)]))
     work, counts = work_of(model, starts), parameter_costs(chain)
     sends, in_flight, memory = (of(starts) for of in (model.stage_sends, model.stage_in_flight, model.stage_memory))
     stages = [
-        StagePlan(
-            layers=chain.names[start:stop],
-            parameters=int(sum(counts[start:stop])),
-            seconds=work.busy[at],
-            share=work.busy[at] / sum(work.busy),
-            sends=sends[at],
-            in_flight=in_flight[at],
-            memory=memory[at],
-        )
-        for at, (start, stop) in enumerate(bounds)
+        StagePlan(chain.names[start:stop], int(sum(counts[start:stop])), seconds, seconds / sum(work.busy), *sizes)
+        for (start, stop), seconds, *sizes in zip(bounds, work.busy, sends, in_flight, memory, strict=True)
     ]
     return CutPlan(stages, [chain.names[start] for start in starts], work, steady_state(work))

@@ -49,11 +49,7 @@ class Tally:
         return (self.seconds - self.activations - self.gradients) / self.batches if self.batches else 0.0
 
     def figures(self, waits: bool) -> dict[str, float]:
-        """Return the means, by name; what was not measured is missing.
-
-        Args:
-            waits: Whether the stage has anybody to wait for.
-        """
+        """Return the means, by name; what was not measured is missing, and without ``waits`` the waiting too."""
         time = self.seconds if waits else 0.0
         sums = {
             "waits_activations": (self.activations, time),

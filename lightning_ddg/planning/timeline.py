@@ -34,14 +34,7 @@ _DIGIT = 0.62  # width of a digit, of the font's size
 
 @dataclass(frozen=True)
 class Panel:
-    """One schedule of the picture.
-
-    Attributes:
-        title: What is seen.
-        events: The events, in seconds.
-        num_stages: How many rows there are.
-        period: Seconds between two batches; marked below the last stage.
-    """
+    """One schedule of the picture, with a row for each stage; its period is marked below the last one."""
 
     title: str
     events: Sequence[Event]
@@ -51,9 +44,6 @@ class Panel:
 
 def check_picture(path: str | Path) -> None:
     """Refuse a picture that cannot be drawn, before any work is done.
-
-    Args:
-        path: Where the picture shall be written.
 
     Raises:
         ValueError: The name ends neither in ``.png`` nor in ``.svg``.
@@ -105,7 +95,6 @@ def draw_timeline(panels: Sequence[Panel], path: str | Path, *, span: tuple[floa
 
 
 def _draw_panel(axes: Axes, panel: Panel, start: float, stop: float) -> None:
-    scale = 1e3
     points = _WIDTH * 0.9 * 72 / (stop - start)
     for event in panel.events:
         left, right = max(event.start, start), min(event.end, stop)
@@ -115,13 +104,13 @@ def _draw_panel(axes: Axes, panel: Panel, start: float, stop: float) -> None:
         if event.kind != "idle":
             style = {"facecolors": _colour(event), "edgecolors": "white", "linewidth": 0.6}
         low = event.stage - _BOX / 2
-        axes.broken_barh([((left - start) * scale, (right - left) * scale)], (low, _BOX), **style)
+        axes.broken_barh([((left - start) * 1e3, (right - left) * 1e3)], (low, _BOX), **style)
         label = str(event.batch)
         if event.kind != "idle" and (right - left) * points > len(label) * _DIGIT * _FONT + 2:
-            middle = ((left + right) / 2 - start) * scale
+            middle = ((left + right) / 2 - start) * 1e3
             colour = "white" if event.kind == "B" else _INK
             axes.text(middle, event.stage, label, ha="center", va="center", fontsize=_FONT, color=colour)
-    axes.set_xlim(0, (stop - start) * scale)
+    axes.set_xlim(0, (stop - start) * 1e3)
     axes.set_ylim(panel.num_stages + 0.5 + _UNDER, 0.5)
     stages = range(1, panel.num_stages + 1)
     axes.set_yticks(stages, [f"stage {stage}" for stage in stages] if panel.num_stages > 1 else ["all layers"])
@@ -143,16 +132,12 @@ def _mark_period(axes: Axes, panel: Panel, start: float, stop: float) -> None:
         return
     left, right = ((second - start) * 1e3 for second in (fitting[-1], fitting[-1] + panel.period))
     height = last + 0.72
-    axes.annotate(
-        "",
-        (left, height),
-        (right, height),
-        arrowprops={"arrowstyle": "<->", "color": _INK, "linewidth": 1.0, "shrinkA": 0, "shrinkB": 0},
-    )
+    arrow = {"arrowstyle": "<->", "color": _INK, "linewidth": 1.0, "shrinkA": 0, "shrinkB": 0}
+    axes.annotate("", (left, height), (right, height), arrowprops=arrow)
     for edge in (left, right):
         axes.plot([edge, edge], [last + _BOX / 2, height + 0.18], color=_INK, linewidth=0.8)
-    text = f"period {show_ms(panel.period)}"
-    axes.text(left, height + 0.02, f"{text}  ", ha="right", va="center", fontsize=8.5, color=_INK)
+    text = f"period {show_ms(panel.period)}  "
+    axes.text(left, height + 0.02, text, ha="right", va="center", fontsize=8.5, color=_INK)
 
 
 def _add_legend(figure: Figure) -> None:
@@ -165,15 +150,8 @@ def _add_legend(figure: Figure) -> None:
         Patch(facecolor=_IDLE, label="wait"),
         Patch(facecolor="none", label="number and colour: the batch"),
     ]
-    figure.legend(
-        handles=handles,
-        loc="outside lower center",
-        ncols=4,
-        frameon=False,
-        fontsize=9,
-        labelcolor=_INK,
-        handlelength=1.5,
-    )
+    style: dict[str, Any] = {"frameon": False, "fontsize": 9, "labelcolor": _INK, "handlelength": 1.5}
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, **style)
 
 
 def _colour(event: Event) -> str:

@@ -4,17 +4,9 @@ from __future__ import annotations
 
 import re
 
-_FACTORS = {
-    "B": 1,
-    "KB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-    "TB": 10**12,
-    "KIB": 2**10,
-    "MIB": 2**20,
-    "GIB": 2**30,
-    "TIB": 2**40,
-}
+_FACTORS = {"B": 1}
+_FACTORS |= {f"{letter}B": 1000**power for power, letter in enumerate("KMGT", start=1)}
+_FACTORS |= {f"{letter}IB": 1024**power for power, letter in enumerate("KMGT", start=1)}
 
 
 def parse_bytes(value: int | str) -> int:

@@ -14,7 +14,7 @@ MAY_IMPORT = {
     ".": set(),
     "experiments": set(),
     "study": {"planning"},
-    "benchmarks": {"core", "comm", "network", "planning", "plugin.redirection"},
+    "benchmarks": {"core", "comm", "network", "planning"},
 }
 
 
