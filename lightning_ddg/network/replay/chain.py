@@ -53,7 +53,7 @@ class ReplayedChain:
         # A module that cannot begin a stage belongs to the layer before.
         modules = len(self._found.layers)
         self._bounds = [*(place for place in range(modules) if place not in self._found.forbidden), modules]
-        self.names = [self._label(place) for place in self._bounds[:-1]]
+        self.names = [f"{self._prefix}{self._found.layers[place].name}" for place in self._bounds[:-1]]
 
     def __len__(self) -> int:
         return len(self.names)
@@ -74,16 +74,11 @@ class ReplayedChain:
         """Run all the layers as one part, which leaves out what no stage could return, such as caches of all layers."""
         return self.segment(0, len(self))(*args, **kwargs)
 
-    def _label(self, place: int) -> str:
-        return f"{self._prefix}{self._found.layers[place].name}"
-
 
 class ReplayedSegment(nn.Module):
     """Consecutive layers of a replayed network as one module, with the user's modules under their own names.
 
-    Args:
-        part: What runs them.
-        prefix: What stands before a name relative to the network in a name relative to the root module.
+    The prefix stands before a name relative to the network in a name relative to the root module.
     """
 
     def __init__(self, part: Part, prefix: str) -> None:
