@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
+from typing_extensions import override
 
 from lightning_ddg.core.schedule import delay
 from lightning_ddg.observe.gathering import Gathering, Window
@@ -106,6 +107,7 @@ class DDGMonitor(Callback):
         self._first = 0
         self._warned = False
 
+    @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what several processes cannot tell, nor stages that are trained like them.
 
@@ -128,6 +130,7 @@ class DDGMonitor(Callback):
                 " the same, or leave `cosine` out."
             )
 
+    @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget the fit before; say so if there is nothing to measure."""
         self._forget()
@@ -137,6 +140,7 @@ class DDGMonitor(Callback):
                 " strategy='ddg' and 2 stages or more, or leave the monitor out."
             )
 
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to look on."""
         strategy, run = trainer.strategy, _run_of(trainer)
@@ -152,6 +156,7 @@ class DDGMonitor(Callback):
             self.cosine,
         )
 
+    @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Begin to record, once the pipeline is full or half of a short epoch has gone by."""
         run = _run_of(trainer)
@@ -168,6 +173,7 @@ class DDGMonitor(Callback):
             self._recorder.batch = batch_idx
         self._gauge.begin(compat.batch_number(trainer), batch_idx >= first)
 
+    @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -178,22 +184,26 @@ class DDGMonitor(Callback):
             self._stop()
         self._deliver(trainer, self._gauge.end(compat.logger_step(trainer)))
 
+    @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop the clock: what the validation takes is no time of training."""
         if self._gauge is not None:
             self._gauge.pause()
 
+    @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop the clock: what lies between epochs is no time of training."""
         if self._gauge is not None:
             self._gauge.pause()
 
+    @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Stop in a fit that failed."""
         self._stop()
         if self._gauge is not None:
             self._gauge.detach()
 
+    @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gather, print and draw on rank 0; every rank takes part. After it the ranks are no longer connected."""
         self._stop()

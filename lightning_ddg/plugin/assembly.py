@@ -132,21 +132,20 @@ def build(site: Site, set_up_optimizers: Callable[[], Sequence[Optimizer]]) -> R
     execution = make_execution(site, segments, ownership)
     redirection = Redirection(network.target, ownership.foreign_layers, lambda: not site.weights.whole)
     site.undo.callback(redirection.remove)
-    step = make_step(site, network, cut, segments, ownership, execution, redirection)
-    share = partial(share_outside, site.ranks, ownership)
-    evaluation = Evaluation(execution, redirection, site.evaluated_batch, share)
+    step = make_step(site, network, cut, ownership, execution, redirection)
+    evaluation = Evaluation(site, execution, redirection, ownership)
     agreements = Agreements(site.trainer, site.ranks, site.num_stages)
     drain = make_drain(site, execution, optimizers)
     copies = StaleCopies(network.target, ownership)
+    site.undo.callback(copies.forget)
     hooks = FitHooks(execution, site.ranks, drain, agreements, groups, copies, site.fail)
     if site.fits:
         patch_fit(site, ownership)
         watch_steps(site, optimizers, execution, drain)
         site.undo.callback(agreements.install())
         site.undo.callback(hooks.install(site.trainer, site.module))
-        site.undo.callback(copies.forget)
     # Without a seed each process has made its own weights; what is never trained is not shared again.
-    share(lambda tensor: True)
+    evaluation.share_outside(lambda tensor: True)
     return Run(site, cut, ownership, groups, execution, step, evaluation, drain, agreements, hooks)
 
 
@@ -184,7 +183,7 @@ def divide(site: Site, network: Network, optimizers: Sequence[Optimizer]) -> Cut
         partial(_measure, site, network, optimizers),
         options.max_memory if site.fits else None,
     )
-    if site.fits and site.ranks.is_rank_zero and not site.trainer.barebones:
+    if site.fits and site.trainer.is_global_zero and not site.trainer.barebones:
         print_cut(cut)
     _log.debug("rank %d: the network is cut at %s", site.ranks.rank, cut.split_points)
     return cut
@@ -260,42 +259,22 @@ def make_execution(site: Site, segments: Sequence[nn.Module], ownership: Ownersh
 
 
 def make_step(
-    site: Site,
-    network: Network,
-    cut: Cut,
-    segments: Sequence[nn.Module],
-    ownership: Ownership,
-    execution: Execution,
-    redirection: Redirection,
+    site: Site, network: Network, cut: Cut, ownership: Ownership, execution: Execution, redirection: Redirection
 ) -> StepRunner:
     """Make what runs training steps: the user's own where the loss or the batch is, or where hooks need its outputs."""
     stage, module = site.ranks.stage, site.module
-    has_loss = stage is None or stage == site.num_stages
-    wants_outputs = stage is not None and (not module.automatic_optimization or compat.uses_step_outputs(module))
     placeholder: Placeholder = end_step
-    if stage is not None and not has_loss and wants_outputs:
-        placeholder = zeros_like_output(cut.chain.segment(cut.bounds[stage], len(cut.chain)))
-        if module.automatic_optimization:
-            placeholder = or_end_step(placeholder)
-    kept: Callable[[], None] = _nothing
-    if stage is not None and not has_loss:
-        kept = partial(warn_of_kept_tensors, segments[stage - 1], stage)
-    # A delay line has all gradients of a batch at once, those of such a loss too.
-    exact = stage is None and site.options.staleness.stash
-    return StepRunner(
-        module,
-        network,
-        execution,
-        redirection,
-        site.precision.train_step_context,
-        site.training_batch,
-        has_loss=has_loss,
-        reads=site.ranks.reads,
-        runs_step=wants_outputs or has_loss or site.ranks.reads,
-        placeholder=placeholder,
-        first_forward=kept,
-        first_backward=_nothing if exact else ownership.check_foreign_grads,
-    )
+    first_forward: Callable[[], None] = _nothing
+    if stage is not None and not site.has_loss:
+        first_forward = partial(warn_of_kept_tensors, ownership.segments[stage - 1], stage)
+        if not module.automatic_optimization or compat.uses_step_outputs(module):
+            placeholder = zeros_like_output(cut.chain.segment(cut.bounds[stage], len(cut.chain)))
+            if module.automatic_optimization:
+                placeholder = or_end_step(placeholder)
+    # A delay line has all gradients of a batch at once, also those that a loss takes past the network.
+    at_once = stage is None and site.options.staleness.stash
+    first_backward = _nothing if at_once else ownership.check_foreign_grads
+    return StepRunner(site, network, execution, redirection, placeholder, first_forward, first_backward)
 
 
 def make_drain(site: Site, execution: Execution, optimizers: Sequence[Optimizer]) -> Drain:
@@ -305,13 +284,6 @@ def make_drain(site: Site, execution: Execution, optimizers: Sequence[Optimizer]
         clip_again, undo = remembered_clipping(site.module)
         site.undo.callback(undo)
     return Drain(site.options.drain, site.module, execution, optimizers, clip_again)
-
-
-def share_outside(ranks: Ranks, ownership: Ownership, wanted: Callable[[Tensor], bool]) -> None:
-    """Give all ranks rank 0's parameters and buffers outside the network, those that are wanted."""
-    names = ownership.names_outside(wanted) if ranks.others else []
-    if names:
-        ranks.share(ownership.root, names, [0])
 
 
 def _nothing() -> None:

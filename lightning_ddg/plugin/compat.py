@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.fabric.utilities.data import _auto_add_worker_init_fn
@@ -28,6 +28,7 @@ from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint, OnExcep
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher as MultiProcessingLauncher
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher as SubprocessScriptLauncher
+from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn  # type: ignore[attr-defined]
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
@@ -343,9 +344,7 @@ def filter_on_optimizer_by_identity() -> Undo:
 
 def prediction_loader(trainer: Trainer, index: int) -> Any:
     """Return the (wrapped) loader of a batch to predict."""
-    combined = trainer.predict_loop._combined_loader
-    assert combined is not None
-    return combined.flattened[index]
+    return cast(CombinedLoader, trainer.predict_loop._combined_loader).flattened[index]
 
 
 def training_iterables(trainer: Trainer) -> Any:

@@ -23,11 +23,11 @@ BATCH = Channel("batch")
 
 
 class RemoteBatch:
-    """Stands for a batch that another rank reads; the strategy exchanges it for the received one."""
+    """Stands for a batch that another rank reads; the exchange puts the received one in its place."""
 
 
 class _PassThrough:
-    """Hands every attribute it does not have on to the user's loader."""
+    """Pass every attribute that it does not have on to the user's loader."""
 
     def __init__(self, loader: Any) -> None:
         self._loader = loader
@@ -49,7 +49,8 @@ class SourceLoader(_PassThrough):
     def __init__(self, loader: Any, announce: Callable[[bool], None] | None = None) -> None:
         super().__init__(loader)
         self._announce = announce
-        self._iterator: _SourceIterator | None = None
+        # Made by the first `peek` or `iter`.
+        self._iterators: list[_SourceIterator] = []
         self._told = 0
 
     def __len__(self) -> int:
@@ -57,31 +58,25 @@ class SourceLoader(_PassThrough):
 
     def __iter__(self) -> Iterator[Any]:
         self._told = 0
-        self._iterator = _SourceIterator(iter(self._loader), self._announce)
-        return self._iterator
+        self._iterators = [_SourceIterator(iter(self._loader), self._announce)]
+        return self._iterators[0]
 
     def peek(self) -> Any:
-        """The batch that comes next, or came first if it has already been fetched; nothing is lost.
+        """Return the batch that comes next, or came first if it has already been fetched; nothing is lost.
 
         Raises:
             StopIteration: If there is none.
         """
-        if self._iterator is None:
+        if not self._iterators:
             iter(self)
-        assert self._iterator is not None
-        return self._iterator.peek()
+        return self._iterators[0].peek()
 
     def new_indices(self) -> list[Any]:
-        """Indices of the samples fetched since it was last asked, one list a batch, where Lightning keeps track."""
+        """Return the indices of the samples fetched since the last call, one list a batch, where Lightning has them."""
         seen = getattr(getattr(self._loader, "batch_sampler", None), "seen_batch_indices", [])
         new = list(seen[self._told :])
         self._told = len(seen)
         return new
-
-    def release(self) -> None:
-        """Forgets the batch kept for :meth:`peek`."""
-        if self._iterator is not None:
-            self._iterator.release()
 
 
 class _SourceIterator(Iterator[Any]):
@@ -113,9 +108,6 @@ class _SourceIterator(Iterator[Any]):
             self._waiting.append(next(self._iterator))
         return self._waiting[0]
 
-    def release(self) -> None:
-        self._first = []
-
 
 class RemoteLoader(_PassThrough):
     """The loader of a rank that does not read: as many :class:`RemoteBatch` as there are batches.
@@ -143,7 +135,7 @@ class RemoteLoader(_PassThrough):
         return self._length
 
     def add_indices(self, new: list[Any]) -> None:
-        """Notes the indices of samples that the reading rank has fetched, where Lightning looks for them."""
+        """Note the indices of samples that the reading rank has fetched, where Lightning looks for them."""
         if new:
             sampler = self._loader.batch_sampler
             # Lightning's wrapper has no such attribute before it is iterated, which it never is here.

@@ -10,8 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_ddg.core.execution import Execution
-from lightning_ddg.core.rng import Batch
+from lightning_ddg.plugin.ownership import Ownership
 from lightning_ddg.plugin.redirection import Redirection
+from lightning_ddg.plugin.site import Site
 
 
 class Outside(Enum):
@@ -27,28 +28,22 @@ class Evaluation:
     Modules outside the network train on the last stage's process, and every rank evaluates with its weights. These are
     given to all when a validation starts, and once more before its first batch: a callback may have exchanged them, for
     their average, in between.
-
-    Args:
-        execution: Answers the network's calls.
-        redirection: Sends them here.
-        next_batch: Makes the context of the next evaluated batch.
-        share: Gives all ranks rank 0's parameters and buffers outside the network, those that ``wanted`` says.
     """
 
-    def __init__(
-        self,
-        execution: Execution,
-        redirection: Redirection,
-        next_batch: Callable[[], Batch],
-        share: Callable[[Callable[[Tensor], bool]], None],
-    ) -> None:
-        self._execution, self._redirection = execution, redirection
-        self._next_batch, self._share = next_batch, share
+    def __init__(self, site: Site, execution: Execution, redirection: Redirection, ownership: Ownership) -> None:
+        self._site, self._execution = site, execution
+        self._redirection, self._ownership = redirection, ownership
         self._outside = Outside.SHARED
+
+    def share_outside(self, wanted: Callable[[Tensor], bool]) -> None:
+        """Give all ranks rank 0's parameters and buffers outside the network, those that are wanted."""
+        names = self._ownership.names_outside(wanted) if self._site.ranks.others else []
+        if names:
+            self._site.ranks.share(self._site.module, names, [0])
 
     def begin(self) -> None:
         """Called when a validation starts; every rank must."""
-        self._share(_trained_or_buffer)
+        self.share_outside(_trained_or_buffer)
         self._outside = Outside.TRAINED
         # A callback may exchange the weights for the validation.
         self._execution.before_step()
@@ -57,13 +52,13 @@ class Evaluation:
     def step(self) -> Iterator[None]:
         """Answer the network's calls inside, which may be several: for the sake of random draws, each is a batch."""
         if self._outside is Outside.TRAINED:
-            self._share(_trained_or_buffer)
+            self.share_outside(_trained_or_buffer)
             self._outside = Outside.SHARED
-        with self._next_batch().draws(0, libraries=True), self._redirection.handled_by(self._answer):
+        with self._site.evaluated_batch().draws(0, libraries=True), self._redirection.handled_by(self._answer):
             yield
 
     def _answer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return self._execution.evaluate(self._next_batch(), args, kwargs)
+        return self._execution.evaluate(self._site.evaluated_batch(), args, kwargs)
 
 
 def _trained_or_buffer(tensor: Tensor) -> bool:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from typing_extensions import override
 
 from lightning_ddg.comm.ranks import Ranks
 from lightning_ddg.core.execution import Channel, Execution
@@ -55,19 +56,23 @@ class FitHooks(Callback):
 
     # ---- before all other callbacks
 
+    @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let callbacks that change the optimizer's groups find the whole module's parameters in them."""
         for groups in self._groups:
             groups.show_all()
 
+    @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Note what copies of the network's layers are."""
         self._copies.mark()
 
+    @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """Let the weights be changed, before any hook may do so."""
         self._execution.before_step()
 
+    @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -78,6 +83,7 @@ class FitHooks(Callback):
         if saves or compat.monitors_after_batch(trainer):
             self._agreements.follow()
 
+    @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Drain if the epoch ended early, end it on all ranks together, and give all of them rank 0's metrics."""
         self._drain.at_end("epoch")
@@ -89,10 +95,12 @@ class FitHooks(Callback):
             self._ranks.mailbox.take(rank, EPOCH)
         self._agreements.follow()
 
+    @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Drain with ``drain="fit"``."""
         self._drain.at_end("fit")
 
+    @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Tell the other ranks before any callback tries to save what can no longer be gathered."""
         self._fail(exception)

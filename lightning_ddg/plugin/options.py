@@ -30,20 +30,7 @@ _CHOICES = {
 
 @dataclass(frozen=True)
 class Options:
-    """The strategy's own arguments; what each means is said in :class:`~lightning_ddg.DDGStrategy`.
-
-    Attributes:
-        num_stages: Number of stages ``K``, or ``"auto"``.
-        split_points: Names of the submodules that begin stages ``2..K``.
-        balance: What the automatic cut evens out.
-        max_memory: What the automatic cut allows a stage to need on its device, in bytes.
-        compile: Whether stages are compiled; a dictionary gives the options of ``torch.compile``.
-        drain: When the gradients still in flight are applied.
-        recompute: Whether activations are computed again in the backward.
-        staleness: What stages do with stale gradients.
-        process_group_backend: Backend of ``torch.distributed``; ``None``: by the devices.
-        timeout: The longest a rank waits for a message from another.
-        start_method: How processes are started.
+    """The strategy's own arguments, as :class:`~lightning_ddg.DDGStrategy` explains them; ``max_memory`` in bytes.
 
     Raises:
         TypeError: If a value has another type.

@@ -39,6 +39,7 @@ class Ownership:
     Attributes:
         root: As given.
         stage: As given.
+        segments: As given.
         by_name: Stage of every parameter and buffer of ``root``, under all its names.
     """
 
@@ -50,7 +51,7 @@ class Ownership:
         layers: Sequence[Sequence[nn.Module]] = (),
     ) -> None:
         self.root, self.stage = root, stage
-        self._segments, self._layers = segments, layers
+        self.segments, self._layers = segments, layers
         self._stages = {id(tensor): number for number, segment in self._numbered for tensor in _tensors(segment)}
         named = (*root.named_parameters(remove_duplicate=False), *root.named_buffers(remove_duplicate=False))
         self.by_name = {name: self.stage_of(tensor) for name, tensor in named}
@@ -58,11 +59,11 @@ class Ownership:
 
     @property
     def _numbered(self) -> Iterable[tuple[int, nn.Module]]:
-        return enumerate(self._segments, start=1)
+        return enumerate(self.segments, start=1)
 
     @property
     def last(self) -> int:
-        return len(self._segments)
+        return len(self.segments)
 
     def stage_of(self, tensor: Tensor) -> int:
         """Return the stage of a parameter, or of a buffer that has not been replaced since."""
@@ -104,7 +105,7 @@ class Ownership:
         """The layers whose weights live in another process, with their stage."""
         if self.stage is None:
             return {}
-        own = set(self._segments[self.stage - 1].modules())
+        own = set(self.segments[self.stage - 1].modules())
         return {layer: stage for stage, of in enumerate(self._layers, start=1) for layer in of if layer not in own}
 
     # ---- the state dict
@@ -141,8 +142,8 @@ class Ownership:
         Raises:
             ValueError: Naming the parameter and the stage.
         """
-        inside = {module for segment in self._segments for module in segment.modules()}
-        known = {name for segment in self._segments for name, _ in segment.named_parameters()}
+        inside = {module for segment in self.segments for module in segment.modules()}
+        known = {name for segment in self.segments for name, _ in segment.named_parameters()}
         for module_name, module in self.root.named_modules():
             if module in inside:
                 continue

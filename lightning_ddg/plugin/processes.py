@@ -147,7 +147,7 @@ class StageProcesses(ParallelStrategy):
         started_by = type(environment).__name__ if environment.creates_processes_externally else None
         if started_by is not None:
             # A script that has been started several times by a first Trainer stays so for the Trainers after it.
-            started = self.world_size if self.world_size > 1 else StageProcesses._started or 1
+            started = 1 if self.world_size == 1 else StageProcesses._started or self.world_size
             local_rank = environment.local_rank()
             check_started(started, self.num_processes, self.num_nodes, local_rank, started_by)
             environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)

@@ -61,6 +61,11 @@ class Site:
         """Whether this process trains all stages."""
         return self.ranks.size == 1
 
+    @property
+    def has_loss(self) -> bool:
+        """Whether this process has the network's output, and so the loss."""
+        return self.ranks.stage in (None, self.num_stages)
+
     def training_batch(self, number: int) -> Batch:
         """Return the context of a batch that is trained."""
         return Batch(number, TRAINING, self.seed, self.device)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
 from enum import Enum
 from functools import partial
 from typing import Any
@@ -28,8 +27,9 @@ from lightning_ddg.core.rng import Batch
 from lightning_ddg.core.tensors import tensors_of
 from lightning_ddg.network.find import Network
 from lightning_ddg.plugin import compat
-from lightning_ddg.plugin.placeholder import Placeholder
+from lightning_ddg.plugin.placeholder import Placeholder, end_step
 from lightning_ddg.plugin.redirection import Redirection, StepDone
+from lightning_ddg.plugin.site import Site
 
 _log = logging.getLogger(__name__)
 
@@ -111,14 +111,20 @@ class TrainingStep:
         """Called when the step runs its backward; in automatic optimization Lightning does, once and after its end.
 
         Raises:
-            RuntimeError: For a second backward.
+            RuntimeError: For a second backward, or one before the call of the network.
         """
+        if self._module.automatic_optimization:
+            return
         if self.state is State.BACKWARD:
             raise RuntimeError(
                 "`manual_backward` was called more than once in a training step. Add the losses up and call it once."
             )
-        if not self._module.automatic_optimization:
-            self.state = State.BACKWARD
+        if self.state is not State.ANSWERED:
+            raise RuntimeError(
+                f"`manual_backward` was called before the network ({self._name}), whose backward it runs. Call the"
+                " network first, exactly once in every training step."
+            )
+        self.state = State.BACKWARD
 
     def end(self, output: Any) -> None:
         """Called with what the step has returned.
@@ -145,15 +151,10 @@ class StepRunner:
     """Runs training steps.
 
     Args:
-        module: The LightningModule.
-        network: Its network.
+        site: What the run is built of.
+        network: The network.
         execution: Answers the network's call.
         redirection: Sends the network's call here.
-        context: Entered around each step, e.g. autocast.
-        batch_of: Makes a training batch's context from its number.
-        has_loss: Whether this process has the network's output, and so the loss.
-        reads: Whether this process has the batch.
-        runs_step: Whether the user's step runs at all; else the stage alone does.
         placeholder: What the step gets for the network's output where that is elsewhere.
         first_forward: Checks what the first batch's forward has left behind.
         first_backward: Checks what the first batch's backward of the loss has left behind.
@@ -161,41 +162,36 @@ class StepRunner:
 
     def __init__(
         self,
-        module: LightningModule,
+        site: Site,
         network: Network,
         execution: Execution,
         redirection: Redirection,
-        context: Callable[[], AbstractContextManager[object]],
-        batch_of: Callable[[int], Batch],
-        *,
-        has_loss: bool,
-        reads: bool,
-        runs_step: bool,
         placeholder: Placeholder,
         first_forward: Callable[[], None],
         first_backward: Callable[[], None],
     ) -> None:
-        self.step = TrainingStep(module, network)
-        self._module, self._execution, self._redirection = module, execution, redirection
-        self._context, self._batch_of = context, batch_of
-        self._has_loss, self._reads, self._runs_step = has_loss, reads, runs_step
+        self.step = TrainingStep(site.module, network)
+        self._site, self._execution, self._redirection = site, execution, redirection
         self._placeholder = placeholder
         self._after_forward, self._after_backward = _Once(first_forward), _Once(first_backward)
+        # Elsewhere the stage alone has something to do.
+        self._runs_step = site.has_loss or site.ranks.reads or placeholder is not end_step
 
     def train(self, optimizers: Sequence[Optimizer], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Run a training step; return what the user's returned, or a loss of 0 that stands for it."""
-        skips = compat.skips_backward(self._module.trainer)
+        trainer = self._site.trainer
+        skips = compat.skips_backward(trainer)
         if skips and self._execution.waiting:
             # The weights are an average by now; gradients that were not drained before have come too late.
             self._execution.clear()
-        batch = self._batch_of(compat.batch_number(self._module.trainer))
+        batch = self._site.training_batch(compat.batch_number(trainer))
         self.step.begin(batch.number, optimizers)
-        with self._context():
+        with self._site.precision.train_step_context():
             output = self._run_step(batch, args, kwargs) if self._runs_step else self._train_stage(batch)
         self._after_forward()
         if skips:
             self._execution.skip()
-            for parameter in self._module.parameters():
+            for parameter in self._site.module.parameters():
                 parameter.grad = None
         return output
 
@@ -216,12 +212,16 @@ class StepRunner:
         answer = partial(self._answer, batch)
         try:
             with batch.draws(0, libraries=True), self._redirection.handled_by(answer):
-                output = self._module.training_step(*args, **kwargs)
+                output = self._site.module.training_step(*args, **kwargs)
         except StepDone:
             return self._no_loss()
         except Exception:
             # What follows the network is run here for the sake of hooks only, and may not bear a placeholder.
-            if self.step.state is State.ANSWERED and not self._has_loss and self._module.automatic_optimization:
+            if (
+                self.step.state is State.ANSWERED
+                and not self._site.has_loss
+                and self._site.module.automatic_optimization
+            ):
                 _log.debug("the step failed after the network's call, where its output is a placeholder", exc_info=True)
                 return self._no_loss()
             raise
@@ -229,7 +229,7 @@ class StepRunner:
         return output
 
     def _answer(self, batch: Batch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self.step.called(tensors_of((args, kwargs)) if self._reads else ())
+        self.step.called(tensors_of((args, kwargs)) if self._site.ranks.reads else ())
         output = self._execution.train(batch, args, kwargs)
         if isinstance(output, Sent):
             output = self._placeholder(output.activation)
@@ -237,7 +237,7 @@ class StepRunner:
         return output
 
     def _no_loss(self) -> Tensor:
-        return torch.zeros((), device=self._module.device, requires_grad=True)
+        return torch.zeros((), device=self._site.device, requires_grad=True)
 
 
 class _Once:

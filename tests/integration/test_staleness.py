@@ -248,7 +248,7 @@ def test_options_from_a_yaml_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     main(["fit", "--config", "config.yaml", "--trainer.strategy.init_args.staleness.slow_start=7"])
     (made,) = SEEN
     assert made.staleness == Staleness(stash=False, shrink=0.5, slow_start=7)
-    assert made._recompute
+    assert made._options.recompute
     with pytest.raises(ValueError, match="shrink=2.0 is not a factor that shrinks"):
         main(["fit", "--config", "config.yaml", "--trainer.strategy.init_args.staleness.shrink=2"])
 
@@ -263,7 +263,8 @@ def test_a_monitor_of_todays_weights(tmp_path: Path) -> None:
     chosen, module = strategy(3, stash=False), Classifier("tanh_mlp")
     trainer = quiet_trainer(devices=1, strategy=chosen, callbacks=[monitor], max_epochs=1, default_root_dir=tmp_path)
     trainer.fit(module, loader("tanh_mlp", COUNT))
-    (totals,) = [monitor._totals]
+    assert monitor._gathering is not None
+    totals = monitor._gathering.totals
     assert {stage: tally.delay / tally.due for stage, tally in totals.items()} == {1: 2.0, 2: 1.0, 3: 0.0}
     assert [tally.norms for tally in totals.values()].count(0.0) == 2, "weights that are not kept cannot be compared"
     refused = quiet_trainer(devices=1, strategy=strategy(3, stash=False), callbacks=[DDGMonitor(cosine=True)])
