@@ -80,11 +80,9 @@ class Segment(nn.Module):
 
 
 class Chain:
-    """Layers that are called in turn, each with what the one before it returned; see :class:`Layers`.
+    """Layers, (label, module) each, that are called in turn, each with what the one before it returned.
 
-    Args:
-        layers: (label, module) of each layer, in the order of the call.
-        forward: What the network itself does in a call, if it has code of its own.
+    ``forward`` is what the network itself does in a call, if it has code of its own.
     """
 
     compilable = True

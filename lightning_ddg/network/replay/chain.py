@@ -28,10 +28,6 @@ class ReplayedChain:
             once in training and once in evaluation, to see in which order the layers are called and between which of
             them a cut is possible; the network is left as it was. Without it, the layers are in the order in which the
             network's modules hold them, and what is impossible is said when it is met.
-
-    Raises:
-        RuntimeError: The network's code failed in the example call.
-        ValueError: The network has no layers, or the call asks for what a part of the network cannot give.
     """
 
     compilable = False

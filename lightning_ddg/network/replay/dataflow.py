@@ -135,17 +135,14 @@ class _Log:
 
     @property
     def now(self) -> int:
-        """How many calls of layers have begun."""
         return len(self.calls)
 
     def used(self, tensor: Tracked) -> None:
-        """See :class:`~lightning_ddg.network.replay.tracked.Ledger`."""
         self.uses.append(_Use(self.now, tensor, "the network's own code"))
         if not tensor.origin.computed:
             self.needs.append((self.now - 1, tensor.origin.inputs))
 
     def read(self, tensor: Tracked, operation: str) -> None:
-        """See :class:`~lightning_ddg.network.replay.tracked.Ledger`."""
         if tensor.origin.computed:
             what = f"the network's own code reads the values of {tensor.origin.what} ({operation})"
             self.reads.append((self.now, what))
@@ -153,7 +150,6 @@ class _Log:
             self.needs.append((sys.maxsize, tensor.origin.inputs))
 
     def compute(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """See :class:`~lightning_ddg.network.replay.tracked.Ledger`."""
         return func(*args, **kwargs)
 
     def called(self, index: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:

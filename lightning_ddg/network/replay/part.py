@@ -33,13 +33,6 @@ from lightning_ddg.network.replay.tracked import Tracked, followed, known
 class Part:
     """The layers ``start`` to ``stop - 1`` of a network, as they are called by its forward.
 
-    Args:
-        target: The network.
-        forward: Its forward.
-        found: What is known of it.
-        start: Position of the first layer that is run.
-        stop: Position after the last.
-
     Attributes:
         layers: The layers.
         loose: The parameters of the part outside of them: the name of their module relative to the network, the module,

@@ -33,9 +33,6 @@ class TracedChain:
 
     Attributes:
         opaque: Modules that are run as a whole because they cannot be looked into, each with the reason.
-
-    Raises:
-        Untraceable: The forward cannot be traced.
     """
 
     compilable = True

@@ -60,11 +60,7 @@ class Recordings:
         return self
 
     def of(self, key: bytes) -> Recording:
-        """Return the recording of a call of a form, in the state the modules are in.
-
-        Raises:
-            TypeError: The forward cannot be traced for this call.
-        """
+        """Return the recording of a call of a form, in the state the modules are in, made if there is none."""
         known = self._known.setdefault(key, [])
         self._known.move_to_end(key)
         for recording in known:
