@@ -21,19 +21,11 @@ def best_cut(costs: Sequence[float], num_stages: int, forbidden: Collection[int]
     """Cut layers into consecutive stages so that the dearest stage is as cheap as it can be.
 
     Exact, by dynamic programming in O(L^2 K) steps. Among cuts with the same dearest stage, the one whose second
-    dearest stage is the cheapest is taken, and so on; among cuts with the same stage costs, the earliest.
-
-    Args:
-        costs: Cost of each layer, in any unit, none negative.
-        num_stages: K.
-        forbidden: Positions that may not be cut.
-
-    Returns:
-        The K - 1 start positions of stages 2 to K, ascending. Each stage has at least one layer.
+    dearest stage is the cheapest is taken, and so on; among cuts with the same stage costs, the earliest. Positions in
+    ``forbidden`` are not cut.
 
     Raises:
-        ValueError: ``num_stages`` is below 1 or above the number of layers, too many positions are forbidden, or a
-            cost is negative or not finite.
+        ValueError: No cut has so many stages, or a cost is negative or not finite.
     """
     sums = sums_of_layers(costs)
     return cheapest_cut(len(costs), num_stages, forbidden, lambda stage, start, stop: sums[start][stop - start])
@@ -43,9 +35,6 @@ def sums_of_layers(costs: Sequence[float]) -> list[list[float]]:
     """Return the cost of any consecutive layers: of ``start`` to ``stop - 1``, entry ``[start][stop - start]``.
 
     They are no differences of running sums, so that stages of equal layers have the very same cost.
-
-    Raises:
-        ValueError: A cost is negative or not finite.
     """
     for position, cost in enumerate(costs):
         if not (isfinite(cost) and cost >= 0):
@@ -58,18 +47,11 @@ def cheapest_cut(
 ) -> list[int]:
     """Cut layers as :func:`best_cut` does, where a layer may cost more in one stage than in another.
 
-    Args:
-        num_layers: L.
-        num_stages: K.
-        forbidden: Positions that may not be cut.
-        cost: From a stage ``1..K`` and the positions at which it starts and stops to what it costs; infinity where it
-            cannot have these layers.
-
-    Returns:
-        The K - 1 start positions of stages 2 to K, ascending; where every cut is impossible, one of these.
+    ``cost`` says what a stage ``1..K`` costs that starts and stops at two positions; infinity where it cannot have
+    these layers. Where every cut is impossible, one of these is returned.
 
     Raises:
-        ValueError: ``num_stages`` is below 1 or above the number of layers, or too many positions are forbidden.
+        ValueError: No cut has so many stages.
     """
     _check_num_stages(num_layers, num_stages)
     places = [*(p for p in range(1, num_layers) if p not in forbidden), num_layers]
@@ -100,15 +82,7 @@ def cheapest_cut(
 
 
 def cut_at(chain: Layers, split_points: Sequence[str], num_stages: int) -> list[int]:
-    """Turn the names of the modules that begin stages 2 to K into positions.
-
-    Args:
-        chain: The layers.
-        split_points: K - 1 names, in order: of a layer, or of a module that holds layers (its first one is meant).
-        num_stages: K.
-
-    Returns:
-        The K - 1 start positions, ascending.
+    """Turn the names of layers, or of modules that hold layers (the first is meant), into the positions of a cut.
 
     Raises:
         TypeError: ``split_points`` is one string.
@@ -143,32 +117,26 @@ def cut_at(chain: Layers, split_points: Sequence[str], num_stages: int) -> list[
 def _position(chain: Layers, name: str) -> int:
     if name in chain.names:
         return chain.names.index(name)
-    inside = (position for position, label in enumerate(chain.names) if label.startswith(f"{name}."))
-    position = next(inside, None)
-    if position is None:
-        close = get_close_matches(name, dict.fromkeys(joined(*map(_with_parents, chain.names))), n=3)
-        hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
-        some = chain.names[1:9]
-        more = f" and {len(chain) - 1 - len(some)} more" if len(chain) - 1 > len(some) else ""
-        raise ValueError(
-            f"split point {name!r} names no layer that can begin a stage.{hint} "
-            f"Layers that can: {', '.join(map(repr, some)) or 'none, the network has one layer'}{more}."
-        )
-    return position
-
-
-def _with_parents(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[:depth]) for depth in range(len(parts), 0, -1)]
+    for position, label in enumerate(chain.names):
+        if label.startswith(f"{name}."):
+            return position
+    parts = [label.split(".") for label in chain.names]
+    known = [".".join(path[:depth]) for path in parts for depth in range(len(path), 0, -1)]
+    close = get_close_matches(name, dict.fromkeys(known), n=3)
+    hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+    some = chain.names[1:9]
+    more = f" and {len(chain) - 1 - len(some)} more" if len(chain) - 1 > len(some) else ""
+    raise ValueError(
+        f"split point {name!r} names no layer that can begin a stage.{hint} "
+        f"Layers that can: {', '.join(map(repr, some)) or 'none, the network has one layer'}{more}."
+    )
 
 
 def forbidden_cuts(chain: Layers) -> dict[int, tuple[str, str, str]]:
     """Find the positions where a cut would separate layers that share a parameter or a buffer.
 
-    Sharing is by identity of the tensor object; a module that occurs twice shares all its tensors.
-
-    Returns:
-        For each such position: the name of a shared tensor, and the labels of two layers that use it, one on each side.
+    Sharing is by identity of the tensor object. Each such position comes with the name of a shared tensor, and the
+    labels of two layers that use it, one on each side.
     """
     last_use: dict[int, tuple[int, str]] = {}
     forbidden: dict[int, tuple[str, str, str]] = {}
@@ -187,15 +155,7 @@ def forbidden_cuts(chain: Layers) -> dict[int, tuple[str, str, str]]:
 
 
 def check_cut(starts: Sequence[int], forbidden: Mapping[int, tuple[str, str, str]]) -> None:
-    """Refuse a cut that separates layers that share a tensor.
-
-    Args:
-        starts: The start positions of stages 2 to K.
-        forbidden: What :func:`forbidden_cuts` returned.
-
-    Raises:
-        ValueError: A start position is forbidden.
-    """
+    """Raise a ValueError if a stage starts where :func:`forbidden_cuts` says that layers share a tensor."""
     for stage, start in enumerate(starts, start=2):
         if start in forbidden:
             tensor, before, after = forbidden[start]

@@ -66,16 +66,8 @@ class CostModel:
     def best_stages(self, num_stages: int, forbidden: Collection[int] = (), max_memory: int | None = None) -> list[int]:
         """Cut the layers so that the slowest stage, its messages included, is as fast as it can be.
 
-        Args:
-            num_stages: K.
-            forbidden: Positions that may not be cut.
-            max_memory: Bytes that no stage may exceed, as :meth:`stage_memory` counts them.
-
-        Returns:
-            The K - 1 start positions of stages 2 to K, ascending.
-
         Raises:
-            ValueError: As :func:`~lightning_ddg.network.balance.best_cut`; or no cut keeps ``max_memory``.
+            ValueError: No cut has so many stages, or none keeps all :meth:`stage_memory` below ``max_memory``.
         """
 
         def seconds(stage: int, start: int, stop: int) -> float:
@@ -140,13 +132,7 @@ class CostModel:
 
 @dataclass(frozen=True)
 class Costs:
-    """What each layer of a network costs.
-
-    Attributes:
-        of_layers: The cost of each.
-        unit: What they count, as it stands after "share of", e.g. ``"measured time"``.
-        model: What stages cost, where the layers were measured.
-    """
+    """What each layer of a network costs, in a unit as it stands after "share of"; stages too, if it was measured."""
 
     of_layers: list[float]
     unit: str
@@ -165,13 +151,7 @@ class Costs:
 
 @dataclass(frozen=True)
 class Cut:
-    """A network's layers and where its stages begin.
-
-    Attributes:
-        chain: The layers.
-        starts: Positions at which stages ``2..K`` begin.
-        costs: What was evened out, or is shown instead.
-    """
+    """A network's layers and where its stages ``2..K`` begin; ``costs`` were evened out, or are shown instead."""
 
     chain: Layers
     starts: list[int]
@@ -212,10 +192,7 @@ def decide_cut(
         split_points: The user's choice, if any.
         recorded: An earlier run's choice, if any; ignored where it does not fit the network, or ``max_memory``.
         measure: Returns what to even out, the same on every rank; called only if needed, and then on every rank.
-        max_memory: Bytes that no stage may need; for measured layers.
-
-    Raises:
-        ValueError: The network cannot be cut so.
+        max_memory: Bytes that no stage may need.
     """
     forbidden = forbidden_cuts(chain)
     parameters = Costs.by_parameters(chain)

@@ -22,13 +22,7 @@ from lightning_ddg.network.trace.recordings import used_names
 
 @dataclass(frozen=True)
 class Network:
-    """The network found in a root module.
-
-    Attributes:
-        chain: Its layers.
-        target: The module whose ``__call__`` is the call of the network.
-        target_name: The target's name relative to the root; ``""`` where it is the root itself.
-    """
+    """The layers of the network found in a root module, the module whose call is its call, and that one's name."""
 
     chain: Layers
     target: nn.Module
@@ -71,7 +65,9 @@ def find_network(
         ValueError: ``layers`` is empty, repeats a layer with parameters, holds ``root`` itself or parameters that
             ``root`` does not have, or leaves out parameters of the target; or a parameter is not initialized yet.
     """
-    names = _names(root)
+    names: dict[int, list[str]] = {}
+    for name, module in root.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(name)
     if layers is None:
         target = _called_network(root, requirer)
         target_name = names[id(target)][0]
@@ -106,8 +102,9 @@ def _layers_of(
         try:
             return _replayed(target, name, call)
         except (RuntimeError, ValueError) as error:
+            described = f"{type(root).__name__}.forward" if target is root else f"{name!r} ({type(target).__name__})"
             raise TypeError(
-                f"The network {_described(root, target, name)} cannot be followed to find its layers: {problem.reason}."
+                f"The network {described} cannot be followed to find its layers: {problem.reason}."
                 f" Nor can its own code be run in parts: {error} Return the layers, in the order of the call, from "
                 "`configure_stages()`."
             ) from problem
@@ -146,18 +143,6 @@ def _hides_layers(traced: TracedChain, target: nn.Module) -> bool:
         for parameter in module.parameters()
     }
     return 2 * sum(hidden.values()) > sum(parameter.numel() for parameter in target.parameters())
-
-
-def _described(root: nn.Module, target: nn.Module, name: str) -> str:
-    return f"{type(root).__name__}.forward" if target is root else f"{name!r} ({type(target).__name__})"
-
-
-def _names(root: nn.Module) -> dict[int, list[str]]:
-    """Return every qualified name of every module of ``root``, by the module's id."""
-    names: dict[int, list[str]] = {}
-    for name, module in root.named_modules(remove_duplicate=False):
-        names.setdefault(id(module), []).append(name)
-    return names
 
 
 def _has_parameters(module: nn.Module) -> bool:
@@ -210,11 +195,12 @@ def _called_network(root: nn.Module, requirer: str) -> nn.Module:
     own_forward = _overrides_forward(root)
     if len(outer) == 1 and not (own_forward and any(p is not None for p in root._parameters.values())):
         return next(iter(outer.values()))
-    used = _used_by_forward(root) if own_forward else None
-    if used is not None:
-        called = [child for name, child in outer.items() if name in used]
-        # Steps may call the one child by itself, or through the root.
-        return called[0] if len(called) == 1 and not used & root._parameters.keys() else root
+    if own_forward:
+        with suppress(Untraceable):
+            used = used_names(root)
+            called = [child for name, child in outer.items() if name in used]
+            # Steps may call the one child by itself, or through the root.
+            return called[0] if len(called) == 1 and not used & root._parameters.keys() else root
     for kind in (
         [child for child in outer.values() if isinstance(child, nn.Sequential)],
         [root] if own_forward else [],
@@ -234,14 +220,6 @@ def _called_network(root: nn.Module, requirer: str) -> nn.Module:
 def _overrides_forward(root: nn.Module) -> bool:
     """Whether the user wrote the root's ``forward``: neither torch's nor Lightning's, which can only raise."""
     return not type(root).forward.__module__.startswith(("torch.", "lightning.", "pytorch_lightning."))
-
-
-def _used_by_forward(root: nn.Module) -> set[str] | None:
-    """Return the names of the children and parameters that the root's ``forward`` uses, if it can be told."""
-    try:
-        return used_names(root)
-    except Untraceable:
-        return None
 
 
 def _entries(layers: Sequence[nn.Module], names: dict[int, list[str]]) -> list[nn.Module]:

@@ -40,10 +40,6 @@ class Layers(Protocol):
         user's own modules, not copies, under their own names: parameter ``net.0.weight`` of the root module is
         parameter ``net.0.weight`` of the segment too.
 
-        Args:
-            start: Position of its first layer, from 0.
-            stop: Position after its last layer.
-
         Raises:
             ValueError: The two positions do not enclose a layer.
         """
@@ -59,14 +55,7 @@ class Layers(Protocol):
 
 
 class Segment(nn.Module):
-    """Consecutive layers of a network as one module, registered under their labels.
-
-    Args:
-        layers: (label, module) of each layer, in the order of the call.
-
-    Raises:
-        ValueError: ``layers`` is empty.
-    """
+    """Consecutive layers of a network, (label, module) each, as one module; registered under their labels."""
 
     def __init__(self, layers: Sequence[tuple[str, nn.Module]]) -> None:
         super().__init__()
@@ -91,14 +80,9 @@ class Segment(nn.Module):
 
 
 class Chain:
-    """Layers that are called in turn, each with what the one before it returned; see :class:`Layers`.
+    """Layers, (label, module) each, that are called in turn, each with what the one before it returned.
 
-    Args:
-        layers: (label, module) of each layer, in the order of the call.
-        forward: What the network itself does in a call, if it has code of its own.
-
-    Raises:
-        ValueError: There are no layers, or two have the same label.
+    ``forward`` is what the network itself does in a call, if it has code of its own.
     """
 
     compilable = True
@@ -132,11 +116,7 @@ class Chain:
 
 
 def check_range(layers: Layers, start: int, stop: int) -> None:
-    """Refuse positions that do not enclose a layer.
-
-    Raises:
-        ValueError: They do not.
-    """
+    """Raise a ValueError if two positions do not enclose a layer."""
     if not 0 <= start < stop <= len(layers):
         raise ValueError(
             f"No segment from position {start} to {stop}: the chain has {len(layers)} layers, "

@@ -25,32 +25,18 @@ from lightning_ddg.network.restore import gpus_of, trial
 
 def parameter_costs(chain: Layers) -> list[float]:
     """Return the number of parameters of each layer; a shared one counts where it is used first."""
-    counted: set[int] = set()
-    costs = []
-    for layer in _layers(chain):
-        new = [parameter for parameter in layer.parameters() if id(parameter) not in counted]
-        counted.update(map(id, new))
-        costs.append(float(sum(parameter.numel() for parameter in new)))
-    return costs
+    return [float(size) for size in _new_sizes([list(layer.parameters()) for layer in _layers(chain)], Tensor.numel)]
 
 
 def flop_costs(chain: Layers, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[float]:
     """Return the FLOPs of each layer's forward and backward, plus one, so that no layer is free.
 
     Counted by ``torch.utils.flop_counter``: matrix products, convolutions and attention; element-wise work counts zero.
-
-    Args:
-        chain: The layers, in the mode (train or eval) and on the device they are to be costed in.
-        args: Positional arguments of the network's call, on the same device.
-        kwargs: Keyword arguments of the network's call.
+    The call's tensors must be on the device of the layers.
     """
-
     layers = _layers(chain)
     with _trial(layers, args, kwargs), torch.enable_grad(), FlopCounterMode(display=False) as counter:
-
-        def clock() -> float:
-            return float(counter.get_total_flops())
-
+        clock = counter.get_total_flops
         forward, backward = _pass_through(layers, args, kwargs, nullcontext, clock)
     return [there + back + 1.0 for there, back in zip(forward, backward, strict=True)]
 
@@ -106,9 +92,6 @@ def measure_profile(
         kwargs: Keyword arguments of the network's call.
         repeats: How many times each layer is measured.
         context: Entered around each forward, e.g. autocast.
-
-    Raises:
-        ValueError: ``repeats`` is below 1.
     """
     if repeats < 1:
         raise ValueError(f"repeats={repeats}: measure each layer at least once.")
@@ -141,7 +124,7 @@ def measure_profile(
     frozen = [[t for t in (*layer.parameters(), *layer.buffers()) if not t.requires_grad] for layer in layers]
     # What the last layer returns crosses no cut.
     crossing, crossing_grad = memory.crossing[:-1], memory.crossing_grad[:-1]
-    sizes = _new_sizes(trainable), _new_sizes(frozen)
+    sizes = [_new_sizes(tensors, _bytes) for tensors in (trainable, frozen)]
     return Profile(forward, backward, crossing, crossing_grad, memory.kept, *sizes)
 
 
@@ -156,12 +139,6 @@ def check_same(
     context: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> None:
     """Compare the layers, one after the other, with the network as a whole, on one batch and with the same draws.
-
-    Args:
-        chain: The layers.
-        args: Positional arguments of the network's call, on the same device.
-        kwargs: Keyword arguments of the network's call.
-        context: Entered around each forward, e.g. autocast.
 
     Raises:
         NotTheSame: What they return differs by more than rounding.
@@ -199,14 +176,14 @@ def _trial(layers: Sequence[nn.Module], args: Sequence[Any], kwargs: Mapping[str
     return trial((module for layer in layers for module in layer.modules()), devices)
 
 
-def _new_sizes(groups: Sequence[Sequence[Tensor]]) -> list[int]:
-    """Bytes of the tensors of each group that no earlier group has."""
+def _new_sizes(groups: Sequence[Sequence[Tensor]], size: Callable[[Tensor], int]) -> list[int]:
+    """Size of the tensors of each group that no earlier group has."""
     counted: set[int] = set()
     sizes = []
     for group in groups:
         new = {id(tensor): tensor for tensor in group if id(tensor) not in counted}
         counted.update(new)
-        sizes.append(sum(map(_bytes, new.values())))
+        sizes.append(sum(map(size, new.values())))
     return sizes
 
 
@@ -231,11 +208,8 @@ def _pass_through(
         leaves = [tensor for tensor in tensors_of(inputs) if tensor.requires_grad]
         # The layer gets a copy: it may write into its input, which autograd does not allow on a leaf.
         layer_args, layer_kwargs = map_tensors(Tensor.clone, inputs)
-        watch = (
-            nullcontext()
-            if memory is None
-            else memory.watching(tensors_of(call), tensors_of((layer_args, layer_kwargs)))
-        )
+        given = tensors_of(call), tensors_of((layer_args, layer_kwargs))
+        watch = nullcontext() if memory is None else memory.watching(*given)
         start = clock()
         with watch, context():
             output = layer(*layer_args, **layer_kwargs)

@@ -33,13 +33,9 @@ def untouched(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 @contextmanager
 def trial(modules: Iterable[nn.Module], devices: Iterable[torch.device]) -> Iterator[None]:
-    """Let modules run as if they had not: see :func:`untouched`; the global generators are restored too.
+    """Let modules run as if they had not: see :func:`untouched`; so do the generators of the CPU and the devices.
 
     Inference mode is off inside, so that gradients can be computed whatever the caller's mode.
-
-    Args:
-        modules: The modules.
-        devices: Whose generators are restored besides the CPU's; see :func:`gpus_of`.
     """
     with ExitStack() as stack:
         for device in (torch.device("cpu"), *devices):

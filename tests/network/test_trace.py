@@ -231,7 +231,7 @@ def test_other_batch_sizes_need_no_other_graph() -> None:
     chain = TracedChain(network, "")
     for batch, size in ((2, 8), (3, 8), (1, 12)):
         assert_same(network, chain, torch.randn(batch, 1, size, size))
-    assert sum(len(recordings) for recordings in chain._recordings.values()) == 2
+    assert sum(len(recordings) for recordings in chain._recordings._known.values()) == 2
 
 
 def test_a_call_that_takes_another_way_past_the_cut_is_refused() -> None:

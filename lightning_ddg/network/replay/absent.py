@@ -17,11 +17,9 @@ _MOST_SHAPES = 4096
 
 
 class Absent:
-    """Makes tensors without values, and refuses what would need these; a ledger of them.
+    """Makes tensors without values, and refuses what would need these; the ledger of them.
 
-    Args:
-        network: The name of the network's class.
-        stage: The name of the stage's first layer.
+    The network goes by the name of its class, the stage by that of its first layer.
     """
 
     now = 0
@@ -46,18 +44,12 @@ class Absent:
             self._inside = outer
 
     def present(self, tensor: Tensor, where: str) -> Tensor:
-        """Return the tensor that one stands for; itself, if it is no absent one.
-
-        Raises:
-            RuntimeError: It is not known here.
-        """
+        """Return the tensor that one stands for, or itself; raise a RuntimeError if it is not known here."""
         if not isinstance(tensor, Tracked):
             return tensor
         if tensor.value is None:
             raise self._unknown(tensor, where)
         return tensor.value
-
-    # ---- the ledger
 
     def used(self, tensor: Tracked) -> None:
         """See :class:`~lightning_ddg.network.replay.tracked.Ledger`."""
@@ -75,17 +67,15 @@ class Absent:
         """Look up what an operation has returned on the meta device, which takes a hundred times as long to run it."""
         key = (func, _key(args), _key(kwargs))
         try:
-            result = self._shapes.get(key)
+            known = key in self._shapes
         except TypeError:
             # An argument that cannot be looked up.
             return func(*args, **kwargs)
-        if result is None:
+        if not known:
             if len(self._shapes) >= _MOST_SHAPES:
                 self._shapes.clear()
-            result = self._shapes[key] = func(*args, **kwargs)
-        return result
-
-    # ---- errors
+            self._shapes[key] = func(*args, **kwargs)
+        return self._shapes[key]
 
     def error(self, what: str) -> RuntimeError:
         """Return the error that the network does something."""

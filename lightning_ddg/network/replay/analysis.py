@@ -56,11 +56,7 @@ def analyse(
 ) -> Analysis:
     """Call a network, in training and in evaluation, and watch; everything is left as it was.
 
-    Args:
-        target: The network, on the device of the call.
-        forward: Its forward.
-        call: Arguments and keyword arguments.
-        whole: Modules whose parts are not taken for layers.
+    The parts of modules in ``whole`` are not taken for layers.
 
     Raises:
         RuntimeError: The network's code failed.

@@ -28,10 +28,6 @@ class ReplayedChain:
             once in training and once in evaluation, to see in which order the layers are called and between which of
             them a cut is possible; the network is left as it was. Without it, the layers are in the order in which the
             network's modules hold them, and what is impossible is said when it is met.
-
-    Raises:
-        RuntimeError: The network's code failed in the example call.
-        ValueError: The network has no layers, or the call asks for what a part of the network cannot give.
     """
 
     compilable = False
@@ -53,7 +49,7 @@ class ReplayedChain:
         # A module that cannot begin a stage belongs to the layer before.
         modules = len(self._found.layers)
         self._bounds = [*(place for place in range(modules) if place not in self._found.forbidden), modules]
-        self.names = [self._label(place) for place in self._bounds[:-1]]
+        self.names = [f"{self._prefix}{self._found.layers[place].name}" for place in self._bounds[:-1]]
 
     def __len__(self) -> int:
         return len(self.names)
@@ -74,16 +70,11 @@ class ReplayedChain:
         """Run all the layers as one part, which leaves out what no stage could return, such as caches of all layers."""
         return self.segment(0, len(self))(*args, **kwargs)
 
-    def _label(self, place: int) -> str:
-        return f"{self._prefix}{self._found.layers[place].name}"
-
 
 class ReplayedSegment(nn.Module):
     """Consecutive layers of a replayed network as one module, with the user's modules under their own names.
 
-    Args:
-        part: What runs them.
-        prefix: What stands before a name relative to the network in a name relative to the root module.
+    The prefix stands before a name relative to the network in a name relative to the root module.
     """
 
     def __init__(self, part: Part, prefix: str) -> None:

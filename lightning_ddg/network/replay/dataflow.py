@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from lightning_ddg.core.tensors import Slot, flatten, parameters_replaced, unfla
 from lightning_ddg.network.layers import Call
 from lightning_ddg.network.replay.crossing import Output, places
 from lightning_ddg.network.replay.layers import Layer, Place
-from lightning_ddg.network.replay.module_calls import Handler, caching_configs, calls_left, calls_taken, plain_calls
+from lightning_ddg.network.replay.module_calls import caching_configs, calls_left, calls_taken, plain_calls
 from lightning_ddg.network.replay.tracked import Origin, Tracked, content_of, replaced
 from lightning_ddg.network.restore import gpus_of, in_mode, trial
 
@@ -62,15 +63,9 @@ def observe(
     *,
     follow_inputs: bool = True,
 ) -> DataFlow:
-    """Run a network once and watch; it is left as it was.
+    """Run a network once, in training or evaluation, and watch; it is left as it was.
 
-    Args:
-        target: The network, on the device of the call.
-        layers: Its layers.
-        forward: Its forward.
-        call: Arguments and keyword arguments.
-        training: Whether it runs in training mode.
-        follow_inputs: Whether the inputs are followed too; if not, all are taken to be needed to the end.
+    Without ``follow_inputs``, all inputs are taken to be needed to the end.
     """
     log = _Log()
     form, tensors = flatten(call)
@@ -85,16 +80,12 @@ def observe(
                 if module in owner:
                     own[owner[module]].append(((module._parameters, name), value))
 
-    def handler(index: int) -> Handler:
+    def run(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         module, name = layers[index].module, layers[index].name
-
-        def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            args, kwargs = log.called(index, name, args, kwargs)
-            with calls_left(module), parameters_replaced(own[index]):
-                # As in :mod:`~lightning_ddg.network.replay.part`: this is inside the layer's own `__call__`, if any.
-                return log.returned(index, name, nn.Module.__call__(module, *args, **kwargs))
-
-        return run
+        args, kwargs = log.called(index, name, args, kwargs)
+        with calls_left(module), parameters_replaced(own[index]):
+            # As in :mod:`~lightning_ddg.network.replay.part`: this is inside the layer's own `__call__`, if any.
+            return log.returned(index, name, nn.Module.__call__(module, *args, **kwargs))
 
     # Integers are small, and decide more often what the network does.
     floating = [index for index, tensor in enumerate(tensors) if follow_inputs and tensor.is_floating_point()]
@@ -103,7 +94,7 @@ def observe(
         trial(target.modules(), gpus_of([target], tensors)),
         torch.no_grad(),
         plain_calls(caching_configs(target)),
-        calls_taken({layer.module: handler(index) for index, layer in enumerate(layers)}),
+        calls_taken({layer.module: partial(run, index) for index, layer in enumerate(layers)}),
         parameters_replaced(stands),
     ):
         inputs = [tensor.detach().clone() for tensor in tensors]
@@ -144,17 +135,14 @@ class _Log:
 
     @property
     def now(self) -> int:
-        """How many calls of layers have begun."""
         return len(self.calls)
 
     def used(self, tensor: Tracked) -> None:
-        """See :class:`~lightning_ddg.network.replay.tracked.Ledger`."""
         self.uses.append(_Use(self.now, tensor, "the network's own code"))
         if not tensor.origin.computed:
             self.needs.append((self.now - 1, tensor.origin.inputs))
 
     def read(self, tensor: Tracked, operation: str) -> None:
-        """See :class:`~lightning_ddg.network.replay.tracked.Ledger`."""
         if tensor.origin.computed:
             what = f"the network's own code reads the values of {tensor.origin.what} ({operation})"
             self.reads.append((self.now, what))
@@ -162,7 +150,6 @@ class _Log:
             self.needs.append((sys.maxsize, tensor.origin.inputs))
 
     def compute(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """See :class:`~lightning_ddg.network.replay.tracked.Ledger`."""
         return func(*args, **kwargs)
 
     def called(self, index: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
@@ -218,7 +205,10 @@ def _conclusions(
     ):
         for cut in cuts:
             reasons.setdefault(cut, reason)
-    crossing = {layer: {log.calls[time].form: _computed(log.calls[time])} for layer, time in first.items()}
+    crossing = {}
+    for layer, time in first.items():
+        computed = [place for place, tensor in log.calls[time].arguments.items() if tensor.origin.computed]
+        crossing[layer] = {log.calls[time].form: frozenset(computed)}
     unneeded = {}
     for index in range(len(layers)):
         time = first.get(index, 0)
@@ -232,10 +222,6 @@ def _conclusions(
         unneeded,
         {place: calls[min(times)] for place, times in parameters.items() if calls},
     )
-
-
-def _computed(call: _LayerCall) -> frozenset[int]:
-    return frozenset(place for place, tensor in call.arguments.items() if tensor.origin.computed)
 
 
 def _missed_by(use: _Use, arguments: Sequence[set[int]]) -> list[int]:

@@ -13,13 +13,7 @@ Place = tuple[nn.Module, str]
 
 @dataclass(frozen=True)
 class Layer:
-    """A module that is run as a whole.
-
-    Attributes:
-        name: Its name relative to the network.
-        module: The module.
-        entry: The entry of a list that it lies in, if the list's entries were looked into.
-    """
+    """A module that is run as a whole, by its name in the network; ``entry`` of a list, if that was looked into."""
 
     name: str
     module: nn.Module
@@ -31,11 +25,8 @@ def find_layers(target: nn.Module, whole: Collection[nn.Module] = ()) -> Iterato
 
     A module that holds, at any depth, a list of two or more modules is looked into, and so is one that has no forward
     of its own; every other one with parameters or saved buffers is a layer. Entries of a list are layers, unless they
-    hold a list of blocks that are all alike themselves, as the resolutions of a vision network do.
-
-    Args:
-        target: The network.
-        whole: Modules not to be looked into.
+    hold a list of blocks that are all alike themselves, as the resolutions of a vision network do. Modules in ``whole``
+    are not looked into.
     """
     seen: set[nn.Module] = set()
 
@@ -45,7 +36,8 @@ def find_layers(target: nn.Module, whole: Collection[nn.Module] = ()) -> Iterato
                 continue
             seen.add(child)
             inside = child if isinstance(module, nn.ModuleList | nn.Sequential) else entry
-            if child not in whole and (_cannot_be_called(child) or _holds_list(child, blocks=inside is not None)):
+            has_forward = type(child).forward is not nn.Module.forward or "forward" in vars(child)
+            if child not in whole and (not has_forward or _holds_list(child, blocks=inside is not None)):
                 yield from below(f"{prefix}{name}.", child, inside)
             else:
                 yield Layer(f"{prefix}{name}", child, entry)
@@ -58,10 +50,6 @@ def loose_parameters(target: nn.Module, layers: Sequence[Layer]) -> list[Place]:
     inside = {part for layer in layers for part in layer.module.modules()}
     outside = [module for module in target.modules() if module not in inside]
     return [(module, name) for module in outside for name, value in module._parameters.items() if value is not None]
-
-
-def _cannot_be_called(module: nn.Module) -> bool:
-    return type(module).forward is nn.Module.forward and "forward" not in vars(module)
 
 
 def _holds_list(module: nn.Module, *, blocks: bool) -> bool:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from lightning_ddg.core.tensors import (
     Slot,
-    TensorSpec,
     flatten,
     map_tensors,
     parameters_replaced,
@@ -27,19 +26,12 @@ from lightning_ddg.network.layers import Call
 from lightning_ddg.network.replay.absent import REMEDY, Absent
 from lightning_ddg.network.replay.analysis import Analysis
 from lightning_ddg.network.replay.crossing import Crossing, Done, Output, places
-from lightning_ddg.network.replay.module_calls import Handler, caching_configs, calls_left, calls_taken, plain_calls
+from lightning_ddg.network.replay.module_calls import caching_configs, calls_left, calls_taken, plain_calls
 from lightning_ddg.network.replay.tracked import Tracked, followed, known
 
 
 class Part:
     """The layers ``start`` to ``stop - 1`` of a network, as they are called by its forward.
-
-    Args:
-        target: The network.
-        forward: Its forward.
-        found: What is known of it.
-        start: Position of the first layer that is run.
-        stop: Position after the last.
 
     Attributes:
         layers: The layers.
@@ -68,15 +60,10 @@ class Part:
         return self
 
     def run(self, layers: Sequence[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the layers.
+        """Run the layers, calling the given modules in the place of the user's.
 
-        Args:
-            layers: The modules to call in the place of the user's.
-            args: The network's arguments, or what the stage before this one returned.
-            kwargs: The network's keyword arguments.
-
-        Returns:
-            The network's output, or a :class:`~lightning_ddg.network.replay.crossing.Crossing`.
+        The arguments are the network's, or a :class:`~lightning_ddg.network.replay.crossing.Crossing` that the stage
+        before this one returned; so is what is returned.
 
         Raises:
             RuntimeError: The network's code needs something that no stage can know.
@@ -90,7 +77,10 @@ class Part:
         else:
             given = Crossing(*args[0])
             form, device = given.form, _device_of(layers, [*given.arguments, *given.inputs])
-            inputs = [self._input(index, value, device) for index, value in enumerate(given.inputs)]
+            inputs = [
+                value if isinstance(value, Tensor) else self.absent.tensor(value, device, f"input {index}")
+                for index, value in enumerate(given.inputs)
+            ]
             args, kwargs = unflatten(form, inputs)
             earlier = _Earlier(self, given, device)
         run = _Run(self, layers, earlier)
@@ -99,7 +89,7 @@ class Part:
             with (
                 plain_calls(self._configs),
                 parameters_replaced(self._absent_parameters(device)),
-                calls_taken({layer.module: run.handler(position) for position, layer in enumerate(self.found.layers)}),
+                calls_taken({layer.module: partial(run.called, at) for at, layer in enumerate(self.found.layers)}),
             ):
                 output = self._forward(*args, **kwargs)
         except _Reached as reached:
@@ -118,9 +108,6 @@ class Part:
         if any(isinstance(tensor, Tracked) for tensor in tensors_of(output)):
             return map_tensors(lambda tensor: self.absent.present(tensor, "its output"), output)
         return output
-
-    def _input(self, index: int, value: Tensor | TensorSpec, device: torch.device) -> Tensor:
-        return value if isinstance(value, Tensor) else self.absent.tensor(value, device, f"input {index}")
 
     def _absent_parameters(self, device: torch.device) -> list[tuple[Slot, Tracked]]:
         """Other stages' parameters: what this process has of them are not their current values."""
@@ -158,11 +145,8 @@ class _Run:
         """Whether the stage's first layer has been called."""
         return self._earlier is None
 
-    def handler(self, position: int) -> Handler:
-        """Return what is called in the place of a layer."""
-        return partial(self._called, position)
-
-    def _called(self, position: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def called(self, position: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Do in the place of a layer what its call means for this stage."""
         part = self._part
         if self._earlier is not None:
             if position < part.start:
@@ -289,11 +273,7 @@ _WHOLE_ONLY = ("use_cache", "output_hidden_states", "output_attentions")
 
 
 def check_call(target: nn.Module, kwargs: Mapping[str, Any]) -> None:
-    """Refuse what Hugging Face networks collect from all their layers: no stage has all of it.
-
-    Raises:
-        ValueError: The keyword arguments of the call, or the network's config, ask for it.
-    """
+    """Raise a ValueError if a call, or a config, asks Hugging Face networks for what they collect from all layers."""
     for name in _WHOLE_ONLY:
         asked = kwargs.get(name)
         if asked is None and name != "use_cache":

@@ -55,11 +55,7 @@ class Ledger(Protocol):
 class Tracked(Tensor):
     """Looks like a tensor with ``content``'s shape and dtype, on ``device``; so does what is computed from it.
 
-    Args:
-        content: What operations are done on: a tensor with values, or one on the meta device.
-        device: The device it claims to be on.
-        ledger: Is told what happens.
-        origin: Where it comes from.
+    Operations are done on the content: a tensor with values, or one on the meta device.
     """
 
     content: Tensor
@@ -110,17 +106,10 @@ class Tracked(Tensor):
 
 def followed(tree: Any) -> list[Tracked]:
     """Return the followed tensors in a pytree of tuples, lists and dicts."""
-    found = []
-    rest = [tree]
-    while rest:
-        value = rest.pop()
-        if isinstance(value, Tracked):
-            found.append(value)
-        elif isinstance(value, tuple | list):
-            rest.extend(reversed(value))
-        elif isinstance(value, dict):
-            rest.extend(reversed(value.values()))
-    return found
+    if isinstance(tree, Tracked):
+        return [tree]
+    values = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, tuple | list) else ()
+    return [tensor for value in values for tensor in followed(value)]
 
 
 def replaced(function: Callable[[Any], Any], tree: Any) -> Any:

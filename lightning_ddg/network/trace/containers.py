@@ -6,6 +6,7 @@ layers themselves are called as they are.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -57,58 +58,28 @@ def _encoder(
     return output if module.norm is None else module.norm(output)
 
 
-def _decoder(
-    module: nn.TransformerDecoder,
-    tgt: fx.Proxy,
-    memory: Any,
-    tgt_mask: Any = None,
-    memory_mask: Any = None,
-    tgt_key_padding_mask: Any = None,
-    memory_key_padding_mask: Any = None,
-    tgt_is_causal: Any = None,
-    memory_is_causal: Any = False,
-) -> Any:
-    hint = _recorded(causal_hint, tgt, tgt_mask, tgt_is_causal, module.layers[0].self_attn.batch_first)
-    output: Any = tgt
+def _decoder(module: nn.TransformerDecoder, *args: Any, **kwargs: Any) -> Any:
+    given = _arguments(nn.TransformerDecoder.forward, module, args, kwargs)
+    output, memory, hint = given.pop("tgt"), given.pop("memory"), given.pop("tgt_is_causal")
+    batch_first = module.layers[0].self_attn.batch_first
+    hint = _recorded(causal_hint, output, given["tgt_mask"], hint, batch_first)
     for layer in module.layers:
-        output = layer(
-            output,
-            memory,
-            tgt_mask=tgt_mask,
-            memory_mask=memory_mask,
-            tgt_key_padding_mask=tgt_key_padding_mask,
-            memory_key_padding_mask=memory_key_padding_mask,
-            tgt_is_causal=hint,
-            memory_is_causal=memory_is_causal,
-        )
+        output = layer(output, memory, tgt_is_causal=hint, **given)
     return output if module.norm is None else module.norm(output)
 
 
-def _both(
-    module: nn.Transformer,
-    src: Any,
-    tgt: Any,
-    src_mask: Any = None,
-    tgt_mask: Any = None,
-    memory_mask: Any = None,
-    src_key_padding_mask: Any = None,
-    tgt_key_padding_mask: Any = None,
-    memory_key_padding_mask: Any = None,
-    src_is_causal: Any = None,
-    tgt_is_causal: Any = None,
-    memory_is_causal: Any = False,
-) -> Any:
-    memory = module.encoder(src, mask=src_mask, src_key_padding_mask=src_key_padding_mask, is_causal=src_is_causal)
-    return module.decoder(
-        tgt,
-        memory,
-        tgt_mask=tgt_mask,
-        memory_mask=memory_mask,
-        tgt_key_padding_mask=tgt_key_padding_mask,
-        memory_key_padding_mask=memory_key_padding_mask,
-        tgt_is_causal=tgt_is_causal,
-        memory_is_causal=memory_is_causal,
-    )
+def _both(module: nn.Transformer, *args: Any, **kwargs: Any) -> Any:
+    given = _arguments(nn.Transformer.forward, module, args, kwargs)
+    source, padding = given.pop("src"), given.pop("src_key_padding_mask")
+    mask, is_causal = given.pop("src_mask"), given.pop("src_is_causal")
+    memory = module.encoder(source, mask=mask, src_key_padding_mask=padding, is_causal=is_causal)
+    return module.decoder(given.pop("tgt"), memory, **given)
+
+
+def _arguments(forward: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
+    bound = inspect.signature(forward).bind(module, *args, **kwargs)
+    bound.apply_defaults()
+    return {name: value for name, value in bound.arguments.items() if name != "self"}
 
 
 # By exact type: a subclass may have another forward.

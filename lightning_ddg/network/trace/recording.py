@@ -11,12 +11,7 @@ from torch import Tensor, fx, nn
 
 
 class Untraceable(BaseException):
-    """A module cannot be looked into. Not an Exception: the user's own ``except`` must not catch it.
-
-    Attributes:
-        module: The module.
-        reason: Why, with the line of the user's code.
-    """
+    """A module cannot be looked into, for a reason; not an Exception: the user's own ``except`` must not catch it."""
 
     def __init__(self, module: nn.Module, reason: str) -> None:
         super().__init__(reason)

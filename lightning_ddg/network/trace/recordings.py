@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections import OrderedDict, UserList
+import operator
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from lightning_ddg.core.tensors import flatten, unflatten
+from lightning_ddg.core.tensors import flatten
 from lightning_ddg.network.layers import Call
 from lightning_ddg.network.restore import in_mode
 from lightning_ddg.network.trace.recording import Recording, Untraceable
@@ -38,9 +39,6 @@ class Recordings:
         modes: The recordings in training and in evaluation, of the call it was made with.
         names: The labels of the layers that both have.
         opaque: Modules that are run as a whole because they cannot be looked into, each with the reason.
-
-    Raises:
-        Untraceable: The forward cannot be traced.
     """
 
     def __init__(self, target: nn.Module, prefix: str, call: Call | None, points: Collection[str]) -> None:
@@ -62,11 +60,7 @@ class Recordings:
         return self
 
     def of(self, key: bytes) -> Recording:
-        """Return the recording of a call of a form, in the state the modules are in.
-
-        Raises:
-            TypeError: The forward cannot be traced for this call.
-        """
+        """Return the recording of a call of a form, in the state the modules are in, made if there is none."""
         known = self._known.setdefault(key, [])
         self._known.move_to_end(key)
         for recording in known:
@@ -86,11 +80,7 @@ class Recordings:
         return known[-1]
 
     def bounds(self, recording: Recording, start: int, stop: int) -> tuple[int, int]:
-        """Return where the layers ``start`` to ``stop - 1`` lie among the nodes of a recording.
-
-        Raises:
-            RuntimeError: The recording has no such layer: the network takes another way in this call.
-        """
+        """Return where the layers ``start`` to ``stop - 1`` lie among a recording's nodes, if it has such layers."""
         return self._start(recording, start), self._start(recording, stop)
 
     def names_used(self, recording: Recording, start: int, stop: int) -> list[str]:
@@ -135,7 +125,7 @@ class Recordings:
     def _record(self, key: bytes) -> Recording:
         while True:
             try:
-                recording = record(self._target, self._forward, _caller(key), self.opaque)
+                recording = record(self._target, self._forward, key, self.opaque)
             except Untraceable as error:
                 if error.module is self._target:
                     raise
@@ -169,26 +159,15 @@ class Recordings:
 
 
 def used_names(root: nn.Module) -> set[str]:
-    """Return the names of the children and of the own parameters of a module that its forward uses.
-
-    Raises:
-        Untraceable: The forward cannot be followed, even if all that it calls is taken as it is.
-    """
+    """Return the names of a module's children and own parameters that its forward uses, or raise an Untraceable."""
     leaves = {module: "of no interest" for module in root.modules() if module is not root}
-    recording = record(root, root.forward, _caller(flatten(_plain_call(root))[0]), leaves)
+    recording = record(root, root.forward, flatten(_plain_call(root))[0], leaves)
     return {str(node.target).split(".")[0] for node in recording.nodes if node.op in ("call_module", "get_attr")}
 
 
 def find(root: nn.Module, name: str) -> Any:
-    """Return what a module has under a qualified name.
-
-    Raises:
-        AttributeError: Nothing.
-    """
-    found: Any = root
-    for part in name.split("."):
-        found = getattr(found, part)
-    return found
+    """Return what a module has under a qualified name, or raise an AttributeError."""
+    return operator.attrgetter(name)(root)
 
 
 def _common_names(training: Sequence[str], evaluation: Sequence[str]) -> list[str]:
@@ -207,26 +186,3 @@ def _plain_call(target: nn.Module) -> Call:
     needed = [p for p in inspect.signature(target.forward).parameters.values() if p.default is p.empty]
     args = tuple(torch.empty(0) for p in needed if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
     return args, {p.name: torch.empty(0) for p in needed if p.kind is p.KEYWORD_ONLY}
-
-
-def _caller(key: bytes) -> Callable[[Callable[[], Any]], Call]:
-    """What makes the arguments of a call of a form, given what makes a placeholder."""
-
-    def call(placeholder: Callable[[], Any]) -> Call:
-        args, kwargs = unflatten(key, _Placeholders(placeholder))
-        return args, kwargs
-
-    return call
-
-
-class _Placeholders(UserList[Any]):
-    """Stands for the list of a call's tensors, each made when it is asked for."""
-
-    def __init__(self, make: Callable[[], Any]) -> None:
-        super().__init__()
-        self._make = make
-
-    def __getitem__(self, index: Any) -> Any:
-        while len(self.data) <= index:
-            self.data.append(self._make())
-        return self.data[index]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import operator
+from collections import UserList
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from threading import get_ident
@@ -17,13 +18,11 @@ from torch import Tensor, fx, nn
 
 from lightning_ddg.core import rng
 from lightning_ddg.core.rng import Generators
+from lightning_ddg.core.tensors import unflatten
 from lightning_ddg.network.trace.containers import CONTAINERS
 from lightning_ddg.network.trace.patches import followed_by
 from lightning_ddg.network.trace.recording import Recording, Untraceable
 from lightning_ddg.network.trace.source import line_now, line_of
-
-#: Makes the arguments of a call, given what makes a placeholder.
-Caller = Callable[[Callable[[], Any]], tuple[tuple[Any, ...], dict[str, Any]]]
 
 _CPU = torch.device("cpu")
 # Values that decide what a forward does: the recording holds only as long as they stay what they were.
@@ -65,19 +64,8 @@ for _operation in (
     _Proxy.learn(_operation)
 
 
-def record(
-    target: nn.Module,
-    forward: Callable[..., Any],
-    call: Caller,
-    opaque: Mapping[nn.Module, str],
-) -> Recording:
-    """Run ``forward`` on placeholders.
-
-    Args:
-        target: The network.
-        forward: Its forward, bound.
-        call: Given a function that makes a placeholder, returns the arguments of the call.
-        opaque: Modules not to look into.
+def record(target: nn.Module, forward: Callable[..., Any], form: bytes, opaque: Mapping[nn.Module, str]) -> Recording:
+    """Run a network's ``forward`` on placeholders, in a call of a form, without looking into ``opaque`` modules.
 
     Raises:
         Untraceable: A module cannot be looked into, the innermost one; ``target`` itself if it is not inside another.
@@ -86,7 +74,7 @@ def record(
     run = forward if container is None else partial(container, target)
 
     def attempt(decisions: list[bool]) -> Recording:
-        tracer = _Tracer(target, run, call, opaque, decisions)
+        tracer = _Tracer(target, run, form, opaque, decisions)
         # A run on placeholders is not a run of the network.
         with rng.untouched(_CPU), torch.enable_grad(), followed_by(tracer):
             graph = tracer.follow(target, lambda: tracer.trace(target))
@@ -111,29 +99,36 @@ class _Undecided(BaseException):
 
 def _only_way(attempt: Callable[[list[bool]], Recording], before: list[bool], question: _Undecided) -> bool:
     """Return the answer that does not end in an error of the user's own, as in ``assert`` or ``if ...: raise``."""
-    raises = []
+    raises = [False, False]
     for answer in (False, True):
         try:
             attempt([*before, answer])
         except _Undecided:
-            raises.append(False)
+            pass
         except Untraceable as error:
-            raises.append(not isinstance(error.__cause__, _OF_THE_TRACE))
-        else:
-            raises.append(False)
+            raises[answer] = not isinstance(error.__cause__, _OF_THE_TRACE)
     if raises[0] == raises[1]:
         raise Untraceable(question.module, f"{question.where} (what it does depends on the input)")
     return raises[0]
 
 
 def expect(value: Any, answer: bool, where: str) -> None:
-    """Check that a condition is what it was taken to be when the network was traced.
-
-    Raises:
-        ValueError: It is not: the forward would have raised an error here.
-    """
+    """Raise a ValueError if a condition is not what it was taken to be when the network was traced."""
     if bool(value) is not answer:
         raise ValueError(f"The network's forward ends in an error for this input: {where}. Mend the input.")
+
+
+class _Placeholders(UserList[Any]):
+    """Stands for the list of a call's tensors, each made when it is asked for."""
+
+    def __init__(self, make: Callable[[], Any]) -> None:
+        super().__init__()
+        self._make = make
+
+    def __getitem__(self, index: Any) -> Any:
+        while len(self.data) <= index:
+            self.data.append(self._make())
+        return self.data[index]
 
 
 class _Tracer(fx.Tracer):
@@ -141,7 +136,7 @@ class _Tracer(fx.Tracer):
         self,
         target: nn.Module,
         forward: Callable[..., Any],
-        call: Caller,
+        form: bytes,
         opaque: Mapping[nn.Module, str],
         decisions: Sequence[bool],
     ) -> None:
@@ -151,7 +146,7 @@ class _Tracer(fx.Tracer):
         self.reads: dict[tuple[int, str], tuple[nn.Module, Any]] = {}
         self.here: fx.Node
         self._forward = forward
-        self._call = call
+        self._form = form
         self._opaque = opaque
         self._decisions = iter(decisions)
         self._followed = [target]
@@ -187,12 +182,8 @@ class _Tracer(fx.Tracer):
             self.inputs.append(self.create_node("placeholder", f"input_{len(self.inputs)}", (), {}))
             return self.proxy(self.inputs[-1])
 
-        args, kwargs = self._call(placeholder)
-
-        def run() -> Any:
-            return self._forward(*args, **kwargs)
-
-        return run, []
+        args, kwargs = unflatten(self._form, _Placeholders(placeholder))
+        return partial(self._forward, *args, **kwargs), []
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Make what stands for a node while the forward runs."""
