@@ -129,7 +129,7 @@ def chosen(options: argparse.Namespace) -> dict[str, list[str]]:
         "parts": parts,
         "works": works or (QUICK_WORKS if options.quick else list(WORKS)),
         "contenders": asked.get("work") or everybody,
-        "devices": asked.get("devices") or ON_DEVICES,
+        "devices": [name for name in ON_DEVICES if name in asked.get("devices", [])] or ON_DEVICES,
     }
 
 
