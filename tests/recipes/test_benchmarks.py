@@ -404,7 +404,7 @@ def test_only_leaves_what_is_named() -> None:
         (["naive"], ["work"], list(WORKS), ["naive"], ON_DEVICES),
         (["naive", "ddg"], ["work", "devices"], list(WORKS), ["naive", "ddg"], ["ddg"]),
         # A contender beside parts: it restricts those that know it, and the others stay whole.
-        (["devices", "ddg", "gpipe"], ["devices"], list(WORKS), ["ddg", "gpipe"], ["ddg", "gpipe"]),
+        (["devices", "ddg", "gpipe"], ["devices"], list(WORKS), ["ddg", "gpipe"], ["gpipe", "ddg"]),
         (["cost", "work", "ddp"], ["work", "cost"], list(WORKS), ["ddp"], ON_DEVICES),
         (["work", "devices", "ddp"], ["work", "devices"], list(WORKS), ["ddp"], ON_DEVICES),
         # All three; and what is left out at first runs where it is named.
