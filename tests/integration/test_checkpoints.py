@@ -176,7 +176,7 @@ def held_after_fits(path: str) -> list[tuple[int, int]]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="open files and threads are counted in Linux's /proc")
 def test_fits_and_saves_leave_no_sockets_and_no_threads_behind(tmp_path: Path) -> None:
-    """What leaks grows with each fit. What another process gives back, gloo notices a little later, and so it may fall."""
+    """What leaks grows with each fit; it may fall, as gloo notices a little late what the other process gives back."""
     for first, second, third in run_ranks(held_after_fits, 2, str(tmp_path / "a.ckpt")):
         for now, *before in zip(third, first, second, strict=True):
             assert now <= max(before)
