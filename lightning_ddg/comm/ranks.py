@@ -150,13 +150,13 @@ class EmptyMailbox:
 class LocalRanks(Ranks):
     """One process with all stages: it agrees with itself, and there is nobody to send to."""
 
-    def __init__(self, num_stages: int, observers: Observers | None = None) -> None:
+    def __init__(self, num_stages: int) -> None:
         self.rank, self.size = 0, 1
         self.num_stages = num_stages
         self.stage = None
         self.reading_rank = 0
         self.mailbox = EmptyMailbox()
-        self.observers = observers or Observers()
+        self.observers = Observers()
 
 
 class PipelineRanks(Ranks):
@@ -167,24 +167,16 @@ class PipelineRanks(Ranks):
         device: This rank's device.
         timeout: The longest a rank waits for one message.
         backend: Backend of the default group. With NCCL, tensors go from device to device.
-        observers: Those who look on at this process.
     """
 
     mailbox: GroupMailbox
 
-    def __init__(
-        self,
-        num_stages: int,
-        device: torch.device,
-        timeout: timedelta,
-        backend: str,
-        observers: Observers | None = None,
-    ) -> None:
+    def __init__(self, num_stages: int, device: torch.device, timeout: timedelta, backend: str) -> None:
         self.rank, self.size = dist.get_rank(), num_stages
         self.num_stages = num_stages
         self.stage = stage_of_rank(self.rank, num_stages)
         self.reading_rank = rank_of_stage(1, num_stages)
-        self.observers = observers or Observers()
+        self.observers = Observers()
         self._device = device
         self._timeout = timeout
         self._backend = backend
@@ -194,18 +186,11 @@ class PipelineRanks(Ranks):
         self._connected = True
 
     @classmethod
-    def connect(
-        cls,
-        num_stages: int,
-        device: torch.device,
-        timeout: timedelta,
-        backend: str,
-        observers: Observers | None = None,
-    ) -> PipelineRanks:
+    def connect(cls, num_stages: int, device: torch.device, timeout: timedelta, backend: str) -> PipelineRanks:
         """Wait for all ranks, then connect them; the arguments are those of the class."""
         # Making groups waits for every rank without noticing that one is gone; a barrier notices.
         _barrier(device)
-        return cls(num_stages, device, timeout, backend, observers)
+        return cls(num_stages, device, timeout, backend)
 
     def _open(self, observers: Observers | None = None) -> GroupMailbox:
         def connect(those: list[int], backend: str) -> dist.ProcessGroup:
