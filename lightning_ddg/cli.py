@@ -18,13 +18,18 @@ import sys
 from contextlib import suppress
 from typing import Any
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.cli import ArgsType, LightningCLI
-from lightning.pytorch.loggers.logger import DummyLogger
-
 from lightning_ddg.planning.plan import NUM_STAGES, Plan
 from lightning_ddg.planning.timeline import check_picture
+from lightning_ddg.plugin.host import (
+    ArgsType,
+    Callback,
+    DummyLogger,
+    LightningCLI,
+    LightningDataModule,
+    LightningModule,
+    MisconfigurationException,
+    Trainer,
+)
 from lightning_ddg.plugin.measure import copies_kept, plan_module
 
 __all__ = ["main"]

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 _context = mp.get_context("forkserver")
-_context.set_forkserver_preload(["lightning.pytorch", "lightning_ddg", "tests.networks"])
+_context.set_forkserver_preload(["tests", "lightning.pytorch", "lightning_ddg", "tests.networks"])
 
 
 @dataclass

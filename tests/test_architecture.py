@@ -21,7 +21,6 @@ FACE = {"__init__", "__main__", "version", "cli"}
 LINES = {"plugin.strategy": 350}
 MOST_LINES = 450
 MAY_IMPORT = {
-    "lightning": {"plugin", "observe", "face"},
     "torchmetrics": {"plugin", "observe", "face"},
     "torch.distributed": {"comm", "plugin"},
 }
@@ -112,6 +111,14 @@ def test_libraries_stay_in_their_storeys(library: str) -> None:
     assert found == set()
 
 
+def test_lightning_is_imported_in_one_place() -> None:
+    packages = {"lightning", "lightning_fabric", "pytorch_lightning"}
+    found = {
+        name for name, tree in modules().items() for module, _ in imports(tree) if module.split(".")[0] in packages
+    }
+    assert found == {"plugin.host"}
+
+
 def private_names_of_lightning() -> set[str]:
     classes = (Trainer, LightningModule, ParallelStrategy, Callback, ModelCheckpoint, *map(type, loops()))
     names = {name for kind in classes for name in dir(kind)} | {name for loop in loops() for name in vars(loop)}
@@ -128,10 +135,10 @@ def test_private_names_of_lightning_are_used_in_one_place() -> None:
     known = private_names_of_lightning()
     found = set()
     for name, tree in modules().items():
-        if name == "plugin.compat" or storey(name) not in MAY_IMPORT["lightning"]:
+        if name == "plugin.compat" or storey(name) not in MAY_IMPORT["torchmetrics"]:
             continue
         for module, taken in imports(tree):
-            if module.partition(".")[0] == "lightning":
+            if module.partition(".")[0] == "lightning" or module == "lightning_ddg.plugin.host":
                 found |= {f"{name}: {part}" for part in (*taken, *module.split(".")) if part.startswith("_")}
         nodes = list(ast.walk(tree))
         attributes = [node for node in nodes if isinstance(node, ast.Attribute)]

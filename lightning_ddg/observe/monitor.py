@@ -11,8 +11,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 from typing_extensions import override
 
@@ -27,6 +25,7 @@ from lightning_ddg.planning.stages import work_of
 from lightning_ddg.planning.tally import Tally
 from lightning_ddg.planning.timeline import check_picture
 from lightning_ddg.plugin import compat
+from lightning_ddg.plugin.host import Callback, LightningModule, Trainer, rank_zero_warn
 from lightning_ddg.plugin.strategy import DDGStrategy
 
 if TYPE_CHECKING:

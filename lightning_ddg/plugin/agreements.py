@@ -21,14 +21,10 @@ from contextlib import ExitStack
 from enum import Enum
 from typing import Any, NamedTuple
 
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, Timer
-from lightning.pytorch.utilities.exceptions import SIGTERMException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
-
 from lightning_ddg.comm.ranks import Ranks
 from lightning_ddg.core.execution import GRADIENT, Channel, Observer
 from lightning_ddg.plugin import compat
+from lightning_ddg.plugin.host import ModelCheckpoint, SIGTERMException, Timer, Trainer, rank_zero_info
 
 METRICS = Channel("metrics")
 NOTICE = Channel("notice")

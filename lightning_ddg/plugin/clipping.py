@@ -6,13 +6,12 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from lightning.pytorch import LightningModule
-from lightning.pytorch.plugins.precision import Precision
 from torch import nn
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.optim import Optimizer
 
 from lightning_ddg.plugin.compat import Undo, replaced
+from lightning_ddg.plugin.host import LightningModule, Precision
 
 
 def clip_norm_per_stage(plugin: Precision, stage_of: Callable[[nn.Parameter], int]) -> Undo:

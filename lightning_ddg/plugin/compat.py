@@ -14,39 +14,36 @@ from contextlib import ExitStack
 from typing import Any, cast
 
 import torch
-from lightning.fabric.utilities.data import _auto_add_worker_init_fn
-from lightning.fabric.utilities.distributed import (
-    _get_default_process_group_backend_for_device as default_process_group_backend,
-)
-from lightning.fabric.utilities.distributed import _init_dist_connection as init_dist_connection
-from lightning.fabric.utilities.optimizer import _optimizer_to_device as optimizer_to_device
-from lightning.fabric.utilities.optimizer import _optimizers_to_device as optimizers_to_device
-from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_zero_only
-from lightning.fabric.utilities.seed import reset_seed
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint, OnExceptionCheckpoint, Timer
-from lightning.pytorch.strategies import Strategy
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher as MultiProcessingLauncher
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher as SubprocessScriptLauncher
-from lightning.pytorch.utilities import CombinedLoader
-from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn  # type: ignore[attr-defined]
-from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import nn
 from torchmetrics import Metric
 
-# Used as they are; their names are Lightning's own without the underscore.
-__all__ = [
-    "MultiProcessingLauncher",
-    "SubprocessScriptLauncher",
-    "default_process_group_backend",
-    "init_dist_connection",
-    "optimizer_to_device",
-    "optimizers_to_device",
-    "reset_seed",
-]
+from lightning_ddg.plugin import host
+from lightning_ddg.plugin.host import (
+    BaseFinetuning,
+    Callback,
+    CombinedLoader,
+    LightningModule,
+    ModelCheckpoint,
+    OnExceptionCheckpoint,
+    Strategy,
+    Timer,
+    Trainer,
+    is_overridden,
+    is_param_in_hook_signature,
+    rank_zero_only,
+    rank_zero_warn,
+)
 
 Undo = Callable[[], None]
+
+# Used as they are; their names are Lightning's own without the underscore.
+MultiProcessingLauncher = host.part("pytorch.strategies.launchers")._MultiProcessingLauncher
+SubprocessScriptLauncher = host.part("pytorch.strategies.launchers")._SubprocessScriptLauncher
+default_process_group_backend = host.part("fabric.utilities.distributed")._get_default_process_group_backend_for_device
+init_dist_connection = host.part("fabric.utilities.distributed")._init_dist_connection
+optimizer_to_device = host.part("fabric.utilities.optimizer")._optimizer_to_device
+optimizers_to_device = host.part("fabric.utilities.optimizer")._optimizers_to_device
+reset_seed = host.part("fabric.utilities.seed").reset_seed
 
 
 def replaced(obj: Any, name: str, value: Any) -> Undo:
@@ -141,7 +138,7 @@ def uses_step_outputs(module: LightningModule) -> bool:
     return (
         is_overridden("on_train_batch_end", module)
         or is_overridden("on_train_epoch_end", module)
-        or bool(hooks - {"lightning", "lightning_ddg"})
+        or bool(hooks - {host.HOST, "lightning_ddg"})
     )
 
 
@@ -235,7 +232,7 @@ def on_exception_in_fit(trainer: Trainer, tell: Callable[[BaseException], object
 
 def set_rank_zero_only(rank: int) -> None:
     """Tell both of Lightning's rank-zero decorators which rank this is, as its own strategies do."""
-    rank_zero_only.rank = fabric_rank_zero_only.rank = rank  # type: ignore[attr-defined]
+    rank_zero_only.rank = host.part("fabric.utilities.rank_zero").rank_zero_only.rank = rank  # type: ignore[attr-defined]
 
 
 def keep_in_place(module: nn.Module) -> Undo:
@@ -257,7 +254,7 @@ def step_arguments(step: Callable[..., Any], batch: Any) -> list[Any]:
 
 def seed_workers_as_one_device(loader: Any) -> None:
     """Seed the loader's worker processes as rank 0's would be, although another rank reads."""
-    _auto_add_worker_init_fn(loader, 0)
+    host.part("fabric.utilities.data")._auto_add_worker_init_fn(loader, 0)
 
 
 def is_last_batch(trainer: Trainer) -> bool:

@@ -10,13 +10,12 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch.utils.data import DistributedSampler
 
 from lightning_ddg.comm.ranks import Ranks
 from lightning_ddg.core.execution import Channel
 from lightning_ddg.plugin import compat
+from lightning_ddg.plugin.host import LightningModule, Trainer, is_param_in_hook_signature
 
 FLAG = Channel("flag")
 BATCH = Channel("batch")

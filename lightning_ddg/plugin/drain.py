@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from lightning.pytorch import LightningModule
 from torch.optim import Optimizer
 
 from lightning_ddg.core.execution import Execution
+from lightning_ddg.plugin.host import LightningModule
 from lightning_ddg.plugin.ownership import keep_options
 
 _log = logging.getLogger(__name__)

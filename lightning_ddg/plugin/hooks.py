@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
 from lightning_ddg.comm.ranks import Ranks
@@ -22,6 +21,7 @@ from lightning_ddg.core.execution import Channel, Execution
 from lightning_ddg.plugin import compat
 from lightning_ddg.plugin.agreements import Agreements
 from lightning_ddg.plugin.drain import Drain
+from lightning_ddg.plugin.host import Callback, LightningModule, Trainer
 from lightning_ddg.plugin.ownership import OptimizerGroups
 from lightning_ddg.plugin.stale_copies import StaleCopies
 

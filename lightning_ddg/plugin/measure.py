@@ -11,8 +11,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
-from lightning.pytorch import LightningModule
-from lightning.pytorch.plugins.precision import Precision
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
@@ -25,6 +23,7 @@ from lightning_ddg.network.restore import in_mode, trainability_kept, untouched
 from lightning_ddg.planning.plan import NUM_STAGES, Plan, make_plan
 from lightning_ddg.planning.simulate import SECONDS_PER_BYTE
 from lightning_ddg.plugin import compat
+from lightning_ddg.plugin.host import LightningModule, Precision
 from lightning_ddg.plugin.redirection import Redirection, StepDone
 from lightning_ddg.plugin.step import no_call_of
 

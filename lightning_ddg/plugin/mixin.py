@@ -8,15 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from lightning_ddg.plugin import compat
+from lightning_ddg.plugin.host import LightningModule
 from lightning_ddg.plugin.strategy import DDGStrategy
-
-if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule
 
 
 @dataclass(frozen=True)

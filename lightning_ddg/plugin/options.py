@@ -13,13 +13,11 @@ from datetime import timedelta
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelPruning
-from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from torch import nn
 
 from lightning_ddg.core.staleness import Staleness
 from lightning_ddg.plugin import compat
+from lightning_ddg.plugin.host import MixedPrecision, ModelPruning, Precision, Trainer
 
 _CHOICES = {
     "balance": ("time", "parameters", "flops"),

@@ -13,10 +13,6 @@ from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
-from lightning.pytorch.accelerators import Accelerator
-from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.strategies.parallel import ParallelStrategy
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from typing_extensions import override
@@ -24,7 +20,8 @@ from typing_extensions import override
 from lightning_ddg.comm.ranks import LocalRanks, PipelineRanks, Ranks
 from lightning_ddg.core.schedule import delay, stage_of_rank
 from lightning_ddg.core.staleness import Staleness
-from lightning_ddg.plugin import compat
+from lightning_ddg.plugin import compat, host
+from lightning_ddg.plugin.host import Accelerator, CheckpointIO, ClusterEnvironment, ParallelStrategy, Precision
 from lightning_ddg.plugin.options import Options, check_backend, check_precision, check_started
 
 _T = TypeVar("_T")
@@ -73,6 +70,12 @@ class StageProcesses(ParallelStrategy):
         for name, (start_method, description) in _STRATEGIES.items():
             if name not in strategy_registry:
                 strategy_registry.register(name, cls, description=description, start_method=start_method)
+
+    @override
+    def __repr__(self) -> str:
+        # All that a Trainer of the other package says of a strategy that is none of its own.
+        mixed = host.if_mixed()
+        return super().__repr__() if mixed is None else f"<{type(self).__name__}: {mixed}>"
 
     @property
     def num_stages(self) -> int:

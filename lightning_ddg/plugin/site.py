@@ -7,12 +7,10 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_ddg.comm.ranks import Ranks
 from lightning_ddg.core.rng import EVALUATION, TRAINING, Batch
+from lightning_ddg.plugin.host import LightningModule, Precision, Trainer, TrainerFn
 from lightning_ddg.plugin.options import Options
 from lightning_ddg.plugin.ownership import Weights
 

@@ -18,7 +18,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -27,6 +26,7 @@ from lightning_ddg.core.rng import Batch
 from lightning_ddg.core.tensors import tensors_of
 from lightning_ddg.network.find import Network
 from lightning_ddg.plugin import compat
+from lightning_ddg.plugin.host import LightningModule
 from lightning_ddg.plugin.placeholder import Placeholder, end_step
 from lightning_ddg.plugin.redirection import Redirection, StepDone
 from lightning_ddg.plugin.site import Site

@@ -14,11 +14,6 @@ from itertools import count
 from typing import Any, Literal, TypeVar, cast
 
 import torch
-from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.accelerators import Accelerator
-from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.plugins.precision import Precision
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -29,6 +24,15 @@ from lightning_ddg.plugin import compat
 from lightning_ddg.plugin.assembly import Run, build, move_all_but
 from lightning_ddg.plugin.checkpoint import CheckpointAssembler, record_cut, recorded_cut
 from lightning_ddg.plugin.data import BatchExchange, check_steps
+from lightning_ddg.plugin.host import (
+    Accelerator,
+    CheckpointIO,
+    ClusterEnvironment,
+    LightningModule,
+    LightningOptimizer,
+    Precision,
+    Trainer,
+)
 from lightning_ddg.plugin.measure import plan_module
 from lightning_ddg.plugin.options import Options, check_trainer
 from lightning_ddg.plugin.ownership import Weights, check_optimizers

@@ -1,0 +1,3 @@
+"""What comes before all tests: the choice between Lightning's packages is made in ``tests/__init__.py``."""
+
+import tests  # noqa: F401
