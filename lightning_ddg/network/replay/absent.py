@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_ddg.core.tensors import TensorSpec, allocate
-from lightning_ddg.network.replay.tracked import Origin, Tracked
+from lightning_ddg.network.replay.tracked import Tracked
 
 REMEDY = "Cut elsewhere (`split_points`), or return the network's layers from `configure_stages()`."
 _MOST_SHAPES = 4096
+
+
+class Origin(NamedTuple):
+    """Where an absent tensor comes from, in words, and whether from a later stage."""
+
+    what: str
+    later: bool = False
+
+    def __str__(self) -> str:
+        return self.what
+
+
+class StageOver(BaseException):
+    """Ends the run of a stage: what follows belongs to later ones."""
+
+    def __init__(self, absent: Absent) -> None:
+        super().__init__()
+        self.absent = absent
 
 
 class Absent:
@@ -22,17 +40,15 @@ class Absent:
     The network goes by the name of its class, the stage by that of its first layer.
     """
 
-    now = 0
-
     def __init__(self, network: str, stage: str) -> None:
         self._network = network
         self._stage = stage
         self._inside: str | None = None
         self._shapes: dict[Any, Any] = {}
 
-    def tensor(self, spec: TensorSpec, device: torch.device, what: str) -> Tracked:
+    def tensor(self, spec: TensorSpec, device: torch.device, what: str, later: bool = False) -> Tracked:
         """Return what stands for a tensor, on a device, from ``what``."""
-        return Tracked(allocate(spec, "meta"), device, self, Origin(what))
+        return Tracked(allocate(spec, "meta"), device, self, Origin(what, later))
 
     @contextmanager
     def inside(self, layer: str) -> Iterator[None]:
@@ -51,15 +67,24 @@ class Absent:
             raise self._unknown(tensor, where)
         return tensor.value
 
-    def used(self, tensor: Tracked) -> None:
+    def made(self, func: Any, operands: Sequence[Tracked]) -> Any:
         """See :class:`~lightning_ddg.network.replay.tracked.Ledger`."""
         if self._inside is not None:
-            raise self._unknown(tensor, f"the layer {self._inside!r}")
+            raise self._unknown(operands[0], f"the layer {self._inside!r}")
+        return next((tensor.origin for tensor in operands if tensor.origin.later), operands[0].origin)
+
+    def written(self, func: Any, operands: Sequence[Tracked], into: Sequence[Tracked]) -> None:
+        """See :class:`~lightning_ddg.network.replay.tracked.Ledger`."""
+        origin = self.made(func, operands)
+        for tensor in into:
+            tensor.origin = origin
 
     def read(self, tensor: Tracked, operation: str) -> None:
         """See :class:`~lightning_ddg.network.replay.tracked.Ledger`."""
+        if tensor.origin.later:
+            raise StageOver(self)
         raise self.error(
-            f"goes on by the values of {tensor.origin.what} ({operation}), which is not in the stage of "
+            f"goes on by the values of {tensor.origin} ({operation}), which is not in the stage of "
             f"{self._stage!r}. {REMEDY}"
         )
 
@@ -99,7 +124,7 @@ class Absent:
     def _unknown(self, tensor: Tracked, where: str) -> RuntimeError:
         return self.error(
             f"passes on a value that the stage of {self._stage!r} does not have: in {where}, a tensor of "
-            f"shape {tuple(tensor.shape)} comes from {tensor.origin.what}, which is in another stage, and is no "
+            f"shape {tuple(tensor.shape)} comes from {tensor.origin}, which is in another stage, and is no "
             f"argument of {self._stage!r}. {REMEDY}"
         )
 

@@ -1,19 +1,24 @@
-"""Where a network whose code cannot be recorded may be cut: the data flow of its calls in training and evaluation."""
+"""Where a network may be cut, and what crosses there, by the data flow of its calls in training and evaluation.
+
+A cut at position ``p`` lies before the ``p``-th layer, by the order of their first calls. Every stage runs the code between
+the layers again; whatever it cannot compute must be sent to it. A value can be sent that is seen among the arguments or
+in the output of a call before the next stage begins; if it is not, it can be computed again from what is.
+"""
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 from lightning_ddg.network.layers import Call
-from lightning_ddg.network.replay.crossing import Output
-from lightning_ddg.network.replay.dataflow import DataFlow, observe
-from lightning_ddg.network.replay.layers import Layer, Place, find_layers, loose_parameters
+from lightning_ddg.network.replay.crossing import RESULT, Path, Sight
+from lightning_ddg.network.replay.dataflow import NEVER, DataFlow, LayerCall, Value, observe
+from lightning_ddg.network.replay.layers import Place, Tree, find_tree, inside, loose_parameters
 
 _log = logging.getLogger(__name__)
 
@@ -23,32 +28,47 @@ class Analysis:
     """What is known of a network. Layers are given by their positions.
 
     Attributes:
-        layers: Its layers, in the order of their first calls.
+        layers: Its layers with their names, in the order of their first calls.
+        blocks: The modules that hold layers, and the positions of the first and the last.
         loose: For each parameter that belongs to no layer, the layer whose stage has it.
+        calls: The calls of layers, in evaluation and in training.
         forbidden: Positions before which the network cannot be cut, each with the reason.
-        crossing: For each position and each form of the call of the layer there, which of the tensors in its arguments
-            a later stage cannot compute by itself.
-        outputs: For each position, the outputs of earlier layers that are used after it without being such an argument.
-        unneeded: For each form of the network's call, the inputs that nothing uses from each position on.
+        open: For each position, the modules whose own code has to be run again after it.
+        crossing: For each form of the network's call, in evaluation and in training, and for each position: which values
+            computed before it are needed after it, and which inputs are not.
     """
 
-    layers: list[Layer]
+    layers: list[tuple[nn.Module, str]]
+    blocks: dict[nn.Module, tuple[int, int]]
     loose: dict[Place, int]
+    calls: tuple[list[Path], list[Path]]
     forbidden: dict[int, str] = field(default_factory=dict)
-    crossing: list[dict[bytes, frozenset[int]]] = field(default_factory=list)
-    outputs: list[frozenset[Output]] = field(default_factory=list)
-    unneeded: dict[bytes, list[frozenset[int]]] = field(default_factory=dict)
+    open: list[frozenset[nn.Module]] = field(default_factory=list)
+    crossing: dict[tuple[bytes, bool], list[tuple[frozenset[Sight], frozenset[int]]]] = field(default_factory=dict)
+
+    def crosses(self, form: bytes, training: bool, cut: int) -> tuple[frozenset[Sight], frozenset[int]]:
+        """Return what :attr:`crossing` says, or, for a form that was not seen, all that may be of use.
+
+        How many functions are called is then not known, and so nothing is named by that.
+        """
+        if (form, training) in self.crossing:
+            return self.crossing[form, training][cut]
+        sights = frozenset[Sight]().union(*(cuts[cut][0] for cuts in self.crossing.values()))
+        return frozenset(sight for sight in sights if sight[1] < RESULT), frozenset()
 
 
 def without_call(target: nn.Module) -> Analysis:
     """Return what can be said without a call: the layers in the order in which the network's modules hold them."""
-    layers = list(find_layers(target))
-    return Analysis(
-        layers,
-        dict.fromkeys(loose_parameters(target, layers), 0),
-        crossing=[{} for _ in layers],
-        outputs=[frozenset()] * len(layers),
-    )
+    tree = find_tree(target)
+    layers = list(tree.layers.items())
+    position = {layer: place for place, (layer, _) in enumerate(layers)}
+    blocks = {}
+    for block in tree.blocks:
+        held = [position[layer] for layer in inside(block, tree.layers)]
+        blocks[block] = (min(held), max(held))
+    loose = dict.fromkeys(loose_parameters(target, tree.layers), 0)
+    nothing = [frozenset[Any]()] * len(layers)
+    return Analysis(layers, blocks, loose, ([], []), open=nothing)
 
 
 def analyse(
@@ -56,45 +76,31 @@ def analyse(
 ) -> Analysis:
     """Call a network, in training and in evaluation, and watch; everything is left as it was.
 
-    The parts of modules in ``whole`` are not taken for layers.
+    Modules in ``whole`` are not looked into.
 
     Raises:
         RuntimeError: The network's code failed.
     """
-    layers = list(find_layers(target, whole))
-    training, evaluation = (_observed(target, layers, forward, call, mode) for mode in (True, False))
-    found = _combined(target, layers, training, evaluation)
-    closed = _unevenly_called(layers, training) | _unevenly_called(layers, evaluation) | _never_cut_inside(found)
-    if closed:
-        # Parts of these blocks are no layers.
+    tree = find_tree(target, whole)
+    flows = tuple(_observed(target, tree, forward, call, mode) for mode in (True, False))
+    closed = frozenset[nn.Module]().union(*(_to_be_closed(target, tree, flow) for flow in flows))
+    if closed - whole:
         return analyse(target, forward, call, whole | closed)
+    found = _combined(target, tree, *flows)
+    stuck = _never_cut_inside(found)
+    if stuck - whole:
+        return analyse(target, forward, call, whole | stuck)
     for position, reason in found.forbidden.items():
-        _log.debug("%s: no stage can begin with %r: %s", type(target).__name__, found.layers[position].name, reason)
+        _log.debug("%s: no stage can begin with %r: %s", type(target).__name__, found.layers[position][1], reason)
     return found
 
 
-def _unevenly_called(layers: Sequence[Layer], flow: DataFlow) -> set[nn.Module]:
-    """Blocks with parts that are not called once, but as the data will have it, such as experts."""
-    times = Counter(flow.calls)
-    return {layer.entry for index, layer in enumerate(layers) if layer.entry is not None and times[index] != 1}
-
-
-def _never_cut_inside(found: Analysis) -> set[nn.Module]:
-    """Blocks of several layers between none of which a cut is possible."""
-    entries = [layer.entry for layer in found.layers]
-    stuck = Counter(entries[position] for position in found.forbidden if entries[position - 1] is entries[position])
-    parts = Counter(entries)
-    return {entry for entry in parts if entry is not None and stuck[entry] >= parts[entry] - 1 > 0}
-
-
-def _observed(
-    target: nn.Module, layers: Sequence[Layer], forward: Callable[..., Any], call: Call, training: bool
-) -> DataFlow:
+def _observed(target: nn.Module, tree: Tree, forward: Callable[..., Any], call: Call, training: bool) -> DataFlow:
     try:
-        return observe(target, layers, forward, call, training)
+        return observe(target, tree, forward, call, training)
     except Exception:  # noqa: BLE001 - code that does not bear such inputs; they are always sent then
         try:
-            return observe(target, layers, forward, call, training, follow_inputs=False)
+            return observe(target, tree, forward, call, training, follow_inputs=False)
         except Exception as error:
             raise RuntimeError(
                 f"The forward of {type(target).__name__} failed when its layers were looked for "
@@ -102,34 +108,277 @@ def _observed(
             ) from error
 
 
-def _combined(target: nn.Module, known: Sequence[Layer], training: DataFlow, evaluation: DataFlow) -> Analysis:
-    order = training.order
-    position = {index: place for place, index in enumerate(order)}
-    layers = [known[index] for index in order]
-    reasons = {**evaluation.forbidden, **training.forbidden}
-    outputs = (training.outputs[index] | evaluation.outputs.get(index, frozenset()) for index in order)
-    return Analysis(
-        layers,
-        _loose(target, layers, position, {**evaluation.parameters, **training.parameters}),
-        {place: reasons[index] for place, index in enumerate(order) if place and index in reasons},
-        [_either(training.crossing[index], evaluation.crossing.get(index, {})) for index in order],
-        [frozenset((position[layer], which) for layer, which in some if layer in position) for some in outputs],
-        {training.form: [training.unneeded[index] & evaluation.unneeded[index] for index in order]},
+def _to_be_closed(target: nn.Module, tree: Tree, flow: DataFlow) -> Iterator[nn.Module]:
+    """Blocks that call none of their layers, and those that decide by computed values, as a mixture of experts does."""
+    called = {call.layer for call in flow.calls}
+    for block in tree.blocks:
+        if block in flow.blocks and not any(layer in called for layer in inside(block, tree.layers)):
+            yield block
+    modules = list(target.modules())
+    for _, path, value, _ in flow.reads:
+        if path and any(source.layer is not None for source in ancestors([value])):
+            yield modules[path[-1][0]]
+
+
+def _combined(target: nn.Module, tree: Tree, training: DataFlow, evaluation: DataFlow) -> Analysis:
+    order = list(dict.fromkeys(call.layer for call in training.calls))
+    position = {layer: place for place, layer in enumerate(order)}
+    loose = _loose(target, position, training, evaluation)
+    blocks = {}
+    for block in training.blocks | evaluation.blocks:
+        parts = set(block.modules())
+        held = [place for layer, place in position.items() if layer in parts]
+        held += [place for (module, _), place in loose.items() if module in parts]
+        if held:
+            blocks[block] = (min(held), max(held))
+    modules = list(target.modules())
+    observed = ((training, True), (evaluation, False))
+    flows = [_Cuts(flow, position, loose, blocks, modules) for flow, _ in observed]
+    found = Analysis(
+        [(layer, tree.layers[layer]) for layer in order],
+        blocks,
+        loose,
+        ([call.path for call in evaluation.calls], [call.path for call in training.calls]),
+        open=[frozenset()],
     )
+    crossings = [found.crossing.setdefault((flow.form, mode), [(frozenset(), frozenset())]) for flow, mode in observed]
+    closed = training.unpicklable | evaluation.unpicklable
+    for cut in range(1, len(order)):
+        needs = [flow.needs(cut) for flow in flows]
+        reason = next((need.reason for need in needs if need.reason is not None), None)
+        if reason is not None:
+            found.forbidden[cut] = reason
+        found.open.append(closed.union(*(need.open for need in needs)))
+        for crossing, need, (flow, _) in zip(crossings, needs, observed, strict=True):
+            crossing.append((frozenset(need.sights), flow.followed - need.inputs))
+    return found
 
 
 def _loose(
-    target: nn.Module, layers: Sequence[Layer], position: dict[int, int], first_uses: dict[Place, int]
+    target: nn.Module, position: dict[nn.Module, int], training: DataFlow, evaluation: DataFlow
 ) -> dict[Place, int]:
     """Where parameters outside the layers belong: to the stage that uses them first, else to the last."""
-    held = {id(parameter) for layer in layers for parameter in layer.module.parameters()}
+    held = {id(parameter) for layer in position for parameter in layer.parameters()}
+    first = _first_uses(evaluation, position) | _first_uses(training, position)
     return {
-        (module, name): position.get(first_uses.get((module, name), -1), len(layers) - 1)
-        for module, name in loose_parameters(target, layers)
+        (module, name): first.get((module, name), len(position) - 1)
+        for module, name in loose_parameters(target, position)
         # Not another name of a layer's parameter, if the network does not go by it.
-        if (module, name) in first_uses or id(module._parameters[name]) not in held
+        if (module, name) in first or id(module._parameters[name]) not in held
     }
 
 
-def _either(one: dict[bytes, frozenset[int]], other: dict[bytes, frozenset[int]]) -> dict[bytes, frozenset[int]]:
-    return {form: one.get(form, frozenset()) | other.get(form, frozenset()) for form in (*one, *other)}
+def _first_uses(flow: DataFlow, position: dict[nn.Module, int]) -> dict[Place, int]:
+    """The layer called last before each parameter is first used outside of its own layer; the first, if none is."""
+    used: dict[Place, int] = {}
+    heads = [value for call in flow.calls for value in call.arguments] + [value for *_, value, _ in flow.reads]
+    for value in ancestors(heads + flow.output):
+        for operand in value.operands:
+            if operand.parameter is not None:
+                used[operand.parameter] = min(used.get(operand.parameter, NEVER), value.time)
+    for call in flow.calls:
+        for value in call.arguments:
+            if value.parameter is not None:
+                used[value.parameter] = min(used.get(value.parameter, NEVER), call.time)
+    times = [(call.time, position[call.layer]) for call in flow.calls if call.layer in position]
+    return {place: max((at for when, at in times if when <= time), default=0) for place, time in used.items()}
+
+
+def ancestors(values: Iterable[Value]) -> list[Value]:
+    """Return values and all that they were made of."""
+    seen = {id(value): value for value in values}
+    queue = list(seen.values())
+    while queue:
+        for operand in queue.pop().operands:
+            if id(operand) not in seen:
+                seen[id(operand)] = operand
+                queue.append(operand)
+    return list(seen.values())
+
+
+def around(sight: Sight) -> Path:
+    """Return the calls whose code has to be run to see a value there."""
+    path, where, _ = sight
+    return path if where >= RESULT else path[:-1]
+
+
+def _never_cut_inside(found: Analysis) -> frozenset[nn.Module]:
+    """Blocks of several layers between none of which a cut is possible."""
+    return frozenset(
+        block
+        for block, (first, last) in found.blocks.items()
+        if last > first and all(place in found.forbidden for place in range(first + 1, last + 1))
+    )
+
+
+@dataclass
+class _Needs:
+    """What the stages after a cut need, or the reason why they cannot have it."""
+
+    sights: set[Sight] = field(default_factory=set)
+    open: set[nn.Module] = field(default_factory=set)
+    inputs: set[int] = field(default_factory=set)
+    reason: str | None = None
+
+
+class _Cuts:
+    """Says of one observed call what each cut needs."""
+
+    def __init__(
+        self,
+        flow: DataFlow,
+        position: dict[nn.Module, int],
+        loose: dict[Place, int],
+        blocks: dict[nn.Module, tuple[int, int]],
+        modules: list[nn.Module],
+    ) -> None:
+        self._flow, self._modules, self._blocks = flow, modules, blocks
+        self._loose = loose
+        # What training does not call is in the last stage.
+        self._position = {call.layer: position.get(call.layer, len(position) - 1) for call in flow.calls}
+        self._owner = {part: place for layer, place in self._position.items() for part in layer.modules()}
+        self._lowest: dict[int, int] = {}
+        self._span: dict[int, tuple[int, int]] = {}
+        for call in flow.calls:
+            for value in call.arguments:
+                self._lower(value, self._position[call.layer])
+
+    def needs(self, cut: int) -> _Needs:
+        """Return what stages after a cut need."""
+        found = _Needs()
+        early = [call for call in self._flow.calls if self._position[call.layer] < cut]
+        late = [call for call in self._flow.calls if self._position[call.layer] >= cut]
+        last = max((call.time for call in early), default=0)
+        # The stage before ends with this call, whose arguments it still sees.
+        end = min((call.time for call in late if call.time > last), default=self._flow.end)
+        heads = [(value, call.time, self._name(call)) for call in late for value in call.arguments]
+        heads += [(value, time, f"its own code ({what})") for time, _, value, what in self._flow.reads]
+        heads += [(value, self._flow.end, "its output") for value in self._flow.output]
+        known: dict[int, bool] = {}
+        for value, time, user in heads:
+            reason = self._need(value, time, cut, end, found, known)
+            if reason is not None:
+                found.reason = f"{reason}, and {user} needs that later"
+                return found
+        again = {call.checkpoint for call in early} & {call.checkpoint for call in late} - {None}
+        found.reason = "a checkpoint around both sides runs them again" if again else self._too_early(cut, end, early)
+        return found
+
+    def _too_early(self, cut: int, end: int, early: list[LayerCall]) -> str | None:
+        """Say why the stages before a cut cannot do without those after it."""
+        for call in early:
+            for value in call.arguments:
+                if self._sources(value)[1] >= cut:
+                    return f"{self._name(call)} is called with what {value} has a part in, which is in a later stage"
+        for time, _, value, what in self._flow.reads:
+            if time < end and self._sources(value)[1] >= cut:
+                return f"its own code reads the values of {value} ({what}) before"
+        if any(time < end for time in self._flow.draws):
+            return "its own code draws random numbers from Python or NumPy before, in each stage others"
+        return None
+
+    def _need(
+        self, value: Value, time: int, cut: int, end: int, found: _Needs, known: dict[int, bool]
+    ) -> str | None:
+        """Note what has to be sent so that a value is known at a time; return why it cannot be."""
+        if id(value) in known:
+            return None
+        first, last = self._sources(value)
+        if value.input is not None:
+            found.inputs.add(value.input)
+        elif value.parameter is not None:
+            if first < cut:
+                return f"{value} is used on both sides"
+        elif value.layer is not None and first >= cut:
+            pass
+        elif first < NEVER and last < cut or value.drawn or value.layer is not None:
+            sight = self._sight(value, time, cut, end)
+            if sight is not None:
+                found.sights.add(sight)
+                found.open.update(self._inside_done(around(sight), cut))
+            elif value.layer is not None:
+                return f"{value} is not seen after its call, or is written into"
+            elif value.drawn and self._lowest.get(id(value), NEVER) < cut:
+                return "random numbers are used on both sides"
+            else:
+                reason = self._operands(value, cut, end, found, known)
+                if reason is not None:
+                    return reason
+        else:
+            reason = self._operands(value, cut, end, found, known)
+            if reason is not None:
+                return reason
+        known[id(value)] = True
+        return None
+
+    def _operands(self, value: Value, cut: int, end: int, found: _Needs, known: dict[int, bool]) -> str | None:
+        found.open.update(self._inside_done(value.path, cut))
+        for operand in value.operands:
+            reason = self._need(operand, value.time, cut, end, found, known)
+            if reason is not None:
+                return reason
+        return None
+
+    def _sight(self, value: Value, time: int, cut: int, end: int) -> Sight | None:
+        """Choose where a value is seen in time, before it is written into; rather not inside what is over by then."""
+        usable = [
+            (bool(self._inside_done(around(sight), cut)), sight[1] >= RESULT, when, sight)
+            for when, sight, blind in value.sights
+            if when <= min(time, end) and value.changed > end and not blind and self._begun(around(sight), cut)
+        ]
+        return min(usable)[-1] if usable else None
+
+    def _inside_done(self, path: Path, cut: int) -> list[nn.Module]:
+        """Which of the calls in a path are of modules that need not be looked into after a cut."""
+        modules = [self._modules[number] for number, _ in path]
+        return [module for module in modules if module in self._blocks and self._blocks[module][1] < cut]
+
+    def _begun(self, path: Path, cut: int) -> bool:
+        """Whether the calls in a path begin before a cut: the stage before it makes no others."""
+        modules = [self._modules[number] for number, _ in path]
+        return all(self._blocks[module][0] < cut for module in modules if module in self._blocks)
+
+    def _name(self, call: LayerCall) -> str:
+        return f"a {type(call.layer).__name__}"
+
+    def _lower(self, value: Value, position: int) -> None:
+        """Note that a layer's arguments depend on a value, back to the outputs of layers."""
+        queue = [value]
+        while queue:
+            one = queue.pop()
+            if self._lowest.get(id(one), NEVER) <= position:
+                continue
+            self._lowest[id(one)] = position
+            if one.layer is None:
+                queue.extend(one.operands)
+
+    def _sources(self, value: Value) -> tuple[int, int]:
+        """The first and the last layer that has a part in a value; the later of them none, if none has."""
+        known = self._span.get(id(value))
+        if known is not None:
+            return known
+        stack = [value]
+        while stack:
+            one = stack[-1]
+            if id(one) in self._span:
+                stack.pop()
+                continue
+            if one.layer is not None:
+                place = self._position.get(one.layer, NEVER - 1)
+                self._span[id(one)] = (place, place)
+            elif one.parameter is not None:
+                module = one.parameter[0]
+                place = self._loose.get(one.parameter, self._owner.get(module, 0))
+                self._span[id(one)] = (place, place)
+            else:
+                missing = [operand for operand in one.operands if id(operand) not in self._span]
+                if missing:
+                    stack.extend(missing)
+                    continue
+                spans = [self._span[id(operand)] for operand in one.operands]
+                self._span[id(one)] = (
+                    min((first for first, _ in spans), default=NEVER),
+                    max((last for _, last in spans), default=-1),
+                )
+            stack.pop()
+        return self._span[id(value)]

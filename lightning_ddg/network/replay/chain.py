@@ -49,7 +49,7 @@ class ReplayedChain:
         # A module that cannot begin a stage belongs to the layer before.
         modules = len(self._found.layers)
         self._bounds = [*(place for place in range(modules) if place not in self._found.forbidden), modules]
-        self.names = [f"{self._prefix}{self._found.layers[place].name}" for place in self._bounds[:-1]]
+        self.names = [f"{self._prefix}{self._found.layers[place][1]}" for place in self._bounds[:-1]]
 
     def __len__(self) -> int:
         return len(self.names)
@@ -64,7 +64,7 @@ class ReplayedChain:
 
     def modules(self, start: int, stop: int) -> list[nn.Module]:
         """Return the user's modules that are called in the layers ``start`` to ``stop - 1``."""
-        return [layer.module for layer in self._found.layers[self._bounds[start] : self._bounds[stop]]]
+        return [layer for layer, _ in self._found.layers[self._bounds[start] : self._bounds[stop]]]
 
     def whole(self, *args: Any, **kwargs: Any) -> Any:
         """Run all the layers as one part, which leaves out what no stage could return, such as caches of all layers."""
@@ -80,9 +80,9 @@ class ReplayedSegment(nn.Module):
     def __init__(self, part: Part, prefix: str) -> None:
         super().__init__()
         self._part, self._prefix = part, prefix
-        for layer in part.layers:
-            *path, leaf = f"{prefix}{layer.name}".split(".")
-            namespace(self, path).add_module(leaf, layer.module)
+        for module in part.own:
+            *path, leaf = f"{prefix}{part.names[module]}".split(".")
+            namespace(self, path).add_module(leaf, module)
         for path_name, module, name in part.loose:
             space = self._space(path_name)
             if not isinstance(space._parameters, _Shared):
@@ -91,7 +91,7 @@ class ReplayedSegment(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the layers on the network's arguments, or on what the segment before this one returned."""
-        layers = [self.get_submodule(f"{self._prefix}{layer.name}") for layer in self._part.layers]
+        layers = [self.get_submodule(f"{self._prefix}{self._part.names[module]}") for module in self._part.own]
         # Those of this segment, which may be a copy, in the place of the user's.
         own = [
             ((module._parameters, name), self._space(path)._parameters[name]) for path, module, name in self._part.loose

@@ -1,24 +1,34 @@
-"""What travels from one stage of a replayed network to the next."""
+"""What travels from one stage of a replayed network to the next, and how its values are named.
+
+A value is named by where it is seen: as a tensor among the arguments, or in the output, of a call of a module, or as the
+result of one of the torch functions that the code of a module calls. A call is named by the calls that it is made in, and
+so has the same name in every stage that runs the code around it.
+"""
 
 from __future__ import annotations
 
-import io
-import pickle
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from lightning_ddg.core.tensors import TensorSpec
+from lightning_ddg.core.tensors import TensorSpec, flatten, tensors_of
 
-#: A layer's position, and which of the tensors in its output.
-Output = tuple[int, int]
+#: The numbers of the modules called, outermost first, each with how often it was called there before.
+Path = tuple[tuple[int, int], ...]
+
+ARGUMENT, OUTPUT, RESULT = 0, 1, 2
+
+#: A call, where the tensor is seen there, and its place among such tensors. ``RESULT + i`` is the i-th tensor that a torch
+#: function returns; its place is how many were called before in the code of that call.
+Sight = tuple[Path, int, int]
 
 
 class Done(NamedTuple):
-    """A call of a layer that is over: the layer's position, the form of its output, and its tensors' descriptions."""
+    """A call that is over: its name, the form of its output (``None`` for a tensor), and the tensors' descriptions."""
 
-    position: int
-    form: bytes
+    path: Path
+    form: bytes | None
     tensors: tuple[TensorSpec, ...]
 
 
@@ -28,38 +38,33 @@ class Crossing(NamedTuple):
     Attributes:
         form: The form of the network's call.
         inputs: Its tensors; of those that nothing uses from here on, the description.
-        done: The calls of layers so far.
-        position: The layer that is called next.
-        arguments: The tensors in its arguments; ``None`` for those that every stage has by itself.
-        outputs: Tensors that layers have returned and that are needed later.
+        done: The calls that are over.
+        values: Tensors that are used later, by where they are seen.
     """
 
     form: bytes
     inputs: list[Tensor | TensorSpec]
     done: tuple[Done, ...]
-    position: int
-    arguments: list[Tensor | None]
-    outputs: dict[Output, Tensor]
+    values: dict[Sight, Tensor]
 
 
-class _Places(pickle.Pickler):
-    def __init__(self, file: io.BytesIO) -> None:
-        super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
-        self.tensors: list[Tensor] = []
+def arguments_of(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in a call's arguments, in tuples, lists and dictionaries; one in two places twice."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from arguments_of(item)
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from arguments_of(item)
 
-    def persistent_id(self, obj: Any) -> int | None:
-        if not isinstance(obj, Tensor):
-            return None
-        self.tensors.append(obj)
-        return 0
+
+def outputs_of(value: Any) -> list[Tensor]:
+    """Return the tensors in a call's output, whatever holds them."""
+    return tensors_of(value)
 
 
-def places(value: Any) -> tuple[bytes, list[Tensor]]:
-    """Return the form of a pytree and the tensor at each place, a tensor in two places twice.
-
-    Unlike with :func:`~lightning_ddg.core.tensors.flatten`, the form does not depend on which tensors are the same.
-    """
-    buffer = io.BytesIO()
-    pickler = _Places(buffer)
-    pickler.dump(value)
-    return buffer.getvalue(), pickler.tensors
+def form_of(output: Any) -> tuple[bytes | None, list[Tensor]]:
+    """Split a call's output into its form and its tensors."""
+    return (None, [output]) if isinstance(output, Tensor) else flatten(output)

@@ -1,62 +1,112 @@
-"""The data flow of one observed call of a network: what it says about the cuts between the network's layers.
+"""The data flow of one call of a network: what its layers and the code between them make of what.
 
-Outputs of layers, parameters and the network's floating-point inputs are followed through the code between the layers.
-Times count the calls of layers that have begun. A cut at time ``p`` lies just before the ``p``-th call: what exists by
-then is known after it only if it is an argument of that call, or what a layer returned, or made from the network's
-inputs alone.
+Outputs of layers, parameters, random numbers and the network's floating-point inputs are followed through the code.
+Time counts what happens: calls that begin or end, and operations.
 """
 
 from __future__ import annotations
 
+import random
 import sys
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NamedTuple
+from types import CodeType, FrameType
+from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+import torch.utils.checkpoint
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_ddg.core.tensors import Slot, flatten, parameters_replaced, unflatten
 from lightning_ddg.network.layers import Call
-from lightning_ddg.network.replay.crossing import Output, places
-from lightning_ddg.network.replay.layers import Layer, Place
+from lightning_ddg.network.replay.crossing import ARGUMENT, OUTPUT, RESULT, Path, Sight, arguments_of, outputs_of
+from lightning_ddg.network.replay.layers import Place, Tree
 from lightning_ddg.network.replay.module_calls import caching_configs, calls_left, calls_taken, plain_calls
-from lightning_ddg.network.replay.tracked import Origin, Tracked, content_of, replaced
+from lightning_ddg.network.replay.tracked import Tracked, content_of, replaced
 from lightning_ddg.network.restore import gpus_of, in_mode, trial
+
+NEVER = sys.maxsize
+
+
+@dataclass(eq=False)
+class Value:
+    """A tensor between two writes into it.
+
+    Attributes:
+        what: Where it comes from, in words.
+        time: When it was made.
+        path: The calls in which it was made.
+        operands: What an operation made it of.
+        layer: The layer that returned it.
+        parameter: The parameter that it is.
+        input: Which of the network's inputs it is.
+        drawn: Whether it is random, and made between the layers.
+        changed: When something is written into its memory.
+        sights: Where it is seen, each with the time, and whether by code that no gradient goes through.
+    """
+
+    what: str
+    time: int
+    path: Path = ()
+    operands: tuple[Value, ...] = ()
+    layer: nn.Module | None = None
+    parameter: Place | None = None
+    input: int | None = None
+    drawn: bool = False
+    changed: int = NEVER
+    sights: list[tuple[int, Sight, bool]] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return self.what
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """A call of a layer: when, the call's name, which followed values it was given, and in which checkpointed code."""
+
+    layer: nn.Module
+    time: int
+    path: Path
+    arguments: tuple[Value, ...]
+    checkpoint: FrameType | None = None
 
 
 @dataclass(frozen=True)
 class DataFlow:
-    """What one call has shown. Layers are given by their numbers.
+    """What one call has shown.
 
     Attributes:
         form: The form of the call.
-        calls: The layers, as they were called.
-        crossing: By layer and form of its first call: which tensors in the arguments a stage cannot compute by itself.
-        forbidden: The layers before which there can be no cut, each with the reason.
-        outputs: By layer, the outputs of earlier ones that do not reach its first call but are used later.
-        unneeded: By layer, the inputs that nothing uses from its first call on.
-        parameters: For each parameter used outside its layer's calls, the layer after whose call it is first used.
+        followed: Which inputs were followed.
+        calls: The calls of layers.
+        blocks: The blocks that were called.
+        reads: Values that the code between the layers has read: the time, in which calls, the value, and what it did.
+        draws: When it has drawn random numbers from Python or NumPy.
+        output: The followed values in the network's output, and that of hooks.
+        end: When the call was over.
+        unpicklable: Blocks whose output cannot be described in a message.
     """
 
     form: bytes
-    calls: list[int]
-    crossing: dict[int, dict[bytes, frozenset[int]]]
-    forbidden: dict[int, str]
-    outputs: dict[int, frozenset[Output]]
-    unneeded: dict[int, frozenset[int]]
-    parameters: dict[Place, int]
-
-    @property
-    def order(self) -> list[int]:
-        """The layers that were called, by their first calls."""
-        return list(dict.fromkeys(self.calls))
+    followed: frozenset[int]
+    calls: list[LayerCall]
+    blocks: frozenset[nn.Module]
+    reads: list[tuple[int, Path, Value, str]]
+    draws: list[int]
+    output: list[Value]
+    end: int
+    unpicklable: frozenset[nn.Module]
 
 
 def observe(
     target: nn.Module,
-    layers: Sequence[Layer],
+    tree: Tree,
     forward: Callable[..., Any],
     call: Call,
     training: bool,
@@ -67,26 +117,8 @@ def observe(
 
     Without ``follow_inputs``, all inputs are taken to be needed to the end.
     """
-    log = _Log()
     form, tensors = flatten(call)
-    owner = {part: index for index, layer in enumerate(layers) for part in layer.module.modules()}
-    own: list[list[tuple[Slot, Any]]] = [[] for _ in layers]
-    stands: list[tuple[Slot, Tracked]] = []
-    for path, module in target.named_modules():
-        for name, value in module._parameters.items():
-            if value is not None:
-                origin = Origin(f"the parameter {f'{path}.{name}'.lstrip('.')!r}", parameter=(module, name))
-                stands.append(((module._parameters, name), Tracked(value.detach(), value.device, log, origin)))
-                if module in owner:
-                    own[owner[module]].append(((module._parameters, name), value))
-
-    def run(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        module, name = layers[index].module, layers[index].name
-        args, kwargs = log.called(index, name, args, kwargs)
-        with calls_left(module), parameters_replaced(own[index]):
-            # As in :mod:`~lightning_ddg.network.replay.part`: this is inside the layer's own `__call__`, if any.
-            return log.returned(index, name, nn.Module.__call__(module, *args, **kwargs))
-
+    watch = _Watch(target, tree)
     # Integers are small, and decide more often what the network does.
     floating = [index for index, tensor in enumerate(tensors) if follow_inputs and tensor.is_floating_point()]
     with (
@@ -94,181 +126,341 @@ def observe(
         trial(target.modules(), gpus_of([target], tensors)),
         torch.no_grad(),
         plain_calls(caching_configs(target)),
-        calls_taken({layer.module: partial(run, index) for index, layer in enumerate(layers)}),
-        parameters_replaced(stands),
+        calls_taken(watch.handlers()),
+        parameters_replaced(watch.stands),
+        _derivatives_refused(target),
     ):
         inputs = [tensor.detach().clone() for tensor in tensors]
         for index in floating:
-            origin = Origin(f"input {index}", computed=False, inputs=frozenset([index]))
-            inputs[index] = Tracked(inputs[index], inputs[index].device, log, origin)
+            inputs[index] = watch.follow(inputs[index], Value(f"input {index}", 0, input=index))
         args, kwargs = unflatten(form, inputs)
-        log.finished(forward(*args, **kwargs))
-    return _conclusions(log, form, layers, owner, frozenset(floating))
-
-
-class _LayerCall(NamedTuple):
-    layer: int
-    form: bytes
-    arguments: dict[int, Tracked]
-
-
-class _Use(NamedTuple):
-    time: int
-    tensor: Tracked
-    user: str
-
-
-class _Log:
-    """Notes what happens to the tensors that are followed; keeps them alive, so that no other one gets an id of theirs.
-
-    ``needs`` says of inputs that something made from them is needed in the stage that runs the ``p``-th call.
-    """
-
-    def __init__(self) -> None:
-        self.calls: list[_LayerCall] = []
-        self.uses: list[_Use] = []
-        self.reads: list[tuple[int, str]] = []
-        self.needs: list[tuple[int, frozenset[int]]] = []
-        #: Outputs of layers, and those of them that a hook has put into the network's output.
-        self.outputs: list[Tracked] = []
-        self.hooked: list[Tracked] = []
-
-    @property
-    def now(self) -> int:
-        return len(self.calls)
-
-    def used(self, tensor: Tracked) -> None:
-        self.uses.append(_Use(self.now, tensor, "the network's own code"))
-        if not tensor.origin.computed:
-            self.needs.append((self.now - 1, tensor.origin.inputs))
-
-    def read(self, tensor: Tracked, operation: str) -> None:
-        if tensor.origin.computed:
-            what = f"the network's own code reads the values of {tensor.origin.what} ({operation})"
-            self.reads.append((self.now, what))
-        else:
-            self.needs.append((sys.maxsize, tensor.origin.inputs))
-
-    def compute(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return func(*args, **kwargs)
-
-    def called(self, index: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-        """Note the call of a layer; return what it is really called with."""
-        form, tensors = places((args, kwargs))
-        tracked = {place: tensor for place, tensor in enumerate(tensors) if isinstance(tensor, Tracked)}
-        for tensor in tracked.values():
-            self.uses.append(_Use(self.now, tensor, repr(name)))
-            if not tensor.origin.computed:
-                self.needs.append((self.now, tensor.origin.inputs))
-        self.calls.append(_LayerCall(index, form, tracked))
-        args, kwargs = replaced(content_of, (args, kwargs))
-        return args, kwargs
-
-    def returned(self, index: int, name: str, output: Any) -> Any:
-        """Follow what a layer returns."""
-        form, tensors = flatten(output)
-        tracked = [
-            Tracked(tensor, tensor.device, self, Origin(f"an output of {name!r}", output=(index, place)))
-            for place, tensor in enumerate(tensors)
-        ]
-        self.outputs += tracked
-        return unflatten(form, tracked)
-
-    def finished(self, output: Any) -> None:
-        """Note what the network returns."""
-        made = {id(tensor.content): tensor for tensor in self.outputs}
-        for tensor in flatten(output)[1]:
-            if isinstance(tensor, Tracked):
-                self.uses.append(_Use(self.now, tensor, "the network's output"))
-                self.needs.append((self.now, tensor.origin.inputs))
-            elif id(tensor) in made:
-                self.hooked.append(made[id(tensor)])
-
-
-def _conclusions(
-    log: _Log, form: bytes, layers: Sequence[Layer], owner: dict[nn.Module, int], followed: frozenset[int]
-) -> DataFlow:
-    calls = [call.layer for call in log.calls]
-    first = {layer: calls.index(layer) for layer in dict.fromkeys(calls)}
-    arguments = [set(map(id, call.arguments.values())) for call in log.calls]
-    later: dict[int, set[Output]] = {}
-    for use in log.uses:
-        if use.tensor.origin.output is not None:
-            for cut in _missed_by(use, arguments):
-                later.setdefault(cut, set()).add(use.tensor.origin.output)
-    parameters = _parameter_uses(log)
-    reasons: dict[int, str] = {}
-    for cuts, reason in (
-        *_lost_values(log, arguments),
-        *_shared_parameters(parameters, {module: first[index] for module, index in owner.items() if index in first}),
-        *_repeated_layers(calls, layers, later),
-    ):
-        for cut in cuts:
-            reasons.setdefault(cut, reason)
-    crossing = {}
-    for layer, time in first.items():
-        computed = [place for place, tensor in log.calls[time].arguments.items() if tensor.origin.computed]
-        crossing[layer] = {log.calls[time].form: frozenset(computed)}
-    unneeded = {}
-    for index in range(len(layers)):
-        time = first.get(index, 0)
-        unneeded[index] = followed.difference(*(inputs for last, inputs in log.needs if last >= time))
+        with torch.enable_grad(), _Draws(watch), _Functions(watch):
+            output = forward(*args, **kwargs)
+        watch.finished(output)
     return DataFlow(
         form,
-        calls,
-        crossing,
-        {layer: reasons[time] for layer, time in first.items() if time in reasons},
-        {layer: frozenset(later.get(time, ())) for layer, time in first.items()},
-        unneeded,
-        {place: calls[min(times)] for place, times in parameters.items() if calls},
+        frozenset(floating),
+        watch.calls,
+        frozenset(watch.blocks),
+        watch.reads,
+        watch.draws,
+        watch.output,
+        watch.now,
+        frozenset(watch.unpicklable),
     )
 
 
-def _missed_by(use: _Use, arguments: Sequence[set[int]]) -> list[int]:
-    """The cuts that a tensor would have to cross to where it is used, and does not cross as an argument."""
-    return [cut for cut in range(use.tensor.born, use.time) if id(use.tensor) not in arguments[cut]]
+@contextmanager
+def _derivatives_refused(target: nn.Module) -> Iterator[None]:
+    """Refuse derivatives that code takes between layers: they go through all of them."""
+    grad = torch.autograd.grad
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError(
+            f"{type(target).__name__} takes a derivative (`torch.autograd.grad`) in the forward, through layers that"
+            " would be in other stages"
+        )
+
+    torch.autograd.grad = refuse
+    try:
+        yield
+    finally:
+        torch.autograd.grad = grad
 
 
-def _parameter_uses(log: _Log) -> dict[Place, list[int]]:
-    """After which calls each parameter is used by the network's own code or passed to a layer."""
-    uses: dict[Place, list[int]] = {}
-    for use in log.uses:
-        if use.tensor.origin.parameter is not None:
-            uses.setdefault(use.tensor.origin.parameter, []).append(max(use.time - 1, 0))
-    return uses
+class _Watch:
+    """Notes what happens; keeps all tensors alive, so that no other one gets an id or an address of theirs."""
+
+    def __init__(self, target: nn.Module, tree: Tree) -> None:
+        self.now = 0
+        self.busy = False
+        self.calls: list[LayerCall] = []
+        self.blocks: set[nn.Module] = set()
+        self.unpicklable: set[nn.Module] = set()
+        self.reads: list[tuple[int, Path, Value, str]] = []
+        self.draws: list[int] = []
+        self.output: list[Value] = []
+        self.stands: list[tuple[Slot, Tracked]] = []
+        self._tree = tree
+        self._numbers = {module: number for number, module in enumerate(target.modules())}
+        self._path: Path = ()
+        self._called: Counter[Path] = Counter()
+        self._functions: Counter[Path] = Counter()
+        self._memory: defaultdict[int, list[Value]] = defaultdict(list)
+        self._kept: list[Tensor] = []
+        #: What layers have returned, by identity: a hook may put it elsewhere.
+        self._returned: dict[int, Value] = {}
+        self._own: dict[nn.Module, list[tuple[Slot, Any]]] = {layer: [] for layer in tree.layers}
+        self._libraries = _library_state()
+        owner = {part: layer for layer in tree.layers for part in layer.modules()}
+        for path, module in target.named_modules():
+            for name, value in module._parameters.items():
+                if value is not None:
+                    what = f"the parameter {f'{path}.{name}'.lstrip('.')!r}"
+                    stand = self.follow(value.detach(), Value(what, 0, parameter=(module, name)))
+                    self.stands.append(((module._parameters, name), stand))
+                    if module in owner:
+                        self._own[owner[module]].append(((module._parameters, name), value))
+
+    def handlers(self) -> dict[nn.Module, Callable[[tuple[Any, ...], dict[str, Any]], Any]]:
+        """Return what takes over the calls of layers and blocks."""
+        taken: dict[nn.Module, Any] = {layer: partial(self._run_layer, layer) for layer in self._tree.layers}
+        return taken | {block: partial(self._run_block, block) for block in self._tree.blocks}
+
+    def follow(self, tensor: Tensor, value: Value) -> Tracked:
+        """Return a tensor to be followed."""
+        self._kept.append(tensor)
+        self._memory[_address(tensor)].append(value)
+        return Tracked(tensor, tensor.device, self, value)
+
+    # ---- the ledger
+
+    def read(self, tensor: Tracked, operation: str) -> None:
+        self.reads.append((self.now, self._path, tensor.origin, operation))
+
+    def compute(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with torch.no_grad():
+            return func(*args, **kwargs)
+
+    def made(self, func: Any, operands: Sequence[Tracked]) -> Value:
+        self.now += 1
+        values = tuple(tensor.origin for tensor in operands)
+        computed = next((value for value in values if value.input is None), values[0])
+        return Value(computed.what, self.now, self._path, values, drawn=_draws(func))
+
+    def written(self, func: Any, operands: Sequence[Tracked], into: Sequence[Tracked]) -> None:
+        self.now += 1
+        values = tuple(tensor.origin for tensor in operands)
+        for tensor in into:
+            self._changed(tensor.content)
+            tensor.origin = Value(tensor.origin.what, self.now, self._path, values, drawn=_draws(func))
+            self._memory[_address(tensor.content)].append(tensor.origin)
+
+    # ---- calls
+
+    def _run_layer(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.busy:
+            # By another layer, whose output this one so has a part in.
+            value = Value(f"a call of {self._tree.layers[layer]!r}", self.now, self._path, layer=layer)
+            caller = self.calls.pop()
+            self.calls.append(LayerCall(layer, caller.time, caller.path, ()))
+            self.calls.append(replace(caller, arguments=(*caller.arguments, value)))
+            with calls_left(layer), parameters_replaced(self._own[layer]):
+                return nn.Module.__call__(layer, *args, **kwargs)
+        self.busy = True
+        outer = self._begin(layer, args, kwargs)
+        name = self._tree.layers[layer]
+        given = [tensor for tensor in arguments_of((args, kwargs)) if isinstance(tensor, Tracked)]
+        self.calls.append(LayerCall(layer, self.now, self._path, tuple(tensor.origin for tensor in given), _checkpoint()))
+        versions = [tensor.content._version for tensor in given]
+        args, kwargs = replaced(content_of, (args, kwargs))
+        before = _held_tensors(layer)
+        with calls_left(layer), parameters_replaced(self._own[layer]), torch.no_grad():
+            # As in :mod:`~lightning_ddg.network.replay.part`: this is inside the layer's own `__call__`, if any.
+            output = nn.Module.__call__(layer, *args, **kwargs)
+        self.now += 1
+        for tensor, version in zip(given, versions, strict=True):
+            if tensor.content._version != version:
+                self.written(None, [tensor], [tensor])
+                tensor.origin.layer = layer
+        form, tensors = flatten(output)
+        tracked = [self._returned_by(layer, f"an output of {name!r}", tensor) for tensor in tensors]
+        for module, attribute, tensor in _new_tensors(layer, before):
+            what = f"what {name!r} leaves in its attribute {attribute!r}"
+            vars(module)[attribute] = self._returned_by(layer, what, tensor)
+        output = self._end(outer, layer, unflatten(form, tracked))
+        self.busy = False
+        return output
+
+    def _returned_by(self, layer: nn.Module, what: str, tensor: Tensor) -> Tracked:
+        value = Value(what, self.now, self._path, layer=layer)
+        self._returned[id(tensor)] = value
+        return self.follow(tensor, value)
+
+    def _run_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with calls_left(block):
+            if self.busy:
+                return nn.Module.__call__(block, *args, **kwargs)
+            self.busy = True
+            outer = self._begin(block, args, kwargs)
+            self.blocks.add(block)
+            self.busy = False
+            output = nn.Module.__call__(block, *args, **kwargs)
+            self.busy = True
+            output = self._end(outer, block, output)
+            self.busy = False
+            return output
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Path:
+        self._check_libraries()
+        outer = self._path
+        call = (*outer, (self._numbers[module], 0))
+        self._path = (*outer, (self._numbers[module], self._called[call]))
+        self._called[call] += 1
+        self.now += 1
+        self._see(arguments_of((args, kwargs)), ARGUMENT)
+        return outer
+
+    def _end(self, outer: Path, module: nn.Module, output: Any) -> Any:
+        self.now += 1
+        try:
+            self._see(outputs_of(output), OUTPUT)
+        except Exception:  # noqa: BLE001 - whatever pickling says
+            self.unpicklable.add(module)
+        self._path = outer
+        return output
+
+    def computed(self, result: Any) -> None:
+        """Called with what a torch function has returned to the code between the layers."""
+        place = self._functions[self._path]
+        self._functions[self._path] += 1
+        for index, tensor in enumerate(arguments_of(result)):
+            if isinstance(tensor, Tracked):
+                tensor.origin.sights.append((self.now, (self._path, RESULT + index, place), _blind()))
+
+    def _see(self, tensors: Iterable[Tensor], where: int) -> None:
+        for place, tensor in enumerate(tensors):
+            if isinstance(tensor, Tracked):
+                tensor.origin.sights.append((self.now, (self._path, where, place), _blind()))
+
+    def finished(self, output: Any) -> None:
+        """Note what the network returns."""
+        self._check_libraries()
+        self.now += 1
+        for tensor in _leaves(output):
+            if isinstance(tensor, Tracked):
+                self.output.append(tensor.origin)
+            elif id(tensor) in self._returned:
+                # A hook has put it there.
+                self.output.append(self._returned[id(tensor)])
+
+    # ---- memory and random numbers
+
+    def _changed(self, tensor: Tensor) -> None:
+        for value in self._memory[_address(tensor)]:
+            value.changed = min(value.changed, self.now)
+
+    def _check_libraries(self) -> None:
+        state = _library_state()
+        if state != self._libraries:
+            self.draws.append(self.now)
+            self._libraries = state
+
+    def drawn(self, tensor: Tensor) -> Tracked:
+        """Follow a tensor that an operation on nothing that is followed has made, for what will be drawn into it."""
+        self.now += 1
+        return self.follow(tensor, Value("random numbers", self.now, self._path, drawn=True))
+
+    def made_empty(self, tensor: Tensor) -> Tracked:
+        """Follow a tensor without values, into which random numbers may be drawn."""
+        self.now += 1
+        return self.follow(tensor, Value("a new tensor", self.now, self._path))
 
 
-def _lost_values(log: _Log, arguments: Sequence[set[int]]) -> Iterator[tuple[Iterable[int], str]]:
-    """Yield cuts behind which a value would be missing, with the reason."""
-    for use in log.uses:
-        what, computed, _, parameter, output = use.tensor.origin
-        if computed and parameter is None and output is None:
-            yield _missed_by(use, arguments), f"what was computed from {what} is used later, by {use.user}"
-    for tensor in log.hooked:
-        yield range(tensor.born, log.now), f"a hook puts {tensor.origin.what} into the network's output"
-    for time, reason in log.reads:
-        yield range(time, log.now), reason
+class _Functions(TorchFunctionMode):
+    """Counts the torch functions that the code between the layers calls."""
+
+    def __init__(self, watch: _Watch) -> None:
+        super().__init__()
+        self._watch = watch
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        watch = self._watch
+        if watch.busy:
+            return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        watch.busy = True
+        watch.computed(result)
+        watch.busy = False
+        return result
 
 
-def _shared_parameters(
-    uses: dict[Place, list[int]], own_call: dict[nn.Module, int]
-) -> Iterator[tuple[Iterable[int], str]]:
-    """Yield cuts between two uses of a parameter, with the reason."""
-    for (module, name), times in uses.items():
-        all_times = [*times, own_call[module]] if module in own_call else times
-        reason = f"the parameter {name!r} of a {type(module).__name__} is used on both sides"
-        yield range(min(all_times) + 1, max(all_times) + 1), reason
+class _Draws(TorchDispatchMode):
+    """Follows random tensors that the code between the layers makes."""
+
+    def __init__(self, watch: _Watch) -> None:
+        super().__init__()
+        self._watch = watch
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if self._watch.busy or not isinstance(result, Tensor) or isinstance(result, Tracked):
+            return result
+        if _draws(func) and not func._schema.is_mutable:
+            return self._watch.drawn(result)
+        return self._watch.made_empty(result) if func in _EMPTY else result
 
 
-def _repeated_layers(
-    calls: Sequence[int], layers: Sequence[Layer], later: dict[int, set[Output]]
-) -> Iterator[tuple[Iterable[int], str]]:
-    """Yield cuts between two calls of a layer, and those that its output would cross, with the reason."""
-    for index in dict.fromkeys(calls):
-        first, last = calls.index(index), len(calls) - 1 - calls[::-1].index(index)
-        if first != last:
-            name = layers[index].name
-            yield range(first + 1, last + 1), f"{name!r} is called on both sides"
-            # Which of its outputs is meant could not be said.
-            crossed = [cut for cut, outputs in later.items() if any(layer == index for layer, _ in outputs)]
-            yield crossed, f"an output of {name!r} is used later"
+_EMPTY = {
+    torch.ops.aten.empty.memory_format,
+    torch.ops.aten.empty_strided.default,
+    torch.ops.aten.new_empty.default,
+    torch.ops.aten.empty_like.default,
+}
+
+
+def _draws(func: Any) -> bool:
+    return func is not None and torch.Tag.nondeterministic_seeded in func.tags
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr() or id(tensor)
+
+
+def _library_state() -> Any:
+    numpy: Any = np.random.get_state(legacy=False)
+    return random.getstate(), numpy["state"]["pos"], numpy["state"]["key"].tobytes()
+
+
+def _held_tensors(layer: nn.Module) -> dict[tuple[nn.Module, str], int]:
+    return {
+        (module, name): id(value)
+        for module in layer.modules()
+        for name, value in vars(module).items()
+        if isinstance(value, Tensor)
+    }
+
+
+def _new_tensors(layer: nn.Module, before: dict[tuple[nn.Module, str], int]) -> list[tuple[nn.Module, str, Tensor]]:
+    """Attributes that a call of a layer has bound to another tensor."""
+    return [
+        (module, name, value)
+        for module in layer.modules()
+        for name, value in vars(module).items()
+        if isinstance(value, Tensor) and not isinstance(value, Tracked) and before.get((module, name)) != id(value)
+    ]
+
+
+def _leaves(output: Any) -> Iterable[Tensor]:
+    try:
+        return outputs_of(output)
+    except Exception:  # noqa: BLE001 - whatever pickling says
+        return arguments_of(output)
+
+
+def _blind() -> bool:
+    """Whether this is code of an autograd function, as of a reentrant checkpoint, where no gradient is noted."""
+    if torch.is_grad_enabled():
+        return False
+    return any(code.co_name == "apply" and code.co_filename == _AUTOGRAD_FUNCTION for code, _ in _stack())
+
+
+def _checkpoint() -> FrameType | None:
+    """Which call of ``torch.utils.checkpoint`` this is in, which will run its code again in the backward."""
+    calls = [frame for code, frame in _stack() if code.co_name == "checkpoint" and code.co_filename == _CHECKPOINT]
+    return calls[-1] if calls else None
+
+
+def _stack() -> Iterator[tuple[CodeType, FrameType]]:
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        yield frame.f_code, frame
+        frame = frame.f_back
+
+
+_AUTOGRAD_FUNCTION = torch.autograd.function.__file__
+_CHECKPOINT = torch.utils.checkpoint.__file__

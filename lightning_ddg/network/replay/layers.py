@@ -1,10 +1,11 @@
-"""Which modules of a network are run as a whole: its layers."""
+"""Which modules of a network can be told apart: its layers, and the blocks that hold them."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 #: Where a module keeps a parameter, and its name there.
@@ -12,51 +13,70 @@ Place = tuple[nn.Module, str]
 
 
 @dataclass(frozen=True)
-class Layer:
-    """A module that is run as a whole, by its name in the network; ``entry`` of a list, if that was looked into."""
+class Tree:
+    """The modules of a network that have weights or saved buffers and can be called.
 
-    name: str
-    module: nn.Module
-    entry: nn.Module | None = None
-
-
-def find_layers(target: nn.Module, whole: Collection[nn.Module] = ()) -> Iterator[Layer]:
-    """Yield the layers of a network, in the order in which its modules hold them.
-
-    A module that holds, at any depth, a list of two or more modules is looked into, and so is one that has no forward
-    of its own; every other one with parameters or saved buffers is a layer. Entries of a list are layers, unless they
-    hold a list of blocks that are all alike themselves, as the resolutions of a vision network do. Modules in ``whole``
-    are not looked into.
+    Attributes:
+        layers: Those that are run as a whole, with their names, in the order in which the network's modules hold them.
+        blocks: Those that hold layers, and whose own code is run where they belong to several stages.
     """
-    seen: set[nn.Module] = set()
 
-    def below(prefix: str, module: nn.Module, entry: nn.Module | None) -> Iterator[Layer]:
+    layers: dict[nn.Module, str]
+    blocks: dict[nn.Module, str]
+
+
+def find_tree(target: nn.Module, whole: Collection[nn.Module] = ()) -> Tree:
+    """Return the layers and blocks of a network.
+
+    A layer is a module with weights or saved buffers inside which there is no other such module that could be called.
+    Modules in ``whole``, scripted ones and compiled ones are not looked into.
+    """
+    layers: dict[nn.Module, str] = {}
+    blocks: dict[nn.Module, str] = {}
+
+    def below(prefix: str, module: nn.Module) -> None:
         for name, child in module.named_children():
-            if child in seen or not child.state_dict():
+            if child in layers or child in blocks or not _has_state(child):
                 continue
-            seen.add(child)
-            inside = child if isinstance(module, nn.ModuleList | nn.Sequential) else entry
-            has_forward = type(child).forward is not nn.Module.forward or "forward" in vars(child)
-            if child not in whole and (not has_forward or _holds_list(child, blocks=inside is not None)):
-                yield from below(f"{prefix}{name}.", child, inside)
-            else:
-                yield Layer(f"{prefix}{name}", child, entry)
+            path = f"{prefix}{name}"
+            if child in whole or _opaque(child) or not _holds_layers(child):
+                if has_forward(child):
+                    layers[child] = path
+                continue
+            if has_forward(child):
+                blocks[child] = path
+            below(f"{path}.", child)
 
-    yield from below("", target, None)
+    below("", target)
+    return Tree(layers, blocks)
 
 
-def loose_parameters(target: nn.Module, layers: Sequence[Layer]) -> list[Place]:
+def has_forward(module: nn.Module) -> bool:
+    """Return whether a module can be called."""
+    return type(module).forward is not nn.Module.forward or "forward" in vars(module)
+
+
+def loose_parameters(target: nn.Module, layers: Collection[nn.Module]) -> list[Place]:
     """Return where a network keeps parameters that belong to no layer."""
-    inside = {part for layer in layers for part in layer.module.modules()}
+    inside = {part for layer in layers for part in layer.modules()}
     outside = [module for module in target.modules() if module not in inside]
     return [(module, name) for module in outside for name, value in module._parameters.items() if value is not None]
 
 
-def _holds_list(module: nn.Module, *, blocks: bool) -> bool:
-    for part in module.modules():
-        if isinstance(part, nn.ModuleList | nn.Sequential):
-            entries = [child for child in part.children() if next(child.parameters(), None) is not None]
-            alike = len({type(child) for child in entries}) == 1 and all(any(child.children()) for child in entries)
-            if len(entries) >= 2 and (alike or not blocks):
-                return True
-    return False
+def inside(module: nn.Module, others: Collection[nn.Module]) -> Sequence[nn.Module]:
+    """Return which of some modules are a module, or part of it."""
+    return [part for part in module.modules() if part in others]
+
+
+def _has_state(module: nn.Module) -> bool:
+    saved = (part._buffers.keys() - part._non_persistent_buffers_set for part in module.modules())
+    return next(module.parameters(), None) is not None or any(saved)
+
+
+def _holds_layers(module: nn.Module) -> bool:
+    return any(part is not module and has_forward(part) and _has_state(part) for part in module.modules())
+
+
+def _opaque(module: nn.Module) -> bool:
+    scripted = isinstance(module, torch.jit.ScriptModule)
+    return scripted or module._compiled_call_impl is not None or hasattr(module, "_orig_mod")

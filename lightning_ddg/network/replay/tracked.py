@@ -7,49 +7,27 @@ What is computed from such a tensor is another one. What follows from it is deci
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from lightning_ddg.network.replay.crossing import Output
-from lightning_ddg.network.replay.layers import Place
-
-
-class Origin(NamedTuple):
-    """Where a followed tensor comes from.
-
-    Attributes:
-        what: The first thing that it was computed from, in words.
-        computed: Whether a layer or a parameter had a part in it.
-        inputs: Which of the network's inputs had a part in it.
-        parameter: The parameter that it stands for, if it stands for one.
-        output: Which output of a layer it is, if it is one.
-    """
-
-    what: str
-    computed: bool = True
-    inputs: frozenset[int] = frozenset()
-    parameter: Place | None = None
-    output: Output | None = None
-
 
 class Ledger(Protocol):
-    """Is told what happens to the tensors that are followed, and computes with their contents."""
-
-    @property
-    def now(self) -> int:
-        """How many calls of layers have begun."""
-
-    def used(self, tensor: Tracked) -> None:
-        """Called when an operation takes the tensor."""
+    """Says what follows from what happens to the tensors that are followed, and computes with their contents."""
 
     def read(self, tensor: Tracked, operation: str) -> None:
         """Called when an operation needs the tensor's values at once, to branch on them or to write them elsewhere."""
 
     def compute(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return what an operation returns that writes into none of its arguments."""
+
+    def made(self, func: Any, operands: Sequence[Tracked]) -> Any:
+        """Return the origin of a tensor that an operation makes of others."""
+
+    def written(self, func: Any, operands: Sequence[Tracked], into: Sequence[Tracked]) -> None:
+        """Called when an operation has written into some of its operands."""
 
 
 class Tracked(Tensor):
@@ -60,23 +38,23 @@ class Tracked(Tensor):
 
     content: Tensor
     ledger: Ledger
-    origin: Origin
-    born: int
+    #: Where it comes from, in the ledger's own terms.
+    origin: Any
     #: The tensor it stands for, once that is known.
     value: Tensor | None
 
     @staticmethod
-    def __new__(cls, content: Tensor, device: torch.device, ledger: Ledger, origin: Origin) -> Tracked:
+    def __new__(cls, content: Tensor, device: torch.device, ledger: Ledger, origin: Any) -> Tracked:
         made: Tracked = Tensor._make_wrapper_subclass(
             cls, content.shape, content.stride(), content.storage_offset(), dtype=content.dtype, device=device
         )
         made.content, made.ledger, made.origin = content, ledger, origin
-        made.born, made.value = ledger.now, None
+        made.value = None
         return made
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         del tensor_contents
-        return f"Tracked({self.origin.what}, shape={tuple(self.shape)}, dtype={self.dtype})"
+        return f"Tracked({self.origin}, shape={tuple(self.shape)}, dtype={self.dtype})"
 
     @classmethod
     def __torch_function__(
@@ -91,7 +69,6 @@ class Tracked(Tensor):
         if any(tensor.value is not None for tensor in followed((args, kwargs))):
             return func(*known(args), **known(kwargs))
         if func in _VALUES and isinstance(args[0], Tracked):
-            args[0].ledger.used(args[0])
             args[0].ledger.read(args[0], func.__name__)
             return func(args[0].content, *args[1:], **kwargs)
         with torch._C.DisableTorchFunctionSubclass():
@@ -151,9 +128,7 @@ def _operate(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         like = torch.empty((), dtype=args[0].dtype, device=args[0].device).expand(args[0].shape)
         return func(like, *args[1:], **kwargs)
     tracked = followed((args, kwargs))
-    first = next((tensor for tensor in tracked if tensor.origin.computed), tracked[0])
-    for tensor in tracked:
-        tensor.ledger.used(tensor)
+    first = tracked[0]
     written = _written(func, args, kwargs)
     if _needs_values(func, args) or any(not isinstance(tensor, Tracked) for tensor in written):
         for tensor in tracked:
@@ -170,13 +145,16 @@ def _operate(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if written:
         if not first.content.is_meta:
             func(*args, **kwargs)
+        first.ledger.written(func, tracked, written)
         return written[0] if len(written) == 1 else tuple(written)
     result = first.ledger.compute(func, args, kwargs)
-    what, inputs = first.origin.what, frozenset[int]().union(*(tensor.origin.inputs for tensor in tracked))
-    origin = Origin(what, any(tensor.origin.computed for tensor in tracked), inputs)
-    return replaced(
-        lambda leaf: Tracked(leaf, device, first.ledger, origin) if isinstance(leaf, Tensor) else leaf, result
-    )
+
+    def follow(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return Tracked(leaf, device, first.ledger, first.ledger.made(func, tracked))
+
+    return replaced(follow, result)
 
 
 def _reshaped(func: Any, tensor: Tracked, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tracked:
@@ -185,7 +163,7 @@ def _reshaped(func: Any, tensor: Tracked, args: tuple[Any, ...], kwargs: dict[st
     func(content, *args[1:], **kwargs)
     if content.shape != tensor.shape:
         raise RuntimeError(
-            f"{str(func).removeprefix('aten.')} changes the shape of {tensor.origin.what} in place, outside of the "
+            f"{str(func).removeprefix('aten.')} changes the shape of {tensor.origin} in place, outside of the "
             "network's layers, where the tensor may be absent. Use the operation that returns a new tensor."
         )
     tensor.content = content
