@@ -9,18 +9,33 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from lightning_ddg.network.layers import Call
-from lightning_ddg.network.replay.crossing import RESULT, Path, Sight
+from lightning_ddg.network.replay.crossing import OUTPUT, RESULT, Path, Sight
 from lightning_ddg.network.replay.dataflow import NEVER, DataFlow, LayerCall, Value, observe
 from lightning_ddg.network.replay.layers import Place, Tree, find_tree, inside, loose_parameters
 
 _log = logging.getLogger(__name__)
+
+
+class Crosses(NamedTuple):
+    """What crosses a cut in one form of the network's call.
+
+    Attributes:
+        sights: Which values computed before the cut are needed after it.
+        unneeded: Which inputs are not.
+        aliases: Outputs of calls that are such a value too, each with the sight that it is sent by.
+    """
+
+    sights: frozenset[Sight] = frozenset()
+    unneeded: frozenset[int] = frozenset()
+    aliases: Mapping[Sight, Sight] = MappingProxyType({})
 
 
 @dataclass
@@ -34,8 +49,8 @@ class Analysis:
         calls: The calls of layers, in evaluation and in training.
         forbidden: Positions before which the network cannot be cut, each with the reason.
         open: For each position, the modules whose own code has to be run again after it.
-        crossing: For each form of the network's call, in evaluation and in training, and for each position: which values
-            computed before it are needed after it, and which inputs are not.
+        crossing: For each form of the network's call, in evaluation and in training: what crosses at each position.
+        draws: Whether the code between the layers draws random numbers.
     """
 
     layers: list[tuple[nn.Module, str]]
@@ -44,17 +59,20 @@ class Analysis:
     calls: tuple[list[Path], list[Path]]
     forbidden: dict[int, str] = field(default_factory=dict)
     open: list[frozenset[nn.Module]] = field(default_factory=list)
-    crossing: dict[tuple[bytes, bool], list[tuple[frozenset[Sight], frozenset[int]]]] = field(default_factory=dict)
+    crossing: dict[tuple[bytes, bool], list[Crosses]] = field(default_factory=dict)
+    draws: bool = True
 
-    def crosses(self, form: bytes, training: bool, cut: int) -> tuple[frozenset[Sight], frozenset[int]]:
+    def crosses(self, form: bytes, training: bool, cut: int) -> Crosses:
         """Return what :attr:`crossing` says, or, for a form that was not seen, all that may be of use.
 
         How many functions are called is then not known, and so nothing is named by that.
         """
         if (form, training) in self.crossing:
             return self.crossing[form, training][cut]
-        sights = frozenset[Sight]().union(*(cuts[cut][0] for cuts in self.crossing.values()))
-        return frozenset(sight for sight in sights if sight[1] < RESULT), frozenset()
+        known = [cuts[cut] for cuts in self.crossing.values()]
+        sights = {sight for crosses in known for sight in crosses.sights if sight[1] < RESULT}
+        aliases = {alias: sight for crosses in known for alias, sight in crosses.aliases.items() if sight in sights}
+        return Crosses(frozenset(sights), aliases=aliases)
 
 
 def without_call(target: nn.Module) -> Analysis:
@@ -141,7 +159,8 @@ def _combined(target: nn.Module, tree: Tree, training: DataFlow, evaluation: Dat
         ([call.path for call in evaluation.calls], [call.path for call in training.calls]),
         open=[frozenset()],
     )
-    crossings = [found.crossing.setdefault((flow.form, mode), [(frozenset(), frozenset())]) for flow, mode in observed]
+    crossings = [found.crossing.setdefault((flow.form, mode), [Crosses()]) for flow, mode in observed]
+    found.draws = training.draws_torch or evaluation.draws_torch
     closed = training.unpicklable | evaluation.unpicklable
     for cut in range(1, len(order)):
         needs = [flow.needs(cut) for flow in flows]
@@ -150,7 +169,7 @@ def _combined(target: nn.Module, tree: Tree, training: DataFlow, evaluation: Dat
             found.forbidden[cut] = reason
         found.open.append(closed.union(*(need.open for need in needs)))
         for crossing, need, (flow, _) in zip(crossings, needs, observed, strict=True):
-            crossing.append((frozenset(need.sights), flow.followed - need.inputs))
+            crossing.append(Crosses(frozenset(need.sights), flow.followed - need.inputs, need.aliases))
     return found
 
 
@@ -216,6 +235,7 @@ class _Needs:
     """What the stages after a cut need, or the reason why they cannot have it."""
 
     sights: set[Sight] = field(default_factory=set)
+    aliases: dict[Sight, Sight] = field(default_factory=dict)
     open: set[nn.Module] = field(default_factory=set)
     inputs: set[int] = field(default_factory=set)
     reason: str | None = None
@@ -295,6 +315,8 @@ class _Cuts:
             sight = self._sight(value, time, cut, end)
             if sight is not None:
                 found.sights.add(sight)
+                outputs = (other for _, other, _ in value.sights if other[1] == OUTPUT and other != sight)
+                found.aliases.update((other, sight) for other in outputs)
                 found.open.update(self._inside_done(around(sight), cut))
             elif value.layer is not None:
                 return f"{value} is not seen after its call, or is written into"

@@ -10,6 +10,7 @@ from torch import nn
 from lightning_ddg.core.tensors import parameters_replaced
 from lightning_ddg.network.layers import Call, check_range, namespace
 from lightning_ddg.network.replay.analysis import analyse, without_call
+from lightning_ddg.network.replay.module_calls import configs_of
 from lightning_ddg.network.replay.part import Part, check_call
 
 
@@ -38,7 +39,7 @@ class ReplayedChain:
         self._prefix = f"{target_name}." if target_name else ""
         self._forward = target.forward
         if call is not None:
-            check_call(target, call[1])
+            check_call(target, configs_of(target), call[1])
         self._found = without_call(target) if call is None else analyse(target, self._forward, call)
         if not self._found.layers:
             raise ValueError(
@@ -80,6 +81,8 @@ class ReplayedSegment(nn.Module):
     def __init__(self, part: Part, prefix: str) -> None:
         super().__init__()
         self._part, self._prefix = part, prefix
+        # A copy of the segment has copies of them here too.
+        self._own = list(part.own)
         for module in part.own:
             *path, leaf = f"{prefix}{part.names[module]}".split(".")
             namespace(self, path).add_module(leaf, module)
@@ -91,13 +94,12 @@ class ReplayedSegment(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the layers on the network's arguments, or on what the segment before this one returned."""
-        layers = [self.get_submodule(f"{self._prefix}{self._part.names[module]}") for module in self._part.own]
         # Those of this segment, which may be a copy, in the place of the user's.
         own = [
             ((module._parameters, name), self._space(path)._parameters[name]) for path, module, name in self._part.loose
         ]
         with parameters_replaced(own):
-            return self._part.run(layers, args, kwargs)
+            return self._part.run(self._own, args, kwargs)
 
     def _space(self, path: str) -> nn.Module:
         """The module here that has the name of one of the network's."""

@@ -27,7 +27,7 @@ from lightning_ddg.core.tensors import Slot, flatten, parameters_replaced, unfla
 from lightning_ddg.network.layers import Call
 from lightning_ddg.network.replay.crossing import ARGUMENT, OUTPUT, RESULT, Path, Sight, arguments_of, outputs_of
 from lightning_ddg.network.replay.layers import Place, Tree
-from lightning_ddg.network.replay.module_calls import caching_configs, calls_left, calls_taken, plain_calls
+from lightning_ddg.network.replay.module_calls import calls_left, calls_taken, configs_of, plain_calls
 from lightning_ddg.network.replay.tracked import Tracked, content_of, replaced
 from lightning_ddg.network.restore import gpus_of, in_mode, trial
 
@@ -88,6 +88,7 @@ class DataFlow:
         blocks: The blocks that were called.
         reads: Values that the code between the layers has read: the time, in which calls, the value, and what it did.
         draws: When it has drawn random numbers from Python or NumPy.
+        draws_torch: Whether it has drawn any from torch.
         output: The followed values in the network's output, and that of hooks.
         end: When the call was over.
         unpicklable: Blocks whose output cannot be described in a message.
@@ -99,6 +100,7 @@ class DataFlow:
     blocks: frozenset[nn.Module]
     reads: list[tuple[int, Path, Value, str]]
     draws: list[int]
+    draws_torch: bool
     output: list[Value]
     end: int
     unpicklable: frozenset[nn.Module]
@@ -125,7 +127,7 @@ def observe(
         in_mode(target, training),
         trial(target.modules(), gpus_of([target], tensors)),
         torch.no_grad(),
-        plain_calls(caching_configs(target)),
+        plain_calls(configs_of(target)),
         calls_taken(watch.handlers()),
         parameters_replaced(watch.stands),
         _derivatives_refused(target),
@@ -144,6 +146,7 @@ def observe(
         frozenset(watch.blocks),
         watch.reads,
         watch.draws,
+        watch.draws_torch,
         watch.output,
         watch.now,
         frozenset(watch.unpicklable),
@@ -179,6 +182,7 @@ class _Watch:
         self.unpicklable: set[nn.Module] = set()
         self.reads: list[tuple[int, Path, Value, str]] = []
         self.draws: list[int] = []
+        self.draws_torch = False
         self.output: list[Value] = []
         self.stands: list[tuple[Slot, Tracked]] = []
         self._tree = tree
@@ -388,6 +392,7 @@ class _Draws(TorchDispatchMode):
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
+        self._watch.draws_torch |= _draws(func) and not self._watch.busy
         if self._watch.busy or not isinstance(result, Tensor) or isinstance(result, Tracked):
             return result
         if _draws(func) and not func._schema.is_mutable:

@@ -22,29 +22,28 @@ def calls_taken(handlers: Mapping[nn.Module, Handler]) -> Iterator[None]:
     ``_compiled_call_impl``, the place of ``nn.Module.compile``, is met by every caller, whichever way it holds the
     module, and leaves the module's class alone.
     """
-    before = [(module, module._compiled_call_impl) for module in handlers]
     for module, handler in handlers.items():
-        module._compiled_call_impl = _Taken(handler, module._compiled_call_impl)
+        set_call(module, Taken(handler, module._compiled_call_impl))
     try:
         yield
     finally:
-        for module, call in before:
-            _set_call(module, call)
+        for module in handlers:
+            set_call(module, module._compiled_call_impl.before)  # type: ignore[union-attr]
 
 
 @contextmanager
 def calls_left(module: nn.Module) -> Iterator[None]:
     """Let a module's calls through inside :func:`calls_taken`."""
     taken = module._compiled_call_impl
-    assert isinstance(taken, _Taken)
-    _set_call(module, taken.before)
+    assert isinstance(taken, Taken)
+    set_call(module, taken.before)
     try:
         yield
     finally:
-        module._compiled_call_impl = taken
+        set_call(module, taken)
 
 
-class _Taken:
+class Taken:
     """What is called in a module's place; ``before`` is what ``nn.Module.compile`` had put there."""
 
     def __init__(self, handler: Handler, before: Callable[..., Any] | None) -> None:
@@ -55,18 +54,19 @@ class _Taken:
         return self._handler(args, kwargs)
 
 
-def _set_call(module: nn.Module, call: Callable[..., Any] | None) -> None:
+def set_call(module: nn.Module, call: Callable[..., Any] | None) -> None:
+    """Put something in the place of ``nn.Module.compile``, past a module's own ``__setattr__``, which takes its time."""
     if call is None:
         # The class says None too, and so the instance is left as it was found.
         vars(module).pop("_compiled_call_impl", None)
     else:
-        module._compiled_call_impl = call
+        vars(module)["_compiled_call_impl"] = call
 
 
-def caching_configs(network: nn.Module) -> list[Any]:
-    """Return the Hugging Face configs in a network that may ask for a cache of keys and values."""
+def configs_of(network: nn.Module) -> list[Any]:
+    """Return the configs in a network, as Hugging Face's have them."""
     configs = {id(config): config for module in network.modules() for config in [getattr(module, "config", None)]}
-    return [config for config in configs.values() if hasattr(config, "use_cache")]
+    return [config for config in configs.values() if config is not None]
 
 
 @contextmanager
@@ -76,7 +76,7 @@ def plain_calls(configs: Iterable[Any]) -> Iterator[None]:
     That is the filling of caches if ``config.use_cache`` says so, and ``nn.TransformerEncoder``'s packing of padded
     batches in evaluation. Both are asked for by global state, which no argument of the call overrides.
     """
-    caching = [config for config in configs if config.use_cache is True]
+    caching = [config for config in configs if getattr(config, "use_cache", None) is True]
     fast = torch.backends.mha.get_fastpath_enabled()
     for config in caching:
         config.use_cache = False

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from lightning_ddg.core.rng import Generators
 from lightning_ddg.core.tensors import Slot, flatten, map_tensors, parameters_replaced, spec_of, tensors_of, unflatten
 from lightning_ddg.network.layers import Call
 from lightning_ddg.network.replay.absent import REMEDY, Absent, StageOver
-from lightning_ddg.network.replay.analysis import Analysis
+from lightning_ddg.network.replay.analysis import Analysis, Crosses
 from lightning_ddg.network.replay.crossing import (
     ARGUMENT,
     OUTPUT,
@@ -33,7 +34,7 @@ from lightning_ddg.network.replay.crossing import (
     arguments_of,
     form_of,
 )
-from lightning_ddg.network.replay.module_calls import caching_configs, calls_left, calls_taken, plain_calls
+from lightning_ddg.network.replay.module_calls import calls_left, calls_taken, configs_of, plain_calls
 from lightning_ddg.network.replay.shapes import Shapes
 from lightning_ddg.network.replay.tracked import Tracked, followed, known, replaced
 
@@ -82,7 +83,7 @@ class Part:
         self.shapes = Shapes()
         self.target = target
         self._forward = forward
-        self._configs = caching_configs(target)
+        self._configs = configs_of(target)
         self._stands: list[tuple[Slot, Tracked]] = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Part:
@@ -101,7 +102,7 @@ class Part:
         """
         given = None
         if self.start == 0:
-            check_call(self.target, kwargs)
+            check_call(self.target, self._configs, kwargs)
             form, inputs = flatten((args, kwargs))
             device = _device_of(own, inputs)
         else:
@@ -233,11 +234,14 @@ class _Run:
     ) -> None:
         self._part, self._own, self._device, self._form = part, own, device, form
         training = part.target.training
-        nothing: tuple[frozenset[Sight], frozenset[int]] = frozenset(), frozenset()
         self._known_form = (form, training) in part.found.crossing
-        self._wanted, self._unneeded = nothing if part.ends_network else part.found.crosses(form, training, part.stop)
+        leaves = Crosses() if part.ends_network else part.found.crosses(form, training, part.stop)
+        self._wanted, self._unneeded = leaves.sights, leaves.unneeded
+        self._aliases = {} if given is None else part.found.crosses(form, training, part.start).aliases
         self._wanted_calls = {(path, where) for path, where, _ in self._wanted}
         self._given = given.values if given is not None else {}
+        # What the code has drawn before the stage's first call was drawn, and used, by the stage before.
+        self._start = Generators(device, libraries=False) if given is not None and part.found.draws else None
         self._told = {(path, where) for path, where, _ in self._given}
         self._earlier = given.done if given is not None else ()
         self._skipped = self._calls = 0
@@ -343,6 +347,9 @@ class _Run:
     def _run(self, module: nn.Module, path: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         part = self._part
         self._calls += 1
+        if self._start is not None:
+            self._start.restore()
+            self._start = None
         if followed((args, kwargs)):
             args, kwargs = known((args, kwargs))
         with part.absent.inside(part.names[module]), calls_left(module):
@@ -376,8 +383,9 @@ class _Run:
         self._done.append(done)
         what = f"an output of {name!r}"
         tensors: list[Tensor] = [absent.tensor(spec, self._device, what) for spec in done.tensors]
-        if (path, OUTPUT) in self._told:
-            tensors = [self._given.get((path, OUTPUT, place), tensor) for place, tensor in enumerate(tensors)]
+        for place, tensor in enumerate(tensors):
+            sight = path, OUTPUT, place
+            tensors[place] = self._given.get(self._aliases.get(sight, sight), tensor)
         return tensors[0] if done.form is None else unflatten(done.form, tensors)
 
     def _stand_in(self, module: nn.Module, path: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -468,12 +476,11 @@ def _version(tensor: Tensor) -> int:
 _WHOLE_ONLY = ("use_cache", "output_hidden_states", "output_attentions")
 
 
-def check_call(target: nn.Module, kwargs: Mapping[str, Any]) -> None:
+def check_call(target: nn.Module, configs: Iterable[Any], kwargs: Mapping[str, Any]) -> None:
     """Raise a ValueError if a call, or a config, asks Hugging Face networks for what they collect from all layers."""
     for name in _WHOLE_ONLY:
         asked = kwargs.get(name)
         if asked is None and name != "use_cache":
-            configs = (getattr(module, "config", None) for module in target.modules())
             asked = any(getattr(config, name, None) is True for config in configs)
         if asked is not None and asked is not False:
             raise ValueError(
