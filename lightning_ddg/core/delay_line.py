@@ -14,6 +14,7 @@ backward uses the weights of its forward; for the others there is :mod:`~lightni
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,6 +25,8 @@ from lightning_ddg.core.rng import Batch
 from lightning_ddg.core.staleness import PAPER, Staleness
 from lightning_ddg.core.tensors import Slot, parameters_replaced, slots_of
 
+Forward = Callable[[Batch, tuple[Any, ...], dict[str, Any]], Any]
+
 
 class DelayLine(Execution):
     """The execution of all stages in one process.
@@ -33,6 +36,7 @@ class DelayLine(Execution):
         others: Parameters outside the network: they have no delay.
         rule: How updates are applied; one with ``stash``.
         observers: Look on.
+        forward: Runs the whole network on a batch; by default, the modules one after the other.
     """
 
     def __init__(
@@ -41,9 +45,10 @@ class DelayLine(Execution):
         others: Sequence[nn.Parameter] = (),
         rule: Staleness = PAPER,
         observers: Observers | None = None,
+        forward: Forward | None = None,
     ) -> None:
         self.stages = range(1, len(segments) + 1)
-        self._segments = list(segments)
+        self._forward = forward or partial(run_in_turn, segments)
         parameters = [list(segment.parameters()) for segment in segments]
         parameters[-1].extend(others)
         self._lines = [GradientQueue(own, len(segments) - stage, rule) for stage, own in enumerate(parameters, start=1)]
@@ -68,7 +73,7 @@ class DelayLine(Execution):
         return output
 
     def evaluate(self, batch: Batch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return run_in_turn(self._segments, batch, args, kwargs)
+        return self._forward(batch, args, kwargs)
 
     def backward(self, loss: Callable[[], object]) -> None:
         # What has accumulated since the last step is set aside, so that p.grad is this batch's own gradient.

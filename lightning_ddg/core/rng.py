@@ -95,6 +95,31 @@ class Generators:
             yield
 
 
+class Streams:
+    """The streams of random numbers of several stages that take turns: each goes on where it was left.
+
+    Args:
+        batch: Says how each stage's begins.
+    """
+
+    def __init__(self, batch: Batch) -> None:
+        self._batch = batch
+        self._left: dict[int, Generators] = {}
+        self._stage: int | None = None
+
+    def enter(self, stage: int) -> None:
+        """Draw a stage's numbers from here on."""
+        if stage == self._stage or self._batch.seed is None:
+            return
+        if self._stage is not None:
+            self._left[self._stage] = Generators(self._batch.device, libraries=False)
+        if stage in self._left:
+            self._left[stage].restore()
+        else:
+            seed_torch(seed_of(self._batch.seed, stage, self._batch.number, self._batch.purpose), self._batch.device)
+        self._stage = stage
+
+
 def _same(one: Any, other: Any) -> bool:
     if isinstance(one, dict):
         return all(_same(value, other[name]) for name, value in one.items())
@@ -120,11 +145,16 @@ def seeded(seed: int, device: torch.device, *, libraries: bool = False) -> Itera
     ``seed`` is in ``0..2**63 - 1``; with ``libraries``, Python's ``random`` and NumPy are seeded too.
     """
     with untouched(device, libraries=libraries):
-        torch.default_generator.manual_seed(seed)
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
+        seed_torch(seed, device)
         if libraries:
             random.seed(seed)
             np.random.seed(seed % 2**32)
         yield
+
+
+def seed_torch(seed: int, device: torch.device) -> None:
+    """Seed torch's generators: the CPU's and that of ``device``."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)

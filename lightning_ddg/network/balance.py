@@ -143,8 +143,6 @@ def forbidden_cuts(chain: Layers) -> dict[int, tuple[str, str, str]]:
     for position, label in enumerate(chain.names):
         layer = chain.segment(position, position + 1)
         for name, tensor in joined(layer.named_parameters(), layer.named_buffers()):
-            if name in chain.read_only:
-                continue
             if id(tensor) in last_use:
                 earlier, first_name = last_use[id(tensor)]
                 for between in range(earlier + 1, position + 1):

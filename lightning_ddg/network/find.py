@@ -1,13 +1,12 @@
 """Which part of a module is the network, and what are its layers?
 
-A network whose ``configure_stages`` lists them, or that is a plain ``nn.Sequential``, has its layers called in turn;
-any other is traced, and where it cannot be, every stage runs its code. docs/networks.md has the table.
+A network whose ``configure_stages`` lists them, or that is a plain ``nn.Sequential`` of layers, has them called in
+turn; of any other, every stage runs the code. docs/networks.md has the table.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 
 from torch import nn
@@ -15,9 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_ddg.network.layers import Call, Chain, Layers
 from lightning_ddg.network.replay.chain import ReplayedChain
-from lightning_ddg.network.trace.chain import TracedChain
-from lightning_ddg.network.trace.recording import Untraceable
-from lightning_ddg.network.trace.recordings import used_names
+from lightning_ddg.network.replay.layers import find_tree, has_forward
 
 
 @dataclass(frozen=True)
@@ -42,9 +39,8 @@ def find_network(
     Without ``layers`` the network is the one child of ``root`` that has parameters, or else what the root's own
     ``forward`` calls: the one child that it calls, or the root itself if it uses several. Without such a ``forward``
     it is the one child that is an ``nn.Sequential``, or the one that has trainable parameters. Other children are left
-    alone. The layers of a plain ``nn.Sequential`` are its modules; those of anything else, and of a Sequential of
-    larger blocks, are found by tracing it. What cannot be traced runs its own code in every stage, with its lists of
-    layers as layers.
+    alone. The layers of a plain ``nn.Sequential`` are its modules, unless these hold layers themselves; those of
+    anything else are the modules with parameters that its code calls.
 
     With ``layers`` the network is the innermost module with an own ``forward`` that holds all of them. Sequentials
     inside it are flattened, except those whose call does more than call their layers (an overridden ``forward``,
@@ -55,13 +51,12 @@ def find_network(
         layers: What ``configure_stages()`` returned: the layers in the order of the call.
         requirer: Who asks, for the error messages.
         example: Given a module and its name, returns the arguments of a call of it, if any is known. Asked only for a
-            network that has to be traced.
-        points: The user's split points: where tracing finds the layers, a module named here begins one even if it has
-            no parameters.
+            network whose code stages have to run.
+        points: The user's split points: a module named here is a layer even if it has no parameters.
 
     Raises:
-        TypeError: No child, or more than one, can be the network; the network cannot be traced; or ``layers`` is not a
-            list of modules that can be called.
+        TypeError: No child, or more than one, can be the network; its code cannot be run in parts; or ``layers`` is not
+            a list of modules that can be called.
         ValueError: ``layers`` is empty, repeats a layer with parameters, holds ``root`` itself or parameters that
             ``root`` does not have, or leaves out parameters of the target; or a parameter is not initialized yet.
     """
@@ -92,65 +87,26 @@ def _layers_of(
     points: Collection[str],
 ) -> Layers:
     """Return the layers of a network, as fine as they can be told apart."""
-    if _calls_its_children(target):
-        return _layers_called_in_turn(target, name, points)
     _check_initialized([(name, target)])
+    named = [module for path, module in root.named_modules() if path in points]
+    if _calls_its_children(target):
+        flat = list(_leaves(name, target, outermost=True))
+        _check_covered(target, name, flat)
+        if {id(layer) for layer in find_tree(target, named).layers} <= {id(layer) for _, layer in flat}:
+            return Chain(flat, target.forward)
     call = None if example is None else example(target, name)
     try:
-        traced = TracedChain(target, name, call, points)
-    except Untraceable as problem:
-        try:
-            return _replayed(target, name, call)
-        except (RuntimeError, ValueError) as error:
-            described = f"{type(root).__name__}.forward" if target is root else f"{name!r} ({type(target).__name__})"
-            raise TypeError(
-                f"The network {described} cannot be followed to find its layers: {problem.reason}."
-                f" Nor can its own code be run in parts: {error} Return the layers, in the order of the call, from "
-                "`configure_stages()`."
-            ) from problem
-    if _hides_layers(traced, target):
-        with suppress(RuntimeError, ValueError):
-            return _replayed(target, name, call)
-    return traced
-
-
-def _layers_called_in_turn(target: nn.Module, name: str, points: Collection[str]) -> Layers:
-    """Return the modules of a plain Sequential, or what tracing finds inside them if that is more."""
-    flat = list(_leaves(name, target, outermost=True))
-    _check_covered(target, name, flat)
-    _check_initialized(flat)
-    try:
-        traced = TracedChain(target, name, None, points)
-    except Untraceable:
-        return Chain(flat, target.forward)
-    finer = len(traced) > sum(1 for _, layer in flat if _has_parameters(layer))
-    return traced if finer else Chain(flat, target.forward)
-
-
-def _replayed(target: nn.Module, name: str, call: Call | None) -> ReplayedChain:
-    replayed = ReplayedChain(target, name, call)
-    if len(replayed) == 1:
-        raise ValueError("it has one layer.")
-    return replayed
-
-
-def _hides_layers(traced: TracedChain, target: nn.Module) -> bool:
-    """Whether most of the network lies in modules with lists of layers that cannot be looked into."""
-    hidden = {
-        id(parameter): parameter.numel()
-        for module in traced.opaque
-        if any(isinstance(part, nn.ModuleList | nn.Sequential) and len(part) > 1 for part in module.modules())
-        for parameter in module.parameters()
-    }
-    return 2 * sum(hidden.values()) > sum(parameter.numel() for parameter in target.parameters())
+        return ReplayedChain(target, name, call, named)
+    except (RuntimeError, ValueError) as error:
+        described = f"{type(root).__name__}.forward" if target is root else f"{name!r} ({type(target).__name__})"
+        raise TypeError(
+            f"The network {described} cannot be run in parts: {error} Return the layers, in the order of the call, from"
+            " `configure_stages()`."
+        ) from error
 
 
 def _has_parameters(module: nn.Module) -> bool:
     return next(module.parameters(), None) is not None
-
-
-def _has_forward(module: nn.Module) -> bool:
-    return type(module).forward is not nn.Module.forward or "forward" in vars(module)
 
 
 def _calls_its_children(module: nn.Module) -> bool:
@@ -158,7 +114,7 @@ def _calls_its_children(module: nn.Module) -> bool:
     if isinstance(module, nn.Sequential):
         plain = type(module).forward is nn.Sequential.forward and type(module).__call__ is nn.Module.__call__
         return plain and "forward" not in vars(module)
-    return isinstance(module, nn.ModuleList) and not _has_forward(module)
+    return isinstance(module, nn.ModuleList) and not has_forward(module)
 
 
 def _can_be_flattened(module: nn.Module) -> bool:
@@ -195,12 +151,6 @@ def _called_network(root: nn.Module, requirer: str) -> nn.Module:
     own_forward = _overrides_forward(root)
     if len(outer) == 1 and not (own_forward and any(p is not None for p in root._parameters.values())):
         return next(iter(outer.values()))
-    if own_forward:
-        with suppress(Untraceable):
-            used = used_names(root)
-            called = [child for name, child in outer.items() if name in used]
-            # Steps may call the one child by itself, or through the root.
-            return called[0] if len(called) == 1 and not used & root._parameters.keys() else root
     for kind in (
         [child for child in outer.values() if isinstance(child, nn.Sequential)],
         [root] if own_forward else [],
@@ -267,7 +217,7 @@ def _target(root: nn.Module, items: Sequence[nn.Module], names: dict[int, list[s
     holders = [
         module
         for module in root.modules()
-        if id(module) not in anchors and _has_forward(module) and anchors <= {id(part) for part in module.modules()}
+        if id(module) not in anchors and has_forward(module) and anchors <= {id(part) for part in module.modules()}
     ]
     return min(holders, key=lambda module: sum(1 for _ in module.modules()), default=root)
 
@@ -305,7 +255,7 @@ def _check_listed(root: nn.Module, found: Sequence[tuple[str, nn.Module]]) -> No
             raise ValueError(
                 f"configure_stages() returned the {kind} itself as a layer: return the layers that it consists of."
             )
-        if not _has_forward(layer):
+        if not has_forward(layer):
             raise TypeError(
                 f"The layer {label!r} from configure_stages() is a {kind}, which has no `forward`: return the modules "
                 "in it, in the order of the call."

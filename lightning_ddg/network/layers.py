@@ -8,9 +8,13 @@ and its simplest form, layers that are called in turn; the others are in :mod:`~
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, Protocol
 
 from torch import nn
+
+from lightning_ddg.core.delay_line import run_in_turn
+from lightning_ddg.core.rng import Batch
 
 #: Arguments and keyword arguments.
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -21,13 +25,9 @@ class Layers(Protocol):
 
     Attributes:
         names: A label for each layer, relative to the root module; it is what a user writes as a split point.
-        compilable: Whether ``torch.compile`` can follow the segments.
-        read_only: Buffers, by their names in the segments, that several segments may hold, since none writes them.
     """
 
     names: list[str]
-    compilable: bool
-    read_only: frozenset[str]
 
     def __len__(self) -> int:
         """How many layers there are."""
@@ -51,6 +51,17 @@ class Layers(Protocol):
 
     def whole(self, *args: Any, **kwargs: Any) -> Any:
         """Run the network uncut and without its hooks, and return of its output what its stages can return."""
+        ...
+
+    def at_once(self, bounds: Sequence[int], batch: Batch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the network uncut, with the random draws that stages between these positions would have."""
+        ...
+
+    def watched(self, begins: Callable[[int, Call], None], *args: Any, **kwargs: Any) -> Any:
+        """Run the network uncut; call ``begins`` with a layer's position and arguments when one begins.
+
+        A layer that begins again before the next one does is told of once.
+        """
         ...
 
 
@@ -85,9 +96,6 @@ class Chain:
     ``forward`` is what the network itself does in a call, if it has code of its own.
     """
 
-    compilable = True
-    read_only: frozenset[str] = frozenset()
-
     def __init__(self, layers: Sequence[tuple[str, nn.Module]], forward: Callable[..., Any] | None = None) -> None:
         if not layers:
             raise ValueError("A chain of 0 layers cannot be cut: give it at least one layer.")
@@ -113,6 +121,19 @@ class Chain:
     def whole(self, *args: Any, **kwargs: Any) -> Any:
         """Run the network's own code; without such code, the layers in turn."""
         return (self._forward or self.segment(0, len(self)))(*args, **kwargs)
+
+    def at_once(self, bounds: Sequence[int], batch: Batch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the layers in turn; see :meth:`Layers.at_once`."""
+        return run_in_turn([self.segment(*span) for span in pairwise(bounds)], batch, args, kwargs)
+
+    def watched(self, begins: Callable[[int, Call], None], *args: Any, **kwargs: Any) -> Any:
+        """Run the layers in turn; see :meth:`Layers.watched`."""
+        value: Any = None
+        for position, layer in enumerate(self.layers):
+            call = (args, kwargs) if position == 0 else ((value,), {})
+            begins(position, call)
+            value = layer(*call[0], **call[1])
+        return value
 
 
 def check_range(layers: Layers, start: int, stop: int) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
@@ -36,8 +37,7 @@ def flop_costs(chain: Layers, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     """
     layers = _layers(chain)
     with _trial(layers, args, kwargs), torch.enable_grad(), FlopCounterMode(display=False) as counter:
-        clock = counter.get_total_flops
-        forward, backward = _pass_through(layers, args, kwargs, nullcontext, clock)
+        forward, backward = _train_through(chain, args, kwargs, nullcontext, counter.get_total_flops)
     return [there + back + 1.0 for there, back in zip(forward, backward, strict=True)]
 
 
@@ -106,7 +106,7 @@ def measure_profile(
     def measure() -> tuple[list[float], list[float]]:
         # Layer by layer, a device can measure a network that it cannot train.
         with suppress(torch.OutOfMemoryError):
-            return _train_through(layers, args, kwargs, context, clock)
+            return _train_through(chain, args, kwargs, context, clock)
         return _pass_through(layers, args, kwargs, context, clock)
 
     memory = _Memory(layers)
@@ -229,45 +229,56 @@ def _pass_through(
 
 
 def _train_through(
-    layers: Sequence[nn.Module],
+    chain: Layers,
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     context: Callable[[], AbstractContextManager[object]],
     clock: Callable[[], float],
 ) -> tuple[list[float], list[float]]:
-    """Train on one batch, without a step; return the seconds of each layer's forward and backward.
+    """Train on one batch, without a step; return what ``clock`` says of each layer's forward and backward.
 
-    The backward of a layer begins when the first gradient w.r.t. what it has made is there: autograd goes through the
-    layers in reverse.
+    A layer ends where the next one begins. Its backward begins when the first gradient w.r.t. what that one was given
+    is there: autograd goes through the layers in reverse.
     """
     # A copy: the network may write into its input, which is needed again. Its own inputs need no gradient.
-    call_args, call_kwargs = map_tensors(lambda tensor: tensor.detach().clone(), (tuple(args), dict(kwargs)))
-    forward: list[float] = []
+    args, kwargs = map_tensors(lambda tensor: tensor.detach().clone(), (tuple(args), dict(kwargs)))
+    starts: list[tuple[int, float]] = []
     began: dict[int, float] = {}
+    passed: set[tuple[int, int]] = set()
 
-    def note(position: int, gradient: Tensor) -> None:
+    def begins(position: int, gradient: Tensor) -> None:
         began.setdefault(position, clock())
 
-    passed: set[tuple[int, int]] = set()
-    for position, layer in enumerate(layers):
-        start = clock()
-        with context():
-            output = layer(*call_args, **call_kwargs)
-        forward.append(clock() - start)
-        made = [tensor for tensor in tensors_of(output) if carries_grad(tensor)]
+    def given(position: int, value: Any) -> None:
+        """Watch what the layers before a position have made."""
+        made = [tensor for tensor in tensors_of(value) if carries_grad(tensor)]
         for tensor in made:
-            if (id(tensor), tensor._version) not in passed:
-                tensor.register_hook(partial(note, position))  # type: ignore[no-untyped-call]
-        passed = {(id(tensor), tensor._version) for tensor in made}
-        call_args, call_kwargs = (output,), {}
-    tails = {id(p): p for layer in layers for p in layer.parameters() if p.requires_grad}
+            if tensor.grad_fn is not None and (id(tensor), tensor._version) not in passed:
+                tensor.register_hook(partial(begins, position - 1))  # type: ignore[no-untyped-call]
+        passed.clear()
+        passed.update((id(tensor), tensor._version) for tensor in made)
+
+    def note(position: int, call: Any) -> None:
+        given(position, call)
+        starts.append((position, clock()))
+
+    starts.append((0, clock()))
+    with context():
+        output = chain.watched(note, *args, **kwargs)
+    starts.append((len(chain), clock()))
+    given(len(chain), output)
+    forward = [0.0] * len(chain)
+    for (position, start), (_, end) in pairwise(starts):
+        forward[position] += end - start
+    made = [tensor for tensor in tensors_of(output) if carries_grad(tensor)]
+    tails = {id(p): p for layer in _layers(chain) for p in layer.parameters() if p.requires_grad}
     grads = [torch.ones_like(tensor) for tensor in made]
     if made and tails:
         # Not `backward`: it would touch `.grad` and run the hooks that wait for it.
         torch.autograd.grad(made, list(tails.values()), grads, allow_unused=True)
     backward: list[float] = []
     ended = clock()
-    for position in range(len(layers)):
+    for position in range(len(chain)):
         start = began.get(position, ended)
         backward.append(ended - start)
         ended = start

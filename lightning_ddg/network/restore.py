@@ -5,10 +5,13 @@ Measuring and observing a network run the user's code before the training does, 
 
 from __future__ import annotations
 
+import copy
 import random
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,12 +19,14 @@ from torch import Tensor, nn
 
 from lightning_ddg.core import rng
 
-_PLAIN = (bool, int, float, complex, str, bytes, type(None))
+#: Of a tensor in an attribute: larger ones, such as a whole data set, are taken not to be written into.
+_MOST_ELEMENTS = 1 << 24
+_REGISTRIES = frozenset(vars(nn.Module())) - {"training"}
 
 
 @contextmanager
 def untouched(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Restore the modules' buffers, their plain attributes (modes, counters, flags) and the generators they hold."""
+    """Restore the modules' buffers, their attributes, what their lists and dictionaries hold, and their generators."""
     undo = [function for module in dict.fromkeys(modules) for function in (_buffers(module), *_attributes(module))]
     try:
         yield
@@ -91,12 +96,27 @@ def _buffers(module: nn.Module) -> Callable[[], None]:
 
 def _attributes(module: nn.Module) -> Iterator[Callable[[], object]]:
     held = vars(module)
-    plain = {name: value for name, value in held.items() if type(value) in _PLAIN}
-    yield partial(held.update, plain)
-    for value in held.values():
-        if isinstance(value, np.random.Generator):
+    before = {name: value for name, value in held.items() if name not in _REGISTRIES}
+
+    def undo() -> None:
+        for name in held.keys() - before.keys() - _REGISTRIES:
+            del held[name]
+        held.update(before)
+
+    yield undo
+    for value in before.values():
+        if type(value) in (list, set, dict, deque):
+            yield partial(_refill, value, copy.copy(value))
+        elif isinstance(value, Tensor) and value.numel() <= _MOST_ELEMENTS:
+            yield partial(value.detach().copy_, value.detach().clone())
+        elif isinstance(value, np.random.Generator):
             yield partial(setattr, value.bit_generator, "state", value.bit_generator.state)
         elif isinstance(value, random.Random):
             yield partial(value.setstate, value.getstate())
         elif isinstance(value, torch.Generator):
             yield partial(value.set_state, value.get_state())
+
+
+def _refill(container: Any, content: Any) -> None:
+    container.clear()
+    container.extend(content) if isinstance(container, list | deque) else container.update(content)

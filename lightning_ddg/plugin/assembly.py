@@ -32,7 +32,7 @@ from lightning_ddg.planning.simulate import SECONDS_PER_BYTE
 from lightning_ddg.plugin import compat
 from lightning_ddg.plugin.agreements import Agreements, time_on_rank_zero
 from lightning_ddg.plugin.clipping import remembered_clipping
-from lightning_ddg.plugin.compiling import check_compilable, compile_stage
+from lightning_ddg.plugin.compiling import compile_stage
 from lightning_ddg.plugin.drain import Drain
 from lightning_ddg.plugin.evaluation import Evaluation
 from lightning_ddg.plugin.hooks import FitHooks
@@ -126,10 +126,10 @@ def build(site: Site, set_up_optimizers: Callable[[], Sequence[Optimizer]]) -> R
     optimizers = set_up_optimizers()
     cut = divide(site, network, optimizers)
     move_all_but(foreign_layers(cut, site.ranks.stage), site.module, site.device)
-    segments = segments_in_place(site, network, cut)
+    segments = segments_in_place(site, cut)
     ownership = ownership_of(site, cut, segments)
     groups = [] if site.one_process else [OptimizerGroups(one, ownership) for one in optimizers]
-    execution = make_execution(site, segments, ownership)
+    execution = make_execution(site, cut, segments, ownership)
     redirection = Redirection(network.target, ownership.foreign_layers, lambda: not site.weights.whole)
     site.undo.callback(redirection.remove)
     step = make_step(site, network, cut, ownership, execution, redirection)
@@ -227,15 +227,14 @@ def move_all_but(foreign: Iterable[nn.Module], module: nn.Module, device: torch.
         module.to(device)
 
 
-def segments_in_place(site: Site, network: Network, cut: Cut) -> list[nn.Module]:
+def segments_in_place(site: Site, cut: Cut) -> list[nn.Module]:
     """Return the stages as modules, compiled if wanted, once all tensors are where they will be used."""
     segments = cut.segments()
     site.options.check_recurrent(segments, site.device)
     if site.options.compile_options is not None:
-        check_compilable(network)
         for stage, segment in enumerate(segments, start=1):
             if site.ranks.stage in (None, stage):
-                compile_stage(segment, stage, site.options.compile_options)
+                site.undo.callback(compile_stage(segment, stage, site.options.compile_options))
     return segments
 
 
@@ -247,7 +246,7 @@ def ownership_of(site: Site, cut: Cut, segments: Sequence[nn.Module]) -> Ownersh
     return ownership
 
 
-def make_execution(site: Site, segments: Sequence[nn.Module], ownership: Ownership) -> Execution:
+def make_execution(site: Site, cut: Cut, segments: Sequence[nn.Module], ownership: Ownership) -> Execution:
     """Choose and make what trains the stages of this process."""
     rule, recompute, stage = site.options.staleness, site.options.recompute, site.ranks.stage
     if stage is not None:
@@ -255,7 +254,8 @@ def make_execution(site: Site, segments: Sequence[nn.Module], ownership: Ownersh
         return Pipeline(own, stage, site.num_stages, site.ranks.mailbox, rule.shrink, site.ranks.observers)
     if not rule.stash:
         return Staged(segments, rule, recompute, site.ranks.observers)
-    return DelayLine(segments, ownership.parameters_outside, rule, site.ranks.observers)
+    whole = partial(cut.chain.at_once, cut.bounds)
+    return DelayLine(segments, ownership.parameters_outside, rule, site.ranks.observers, whole)
 
 
 def make_step(

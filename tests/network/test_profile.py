@@ -17,7 +17,7 @@ from lightning_ddg.core.stage import Stage
 from lightning_ddg.network import profile as cost_module
 from lightning_ddg.network.layers import Chain
 from lightning_ddg.network.profile import NotTheSame, check_same, flop_costs, measure_profile, parameter_costs
-from lightning_ddg.network.trace.chain import TracedChain
+from lightning_ddg.network.replay.chain import ReplayedChain
 
 
 def time_costs(*args: Any, **kwargs: Any) -> list[float]:
@@ -83,8 +83,8 @@ def test_the_context_is_entered_around_each_forward() -> None:
     probe = nn.Identity()
     probe.register_forward_hook(lambda _module, _args, output: seen.append(output.dtype))
     time_costs(chain_of(nn.Linear(2, 2), probe), (torch.randn(2, 2),), {}, repeats=1, context=context)
-    # For the bytes, a warm-up, and a repeat.
-    assert entered == ["in", "out"] * (3 * 2)
+    # Around each layer for the bytes; around all in a warm-up, and in a repeat.
+    assert entered == ["in", "out"] * (2 + 1 + 1)
     assert seen == [torch.bfloat16] * 3
 
 
@@ -328,7 +328,7 @@ class Wrong(nn.Module):
 
 def test_layers_that_compute_something_else_than_the_network_are_refused() -> None:
     network = Wrong()
-    chain = TracedChain(network, "net")
+    chain = ReplayedChain(network, "net")
     before = copy.deepcopy(network.state_dict())
     x = torch.randn(5, 4)
     check_same(chain, (x,), {})

@@ -1,15 +1,14 @@
 """Where a network may be cut, and what crosses there, by the data flow of its calls in training and evaluation.
 
-A cut at position ``p`` lies before the ``p``-th layer, by the order of their first calls. Every stage runs the code between
-the layers again; whatever it cannot compute must be sent to it. A value can be sent that is seen among the arguments or
-in the output of a call before the next stage begins; if it is not, it can be computed again from what is.
+A cut at position ``p`` lies before the ``p``-th layer, by the order of their first calls. Every stage runs the code
+between the layers again; whatever it cannot compute must be sent to it. A value can be sent that is seen before the
+next stage begins; if it is not, it can be computed again from what is.
 """
 
 from __future__ import annotations
 
 import logging
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -75,9 +74,9 @@ class Analysis:
         return Crosses(frozenset(sights), aliases=aliases)
 
 
-def without_call(target: nn.Module) -> Analysis:
+def without_call(target: nn.Module, points: Collection[nn.Module] = ()) -> Analysis:
     """Return what can be said without a call: the layers in the order in which the network's modules hold them."""
-    tree = find_tree(target)
+    tree = find_tree(target, points)
     layers = list(tree.layers.items())
     position = {layer: place for place, (layer, _) in enumerate(layers)}
     blocks = {}
@@ -90,24 +89,28 @@ def without_call(target: nn.Module) -> Analysis:
 
 
 def analyse(
-    target: nn.Module, forward: Callable[..., Any], call: Call, whole: frozenset[nn.Module] = frozenset()
+    target: nn.Module,
+    forward: Callable[..., Any],
+    call: Call,
+    points: Collection[nn.Module] = (),
+    whole: frozenset[nn.Module] = frozenset(),
 ) -> Analysis:
     """Call a network, in training and in evaluation, and watch; everything is left as it was.
 
-    Modules in ``whole`` are not looked into.
+    Modules in ``points`` are layers though they have no parameters; those in ``whole`` are not looked into.
 
     Raises:
         RuntimeError: The network's code failed.
     """
-    tree = find_tree(target, whole)
+    tree = find_tree(target, points, whole)
     flows = tuple(_observed(target, tree, forward, call, mode) for mode in (True, False))
     closed = frozenset[nn.Module]().union(*(_to_be_closed(target, tree, flow) for flow in flows))
     if closed - whole:
-        return analyse(target, forward, call, whole | closed)
+        return analyse(target, forward, call, points, whole | closed)
     found = _combined(target, tree, *flows)
     stuck = _never_cut_inside(found)
     if stuck - whole:
-        return analyse(target, forward, call, whole | stuck)
+        return analyse(target, forward, call, points, whole | stuck)
     for position, reason in found.forbidden.items():
         _log.debug("%s: no stage can begin with %r: %s", type(target).__name__, found.layers[position][1], reason)
     return found
@@ -297,9 +300,7 @@ class _Cuts:
             return "its own code draws random numbers from Python or NumPy before, in each stage others"
         return None
 
-    def _need(
-        self, value: Value, time: int, cut: int, end: int, found: _Needs, known: dict[int, bool]
-    ) -> str | None:
+    def _need(self, value: Value, time: int, cut: int, end: int, found: _Needs, known: dict[int, bool]) -> str | None:
         """Note what has to be sent so that a value is known at a time; return why it cannot be."""
         if id(value) in known:
             return None

@@ -1,26 +1,29 @@
-"""A network as layers of which each stage runs the network's own code, for networks that cannot be traced."""
+"""A network as layers of which each stage runs the network's own code."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 from torch import nn
 
+from lightning_ddg.core.rng import Batch, Streams, untouched
 from lightning_ddg.core.tensors import parameters_replaced
 from lightning_ddg.network.layers import Call, check_range, namespace
 from lightning_ddg.network.replay.analysis import analyse, without_call
-from lightning_ddg.network.replay.module_calls import configs_of
-from lightning_ddg.network.replay.part import Part, check_call
+from lightning_ddg.network.replay.module_calls import calls_left, calls_taken, configs_of, plain_calls
+from lightning_ddg.network.replay.part import Part, Role, check_call
 
 
 class ReplayedChain:
     """The layers of a network whose forward every stage runs; see :class:`~lightning_ddg.network.layers.Layers`.
 
-    A layer is a module that is run as a whole: an entry of a ``ModuleList``, an embedding, a head. The code around the
-    layers runs in every stage: on real tensors where they come from the network's inputs, such as masks and positions;
-    on tensors without values where they come from layers of earlier stages. The arguments of a stage's first layer are
-    received. Other values of earlier stages are not there: a layer that needs one must be in the stage that made it.
+    A layer is a module with parameters that is run as a whole. The code around the layers runs in every stage: on real
+    tensors where they come from the network's inputs, such as masks and positions, or were received; on tensors without
+    values where they come from layers of other stages.
 
     Args:
         target: The network.
@@ -31,16 +34,15 @@ class ReplayedChain:
             network's modules hold them, and what is impossible is said when it is met.
     """
 
-    compilable = False
-    read_only: frozenset[str] = frozenset()
-
-    def __init__(self, target: nn.Module, target_name: str, call: Call | None = None) -> None:
+    def __init__(
+        self, target: nn.Module, target_name: str, call: Call | None = None, points: Collection[nn.Module] = ()
+    ) -> None:
         self._target = target
         self._prefix = f"{target_name}." if target_name else ""
         self._forward = target.forward
         if call is not None:
             check_call(target, configs_of(target), call[1])
-        self._found = without_call(target) if call is None else analyse(target, self._forward, call)
+        self._found = without_call(target, points) if call is None else analyse(target, self._forward, call, points)
         if not self._found.layers:
             raise ValueError(
                 f"The network {type(target).__name__} calls no module with parameters: there is nothing to cut. Return "
@@ -55,7 +57,7 @@ class ReplayedChain:
     def __len__(self) -> int:
         return len(self.names)
 
-    def segment(self, start: int, stop: int) -> nn.Module:
+    def segment(self, start: int, stop: int) -> ReplayedSegment:
         """Return a :class:`ReplayedSegment`; see :meth:`Layers.segment`."""
         check_range(self, start, stop)
         bounds = self._bounds[start], self._bounds[stop]
@@ -71,11 +73,58 @@ class ReplayedChain:
         """Run all the layers as one part, which leaves out what no stage could return, such as caches of all layers."""
         return self.segment(0, len(self))(*args, **kwargs)
 
+    def at_once(self, bounds: Sequence[int], batch: Batch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the network's own code; see :meth:`Layers.at_once`."""
+        streams, inside = Streams(batch), False
+
+        def call(stage: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            nonlocal inside
+            outer, inside = inside, True
+            if not outer:
+                streams.enter(stage)
+            try:
+                with calls_left(module):
+                    return nn.Module.__call__(module, *args, **kwargs)
+            finally:
+                inside = outer
+
+        handlers = {
+            module: partial(call, stage, module)
+            for stage, (start, stop) in enumerate(pairwise(bounds), start=1)
+            for module in self.segment(start, stop).called
+        }
+        with untouched(batch.device, libraries=False), plain_calls(configs_of(self._target)), calls_taken(handlers):
+            streams.enter(1)
+            return self._forward(*args, **kwargs)
+
+    def watched(self, begins: Callable[[int, Call], None], *args: Any, **kwargs: Any) -> Any:
+        """Run the network's own code; see :meth:`Layers.watched`."""
+        last = -1
+
+        def call(position: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            nonlocal last
+            if position != last:
+                last = position
+                begins(position, (args, kwargs))
+            with calls_left(module):
+                return nn.Module.__call__(module, *args, **kwargs)
+
+        handlers = {
+            module: partial(call, position, module)
+            for position in range(len(self))
+            for module in self.modules(position, position + 1)
+        }
+        with plain_calls(configs_of(self._target)), calls_taken(handlers):
+            return self._forward(*args, **kwargs)
+
 
 class ReplayedSegment(nn.Module):
     """Consecutive layers of a replayed network as one module, with the user's modules under their own names.
 
     The prefix stands before a name relative to the network in a name relative to the root module.
+
+    Attributes:
+        called: The segment's own modules that the network's code, or a block that stages share, calls.
     """
 
     def __init__(self, part: Part, prefix: str) -> None:
@@ -83,6 +132,7 @@ class ReplayedSegment(nn.Module):
         self._part, self._prefix = part, prefix
         # A copy of the segment has copies of them here too.
         self._own = list(part.own)
+        self.called = [module for module, role in part.visible if role is Role.OWN]
         for module in part.own:
             *path, leaf = f"{prefix}{part.names[module]}".split(".")
             namespace(self, path).add_module(leaf, module)

@@ -1,8 +1,8 @@
 """What travels from one stage of a replayed network to the next, and how its values are named.
 
-A value is named by where it is seen: as a tensor among the arguments, or in the output, of a call of a module, or as the
-result of one of the torch functions that the code of a module calls. A call is named by the calls that it is made in, and
-so has the same name in every stage that runs the code around it.
+A value is named by where it is seen: as a tensor among the arguments, or in the output, of a call of a module, or as
+the result of one of the torch functions that the code of a module calls. A call is named by the calls that it is made
+in, and so has the same name in every stage that runs the code around it.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ Path = tuple[tuple[int, int], ...]
 
 ARGUMENT, OUTPUT, RESULT = 0, 1, 2
 
-#: A call, where the tensor is seen there, and its place among such tensors. ``RESULT + i`` is the i-th tensor that a torch
-#: function returns; its place is how many were called before in the code of that call.
+#: A call, where the tensor is seen there, and its place among such tensors. ``RESULT + i`` is the i-th tensor that a
+#: torch function returns; its place is how many were called before in the code of that call.
 Sight = tuple[Path, int, int]
 
 

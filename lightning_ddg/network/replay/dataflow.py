@@ -255,7 +255,8 @@ class _Watch:
         outer = self._begin(layer, args, kwargs)
         name = self._tree.layers[layer]
         given = [tensor for tensor in arguments_of((args, kwargs)) if isinstance(tensor, Tracked)]
-        self.calls.append(LayerCall(layer, self.now, self._path, tuple(tensor.origin for tensor in given), _checkpoint()))
+        arguments = tuple(tensor.origin for tensor in given)
+        self.calls.append(LayerCall(layer, self.now, self._path, arguments, _checkpoint()))
         versions = [tensor.content._version for tensor in given]
         args, kwargs = replaced(content_of, (args, kwargs))
         before = _held_tensors(layer)
@@ -269,9 +270,9 @@ class _Watch:
                 tensor.origin.layer = layer
         form, tensors = flatten(output)
         tracked = [self._returned_by(layer, f"an output of {name!r}", tensor) for tensor in tensors]
-        for module, attribute, tensor in _new_tensors(layer, before):
+        for module, attribute, held in _new_tensors(layer, before):
             what = f"what {name!r} leaves in its attribute {attribute!r}"
-            vars(module)[attribute] = self._returned_by(layer, what, tensor)
+            vars(module)[attribute] = self._returned_by(layer, what, held)
         output = self._end(outer, layer, unflatten(form, tracked))
         self.busy = False
         return output
@@ -381,11 +382,11 @@ class _Functions(TorchFunctionMode):
         return result
 
 
-class _Draws(TorchDispatchMode):
+class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows random tensors that the code between the layers makes."""
 
     def __init__(self, watch: _Watch) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._watch = watch
 
     def __torch_dispatch__(

@@ -25,20 +25,25 @@ class Tree:
     blocks: dict[nn.Module, str]
 
 
-def find_tree(target: nn.Module, whole: Collection[nn.Module] = ()) -> Tree:
+def find_tree(target: nn.Module, points: Collection[nn.Module] = (), whole: Collection[nn.Module] = ()) -> Tree:
     """Return the layers and blocks of a network.
 
-    A layer is a module with weights or saved buffers inside which there is no other such module that could be called.
-    Modules in ``whole``, scripted ones and compiled ones are not looked into.
+    A layer is a module with weights or saved buffers inside which there is no other such module that could be called,
+    or one in ``points`` without any. Modules in ``whole``, scripted and compiled ones, and those with hooks, which are
+    meant for the whole call, are not looked into.
     """
     layers: dict[nn.Module, str] = {}
     blocks: dict[nn.Module, str] = {}
 
     def below(prefix: str, module: nn.Module) -> None:
         for name, child in module.named_children():
-            if child in layers or child in blocks or not _has_state(child):
-                continue
             path = f"{prefix}{name}"
+            if child in layers or child in blocks:
+                continue
+            if not _has_state(child):
+                if child in points:
+                    layers[child] = path
+                continue
             if child in whole or _opaque(child) or not _holds_layers(child):
                 if has_forward(child):
                     layers[child] = path
@@ -78,5 +83,6 @@ def _holds_layers(module: nn.Module) -> bool:
 
 
 def _opaque(module: nn.Module) -> bool:
-    scripted = isinstance(module, torch.jit.ScriptModule)
-    return scripted or module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    compiled = module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
+    return compiled or any(hooks) or isinstance(module, torch.jit.ScriptModule)

@@ -55,7 +55,7 @@ class Taken:
 
 
 def set_call(module: nn.Module, call: Callable[..., Any] | None) -> None:
-    """Put something in the place of ``nn.Module.compile``, past a module's own ``__setattr__``, which takes its time."""
+    """Put something in the place of ``nn.Module.compile``, past the module's ``__setattr__``, which takes its time."""
     if call is None:
         # The class says None too, and so the instance is left as it was found.
         vars(module).pop("_compiled_call_impl", None)

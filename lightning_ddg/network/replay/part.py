@@ -75,9 +75,8 @@ class Part:
             for (m, name), position in found.loose.items()
             if start <= position < stop and m not in held
         ]
-        self.closed = frozenset(
-            block for block, (_, last) in found.blocks.items() if last < stop < len(found.layers) and self._closed(block, stop)
-        )
+        ended = [block for block, (_, last) in found.blocks.items() if last < stop < len(found.layers)]
+        self.closed = frozenset(block for block in ended if self._closed(block, stop))
         self.expected = [self._visible_calls(calls) for calls in found.calls]
         self.absent = Absent(type(target).__name__, self.names[self.first])
         self.shapes = Shapes()
@@ -337,9 +336,7 @@ class _Run:
             if tensor is not None:
                 values[sight] = tensor
         carried = [
-            spec_of(tensor)
-            if isinstance(tensor, Tracked) or index in self._unneeded
-            else tensor.detach()
+            spec_of(tensor) if isinstance(tensor, Tracked) or index in self._unneeded else tensor.detach()
             for index, tensor in enumerate(inputs)
         ]
         return Crossing(self._form, carried, (*self._done, *self._earlier[self._skipped :]), values)
