@@ -286,10 +286,11 @@ def _check_covered(target: nn.Module, target_name: str, found: Sequence[tuple[st
 
 
 def _check_initialized(found: Sequence[tuple[str, nn.Module]]) -> None:
-    for label, layer in found:
-        if any(is_lazy(parameter) for parameter in layer.parameters()):
+    parts = ((f"{label}.{path}".strip("."), part) for label, layer in found for path, part in layer.named_modules())
+    for name, part in parts:
+        if any(is_lazy(parameter) for parameter in part.parameters(recurse=False)):
             raise ValueError(
-                f"The layer {label!r} ({type(layer).__name__}) has parameters that are not initialized yet: run the "
+                f"The layer {name!r} ({type(part).__name__}) has parameters that are not initialized yet: run the "
                 "network once on a sample batch before training, or use the layer that is not lazy."
             )
 

@@ -40,7 +40,7 @@ def _compiled(module: nn.Module, name: str, options: Mapping[str, Any]) -> Calla
     torch keeps what it has compiled with the code that was compiled, and gives up after some versions of it. Modules of
     one process run the same code, and so each gets a copy of its own.
     """
-    call = module._call_impl
+    call: Callable[..., Any] = module._call_impl
 
     def run(*args: Any, **kwargs: Any) -> Any:
         return call(*args, **kwargs)
