@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision import models
 
-from lightning_ddg.core.tensors import tensors_of
+from lightning_ddg.core.pytree import tensors_of
 from lightning_ddg.network.balance import best_cut, forbidden_cuts
 from lightning_ddg.network.profile import parameter_costs
 from lightning_ddg.network.trace.chain import TracedChain

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import io
-import pickle
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from lightning_ddg.core.pytree import Flattener, dump, formed
 from lightning_ddg.core.tensors import TensorSpec
 
 #: A layer's position, and which of the tensors in its output.
@@ -42,24 +42,18 @@ class Crossing(NamedTuple):
     outputs: dict[Output, Tensor]
 
 
-class _Places(pickle.Pickler):
-    def __init__(self, file: io.BytesIO) -> None:
-        super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
-        self.tensors: list[Tensor] = []
-
-    def persistent_id(self, obj: Any) -> int | None:
-        if not isinstance(obj, Tensor):
-            return None
-        self.tensors.append(obj)
+class _Places(Flattener):
+    def leaf(self, tensor: Tensor) -> int:
+        self.tensors.append(tensor)
         return 0
 
 
 def places(value: Any) -> tuple[bytes, list[Tensor]]:
     """Return the form of a pytree and the tensor at each place, a tensor in two places twice.
 
-    Unlike with :func:`~lightning_ddg.core.tensors.flatten`, the form does not depend on which tensors are the same.
+    Unlike with :func:`~lightning_ddg.core.pytree.flatten`, the form does not depend on which tensors are the same.
     """
     buffer = io.BytesIO()
-    pickler = _Places(buffer)
-    pickler.dump(value)
-    return buffer.getvalue(), pickler.tensors
+    flattener = _Places(buffer)
+    dump(flattener, value)
+    return formed(buffer, flattener), flattener.tensors

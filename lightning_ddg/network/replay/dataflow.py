@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from lightning_ddg.core.tensors import Slot, flatten, parameters_replaced, unflatten
+from lightning_ddg.core.pytree import flatten, unflatten
+from lightning_ddg.core.tensors import Slot, parameters_replaced
 from lightning_ddg.network.layers import Call
 from lightning_ddg.network.replay.crossing import Output, places
 from lightning_ddg.network.replay.layers import Layer, Place

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from lightning_ddg.core.tensors import flatten
+from lightning_ddg.core.pytree import flatten
 from lightning_ddg.network.layers import Call, check_range, namespace
 from lightning_ddg.network.trace.recording import Recording, read_only
 from lightning_ddg.network.trace.recordings import Recordings, find

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from lightning_ddg.core.tensors import flatten
+from lightning_ddg.core.pytree import flatten
 from lightning_ddg.network.layers import Call
 from lightning_ddg.network.restore import in_mode
 from lightning_ddg.network.trace.recording import Recording, Untraceable

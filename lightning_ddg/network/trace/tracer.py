@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from lightning_ddg.core import rng
+from lightning_ddg.core.pytree import unflatten
 from lightning_ddg.core.rng import Generators
-from lightning_ddg.core.tensors import unflatten
 from lightning_ddg.network.trace.containers import CONTAINERS
 from lightning_ddg.network.trace.patches import followed_by
 from lightning_ddg.network.trace.recording import Recording, Untraceable
