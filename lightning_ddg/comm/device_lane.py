@@ -18,7 +18,8 @@ from torch import Tensor
 
 from lightning_ddg.comm.host_lane import HostLane
 from lightning_ddg.comm.wire import as_bytes
-from lightning_ddg.core.tensors import TensorSpec, allocate, tensors_of
+from lightning_ddg.core.pytree import tensors_of
+from lightning_ddg.core.tensors import TensorSpec, allocate
 
 
 class DeviceLane(HostLane):

@@ -1,7 +1,7 @@
 """What a message is: a pytree of tensors and Python values, taken apart into a description and bytes, and back.
 
 Every tensor travels with its shape, strides, dtype, whether it is on the CPU, where it then stays, and whether it wants
-a gradient. What is not a tensor travels inside the description, as bytes of pickle: ``lightning_ddg.core.tensors`` says
+a gradient. What is not a tensor travels inside the description, as bytes of pickle: ``lightning_ddg.core.pytree`` says
 why.
 """
 
@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_ddg.core.tensors import TensorSpec, flatten, spec_of, unflatten
+from lightning_ddg.core.pytree import flatten, plain, received
+from lightning_ddg.core.tensors import TensorSpec, spec_of
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -52,10 +53,11 @@ def pack(value: Any, *, payload: bool = True, snapshot: bool = False) -> Packed:
 
     With ``snapshot`` the tensors are copied, so that they may be modified while the message is on its way.
     """
-    if isinstance(value, Tensor) and value.layout is torch.strided and not value.is_quantized:
+    if type(value) is Tensor and value.layout is torch.strided and not value.is_quantized:
         structure, tensors = None, [value]
     else:
-        structure, tensors = flatten(value)
+        structure, tensors = flatten(value, travels=True)
+    tensors = [plain(tensor) for tensor in tensors]
     dense = [tensor if is_dense(tensor) else tensor.contiguous() for tensor in tensors]
     meta = _meta(structure, tuple(spec_of(tensor) for tensor in dense), payload)
     if snapshot and payload:
@@ -84,6 +86,7 @@ def describe(meta: bytes | memoryview) -> Description:
 
 def unpack(description: Description, tensors: Sequence[Tensor]) -> Any:
     """Put a received value together from its tensors, which come to want a gradient where the sent ones did."""
-    for spec, tensor in zip(description.specs, tensors, strict=True):
-        tensor.requires_grad_(spec.requires_grad)
-    return tensors[0] if description.structure is None else unflatten(description.structure, tensors)
+    wants_grad = [spec.requires_grad for spec in description.specs]
+    if description.structure is None:
+        return tensors[0].requires_grad_(wants_grad[0])
+    return received(description.structure, tensors, wants_grad)

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_ddg.core.tensors import carries_grad, map_tensors, tensors_of
+from lightning_ddg.core.pytree import map_tensors, tensors_of
+from lightning_ddg.core.tensors import carries_grad
 
 
 class Inlet:

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_ddg.core.pytree import map_tensors, tensors_of
 from lightning_ddg.core.rng import Generators
-from lightning_ddg.core.tensors import Slot, map_tensors, parameters_replaced, tensors_of
+from lightning_ddg.core.tensors import Slot, parameters_replaced
 
 # Bytes of a buffer that are sooner copied than compared; on a GPU a comparison has to wait for it.
 _ALWAYS_COPIED = 1 << 16

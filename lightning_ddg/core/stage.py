@@ -22,10 +22,11 @@ from torch import Tensor, nn
 
 from lightning_ddg.core.execution import InFlight
 from lightning_ddg.core.inlet import Inlet
+from lightning_ddg.core.pytree import map_tensors, tensors_of
 from lightning_ddg.core.recompute import BufferCopies, Circumstances
 from lightning_ddg.core.staleness import PAPER, Staleness
 from lightning_ddg.core.stash import Weights, make_stash
-from lightning_ddg.core.tensors import carries_grad, map_tensors, parameters_replaced, tensors_of
+from lightning_ddg.core.tensors import carries_grad, parameters_replaced
 
 
 class _Batch(NamedTuple):

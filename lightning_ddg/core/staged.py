@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from lightning_ddg.core.delay_line import run_in_turn
 from lightning_ddg.core.execution import Channel, Execution, Mailbox, Observers, Sent
 from lightning_ddg.core.pipeline import Pipeline
+from lightning_ddg.core.pytree import map_tensors
 from lightning_ddg.core.rng import Batch
 from lightning_ddg.core.schedule import delay, rank_of_stage
 from lightning_ddg.core.stage import Stage
 from lightning_ddg.core.staleness import Staleness
-from lightning_ddg.core.tensors import carries_grad, map_tensors
+from lightning_ddg.core.tensors import carries_grad
 
 _Queues = defaultdict[tuple[int, int, Channel], deque[Any]]
 

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_ddg.core.tensors import carries_grad, map_tensors, tensors_of
+from lightning_ddg.core.pytree import map_tensors, tensors_of
+from lightning_ddg.core.tensors import carries_grad
 from lightning_ddg.network.layers import Layers
 from lightning_ddg.network.restore import gpus_of, trial
 

@@ -21,10 +21,10 @@ from lightning_ddg.comm.ranks import Ranks
 from lightning_ddg.core.delay_line import DelayLine
 from lightning_ddg.core.execution import Execution, Observers
 from lightning_ddg.core.pipeline import Pipeline
+from lightning_ddg.core.pytree import map_tensors
 from lightning_ddg.core.schedule import delay
 from lightning_ddg.core.stage import Stage
 from lightning_ddg.core.staged import Staged
-from lightning_ddg.core.tensors import map_tensors
 from lightning_ddg.network.cut import Costs, Cut, decide_cut
 from lightning_ddg.network.find import Network, find_network
 from lightning_ddg.planning.report import print_cut

@@ -173,18 +173,25 @@ def hide_example_input(module: LightningModule) -> Undo:
     return replaced(module, "_example_input_array", None)
 
 
-def keep_metrics_local(module: LightningModule) -> Undo:
-    """There is one replica of the data, so a metric is complete on every rank that updates it; syncing would hang."""
-    metrics = [child for child in module.modules() if isinstance(child, Metric)]
-    before = [metric.distributed_available_fn for metric in metrics]
-    for metric in metrics:
-        metric.distributed_available_fn = _never_distributed
+def keep_metrics_local() -> Undo:
+    """There is one replica of the data, so a metric is complete on every rank that updates it; syncing would hang.
 
-    def undo() -> None:
-        for metric, function in zip(metrics, before, strict=True):
-            metric.distributed_available_fn = function
+    All metrics of the process: those in a callback, in a list, or made in a hook are no submodules of the module.
+    """
+    original = Metric.sync
 
-    return undo
+    def sync(
+        self: Metric,
+        dist_sync_fn: Callable[..., Any] | None = None,
+        process_group: Any = None,
+        should_sync: bool = True,
+        distributed_available: Callable[[], bool] | None = None,
+    ) -> None:
+        del distributed_available
+        original(self, dist_sync_fn, process_group, should_sync, _never_distributed)
+
+    setattr(Metric, "sync", sync)  # noqa: B010
+    return lambda: setattr(Metric, "sync", original)
 
 
 def silence_sync_dist_advice() -> Undo:

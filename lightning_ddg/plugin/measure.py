@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
-from lightning_ddg.core.tensors import map_tensors
+from lightning_ddg.core.pytree import map_tensors
 from lightning_ddg.network.cut import CostModel, Costs
 from lightning_ddg.network.find import Network, find_network
 from lightning_ddg.network.profile import NotTheSame, check_same, flop_costs, measure_profile

@@ -23,7 +23,7 @@ def patch_run(site: Site) -> None:
     if site.one_process:
         return
     keep, trainer, module = site.undo.callback, site.trainer, site.module
-    keep(compat.keep_metrics_local(module))
+    keep(compat.keep_metrics_local())
     keep(compat.silence_sync_dist_advice())
     keep(clip_values_that_exist(site.precision))
     keep(compat.silence_sigterm_broadcast(trainer))

@@ -10,7 +10,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from lightning_ddg.core.tensors import flatten, map_tensors, spec_of
+from lightning_ddg.core.pytree import flatten, map_tensors
+from lightning_ddg.core.tensors import spec_of
 from lightning_ddg.plugin.redirection import StepDone
 
 #: From what a stage has sent on to what the user's step gets as the network's output.

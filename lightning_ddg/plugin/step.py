@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_ddg.core.execution import Execution, Sent
+from lightning_ddg.core.pytree import tensors_of
 from lightning_ddg.core.rng import Batch
-from lightning_ddg.core.tensors import tensors_of
 from lightning_ddg.network.find import Network
 from lightning_ddg.plugin import compat
 from lightning_ddg.plugin.host import LightningModule

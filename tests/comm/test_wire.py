@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ddg.comm.wire import as_bytes, describe, is_dense, pack, unpack
-from lightning_ddg.core.tensors import allocate, flatten, map_tensors, spec_of, tensors_of, unflatten
+from lightning_ddg.core.pytree import flatten, map_tensors, tensors_of, unflatten
+from lightning_ddg.core.tensors import allocate, spec_of
 
 
 @dataclass

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from lightning_ddg.core.execution import ACTIVATION, GRADIENT, OUTPUT, Channel, Mailbox, Sent
 from lightning_ddg.core.pipeline import Pipeline
+from lightning_ddg.core.pytree import map_tensors
 from lightning_ddg.core.rng import Batch
 from lightning_ddg.core.stage import Stage
-from lightning_ddg.core.tensors import map_tensors
 
 
 class Script(Mailbox):

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lightning_ddg.core.pytree import map_tensors, tensors_of
 from lightning_ddg.core.stage import Stage
-from lightning_ddg.core.tensors import map_tensors, tensors_of
 
 Make = Callable[[], nn.Module]
 Optimizer = Callable[[Any], torch.optim.Optimizer]

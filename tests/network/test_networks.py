@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning_ddg.network.trace.chain import TracedChain
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision import models
 
-from lightning_ddg.core.tensors import tensors_of
+from lightning_ddg.core.pytree import tensors_of
 from lightning_ddg.network.balance import best_cut, forbidden_cuts
 from lightning_ddg.network.profile import parameter_costs
-from lightning_ddg.network.trace.chain import TracedChain
 from tests.networks import GPT, UNet
 
 

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_ddg.comm.wire import describe, pack, unpack
+from lightning_ddg.core.pytree import map_tensors, tensors_of
 from lightning_ddg.core.stage import Stage
-from lightning_ddg.core.tensors import map_tensors, tensors_of
 from lightning_ddg.network.balance import cut_at, forbidden_cuts
 from lightning_ddg.network.profile import flop_costs
 from lightning_ddg.network.replay.analysis import analyse

@@ -138,30 +138,32 @@ def test_an_example_input_is_hidden_with_a_warning() -> None:
     assert torch.equal(module.example_input_array, torch.ones(2))
 
 
-def test_metrics_do_not_sync() -> None:
-    module = Classifier()
-    module.metric = Accuracy("multiclass", num_classes=3)
-    module.collection = MetricCollection({"a": Accuracy("multiclass", num_classes=3)})
-    metrics = [module.metric, module.collection["a"]]
+def test_metrics_do_not_sync_wherever_they_are() -> None:
     asked: list[bool] = []
 
     def distributed() -> bool:
         asked.append(True)
         return False
 
+    def accuracy(**kwargs: Any) -> Accuracy:
+        return Accuracy("multiclass", num_classes=3, distributed_available_fn=distributed, **kwargs)
+
+    module = Classifier()
+    module.metric, module.plain_list, module.collection = accuracy(), [accuracy()], MetricCollection({"a": accuracy()})
+    undo = compat.keep_metrics_local()
+    made_later = accuracy(dist_sync_on_step=True)
+    metrics = [module.metric, module.plain_list[0], module.collection["a"], made_later]
     for metric in metrics:
-        metric.distributed_available_fn = distributed
-    undo = compat.keep_metrics_local(module)
-    for metric in metrics:
-        metric.update(torch.tensor([1]), torch.tensor([1]))
+        assert metric(torch.tensor([1]), torch.tensor([1])) == 1.0
         assert metric.compute() == 1.0
+        metric.sync(distributed_available=distributed)
     assert asked == []
     undo()
-    metrics[0].reset()
-    metrics[0].update(torch.tensor([1]), torch.tensor([1]))
-    metrics[0].compute()
-    assert asked, "torchmetrics decides by this attribute whether to sync"
-    assert metrics[1].distributed_available_fn is distributed
+    for metric in metrics:
+        metric.reset()
+        metric.update(torch.tensor([1]), torch.tensor([1]))
+        metric.compute()
+    assert len(asked) == len(metrics), "torchmetrics decides by this function whether to sync"
 
 
 def test_the_advice_to_sync_is_silenced_alone() -> None:

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from lightning_ddg.core.tensors import TensorSpec, flatten, tensors_of
+from lightning_ddg.core.pytree import flatten, tensors_of
+from lightning_ddg.core.tensors import TensorSpec
 
 #: The numbers of the modules called, outermost first, each with how often it was called there before.
 Path = tuple[tuple[int, int], ...]

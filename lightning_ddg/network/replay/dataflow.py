@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_ddg.core.tensors import Slot, flatten, parameters_replaced, unflatten
+from lightning_ddg.core.pytree import flatten, unflatten
+from lightning_ddg.core.tensors import Slot, parameters_replaced
 from lightning_ddg.network.layers import Call
 from lightning_ddg.network.replay.crossing import ARGUMENT, OUTPUT, RESULT, Path, Sight, arguments_of, outputs_of
 from lightning_ddg.network.replay.layers import Place, Tree

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from lightning_ddg.core.pytree import flatten, map_tensors, tensors_of, unflatten
 from lightning_ddg.core.rng import Generators
-from lightning_ddg.core.tensors import Slot, flatten, map_tensors, parameters_replaced, spec_of, tensors_of, unflatten
+from lightning_ddg.core.tensors import Slot, parameters_replaced, spec_of
 from lightning_ddg.network.layers import Call
 from lightning_ddg.network.replay.absent import REMEDY, Absent, StageOver
 from lightning_ddg.network.replay.analysis import Analysis, Crosses

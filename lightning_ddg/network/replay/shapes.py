@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_ddg.core.tensors import TensorSpec, flatten, map_tensors, spec_of
+from lightning_ddg.core.pytree import flatten, map_tensors
+from lightning_ddg.core.tensors import TensorSpec, spec_of
 
 
 class Shapes:

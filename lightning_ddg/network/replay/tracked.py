@@ -36,6 +36,9 @@ class Tracked(Tensor):
     Operations are done on the content: a tensor with values, or one on the meta device.
     """
 
+    #: Pytrees take it as it is: it is no tensor of the user's.
+    is_stand_in = True
+
     content: Tensor
     ledger: Ledger
     #: Where it comes from, in the ledger's own terms.
