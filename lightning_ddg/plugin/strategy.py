@@ -112,9 +112,7 @@ class DDGStrategy(StageProcesses):
         super().__init__(options, accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin)
         self._run: Run | None = None
         self._exchange: BatchExchange | None = None
-        # What a run has changed, to be undone at its end.
         self._undo = ExitStack()
-        # What outlives a run.
         self._checkpoints: CheckpointAssembler | None = None
         self._recorded_cut: list[str] | None = None
         self._weights = Weights()
@@ -246,7 +244,6 @@ class DDGStrategy(StageProcesses):
 
     @override
     def on_train_end(self) -> None:
-        """Give every rank all the trained weights."""
         if self._run is not None:
             self._run.end_training()
 
@@ -260,7 +257,6 @@ class DDGStrategy(StageProcesses):
 
     @override
     def on_validation_end(self) -> None:
-        """Give all ranks rank 0's decision to stop."""
         if self._run is not None:
             self._run.agreements.follow(meet=True)
             self._run.evaluation.end()
