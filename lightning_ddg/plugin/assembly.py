@@ -33,8 +33,10 @@ from lightning_ddg.plugin import compat
 from lightning_ddg.plugin.agreements import Agreements, time_on_rank_zero
 from lightning_ddg.plugin.clipping import remembered_clipping
 from lightning_ddg.plugin.compiling import compile_stage
+from lightning_ddg.plugin.data import share_generators
 from lightning_ddg.plugin.drain import Drain
 from lightning_ddg.plugin.evaluation import Evaluation
+from lightning_ddg.plugin.first_batch import FirstBatch
 from lightning_ddg.plugin.hooks import FitHooks
 from lightning_ddg.plugin.measure import copies_kept, first_call, measured_costs
 from lightning_ddg.plugin.options import Options
@@ -108,6 +110,7 @@ class Run:
         if self.ranks.others:
             self.ranks.share(self.site.module, self.ownership.own_names, range(self.ranks.size))
             self.site.weights.whole = True
+        share_generators(self.ranks)
 
 
 def build(site: Site, set_up_optimizers: Callable[[], Sequence[Optimizer]]) -> Run:
@@ -122,9 +125,11 @@ def build(site: Site, set_up_optimizers: Callable[[], Sequence[Optimizer]]) -> R
         ValueError: If it cannot be cut, or trained so.
     """
     patch_run(site)
-    network = find(site)
+    # First, as in Lightning: data that the cut may need can depend on it.
     optimizers = set_up_optimizers()
-    cut = divide(site, network, optimizers)
+    first_batch = FirstBatch(site)
+    network = find(site, first_batch)
+    cut = divide(site, network, optimizers, first_batch)
     move_all_but(foreign_layers(cut, site.ranks.stage), site.module, site.device)
     segments = segments_in_place(site, cut)
     ownership = ownership_of(site, cut, segments)
@@ -149,30 +154,28 @@ def build(site: Site, set_up_optimizers: Callable[[], Sequence[Optimizer]]) -> R
     return Run(site, cut, ownership, groups, execution, step, evaluation, drain, agreements, hooks)
 
 
-def find(site: Site) -> Network:
+def find(site: Site, first_batch: FirstBatch) -> Network:
     """Find the network in the module; every rank must find the same layers."""
     configure = getattr(site.module, "configure_stages", None)
     layers = configure() if callable(configure) else None
     points = site.options.split_points or site.recorded_cut or ()
     requirer = type(site.trainer.strategy).__name__
-    return find_network(site.module, layers, requirer=requirer, example=partial(_example, site), points=points)
+    example = partial(_example, site, first_batch)
+    return find_network(site.module, layers, requirer=requirer, example=example, points=points)
 
 
-def _example(site: Site, target: nn.Module, name: str) -> Any:
+def _example(site: Site, first_batch: FirstBatch, target: nn.Module, name: str) -> Any:
     """How the training step calls the network, on the CPU."""
-    loaders = compat.training_iterables(site.trainer) if site.fits else None
-    if loaders is None:
-        return None
     call = None
-    if site.ranks.reads:
+    for batch in first_batch.read():
         # Where the step fails, training will say so.
         with suppress(Exception), site.first_draws():
-            call = first_call(site.module, target, name, loaders, site.precision, torch.device("cpu"))
+            call = first_call(site.module, target, name, batch, site.precision, torch.device("cpu"))
             call = map_tensors(Tensor.detach, call)
     return site.ranks.broadcast(call, site.ranks.reading_rank)
 
 
-def divide(site: Site, network: Network, optimizers: Sequence[Optimizer]) -> Cut:
+def divide(site: Site, network: Network, optimizers: Sequence[Optimizer], first_batch: FirstBatch) -> Cut:
     """Cut the network; rank 0 prints where."""
     options = site.options
     cut = decide_cut(
@@ -180,7 +183,7 @@ def divide(site: Site, network: Network, optimizers: Sequence[Optimizer]) -> Cut
         site.num_stages,
         options.split_points,
         site.recorded_cut,
-        partial(_measure, site, network, optimizers),
+        partial(_measure, site, network, optimizers, first_batch),
         options.max_memory if site.fits else None,
     )
     if site.fits and site.trainer.is_global_zero and not site.trainer.barebones:
@@ -189,15 +192,14 @@ def divide(site: Site, network: Network, optimizers: Sequence[Optimizer]) -> Cut
     return cut
 
 
-def _measure(site: Site, network: Network, optimizers: Sequence[Optimizer]) -> Costs:
+def _measure(site: Site, network: Network, optimizers: Sequence[Optimizer], first_batch: FirstBatch) -> Costs:
     """What to even out, the same on every rank."""
     costs = Costs.by_parameters(network.chain)
-    loaders = compat.training_iterables(site.trainer) if site.fits else None
-    if site.options.balance == "parameters" or loaders is None:
+    if site.options.balance == "parameters" or not site.fits:
         return costs
-    if site.ranks.reads:
+    for batch in first_batch.read():
         with site.first_draws():
-            costs = measured_costs(site.module, network, loaders, site.options.balance, site.precision, site.device)
+            costs = measured_costs(site.module, network, batch, site.options.balance, site.precision, site.device)
     costs = site.ranks.broadcast(costs, site.ranks.reading_rank)
     if costs.model is None:
         return costs

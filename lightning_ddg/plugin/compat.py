@@ -1,7 +1,7 @@
 """Every touch of Lightning's private parts, each with its reason; the tests say when one has moved.
 
-Nothing else in the package uses a name of Lightning that begins with an underscore. Each function that changes
-something returns the function that undoes it.
+Nothing else in the package uses a name of Lightning that begins with an underscore, but for what concerns data, in
+``compat_data.py``. Each function that changes something returns the function that undoes it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,7 +21,6 @@ from lightning_ddg.plugin import host
 from lightning_ddg.plugin.host import (
     BaseFinetuning,
     Callback,
-    CombinedLoader,
     LightningModule,
     ModelCheckpoint,
     OnExceptionCheckpoint,
@@ -248,8 +247,8 @@ def keep_in_place(module: nn.Module) -> Undo:
 
 
 def transfer_batch(module: LightningModule, batch: Any, device: torch.device) -> Any:
-    """Run the user's three hooks of a batch's transfer, as the loop does."""
-    batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
+    """Run the user's three hooks of a batch's transfer, as the loop does, although no loop has fetched it."""
+    batch = LightningModule._on_before_batch_transfer(module, batch, dataloader_idx=0)
     return module._apply_batch_transfer_handler(batch, device=device, dataloader_idx=0)
 
 
@@ -257,11 +256,6 @@ def step_arguments(step: Callable[..., Any], batch: Any) -> list[Any]:
     """Return the arguments of a training step: the batch, and its index where the step asks for one."""
     takes_index = is_param_in_hook_signature(step, "batch_idx", min_args=2)
     return [batch, 0] if takes_index else [batch]
-
-
-def seed_workers_as_one_device(loader: Any) -> None:
-    """Seed the loader's worker processes as rank 0's would be, although another rank reads."""
-    host.part("fabric.utilities.data")._auto_add_worker_init_fn(loader, 0)
 
 
 def is_last_batch(trainer: Trainer) -> bool:
@@ -344,18 +338,6 @@ def filter_on_optimizer_by_identity() -> Undo:
 
     setattr(BaseFinetuning, "filter_on_optimizer", staticmethod(filter_on_optimizer))  # noqa: B010
     return lambda: setattr(BaseFinetuning, "filter_on_optimizer", original)
-
-
-def prediction_loader(trainer: Trainer, index: int) -> Any:
-    """Return the (wrapped) loader of a batch to predict."""
-    return cast(CombinedLoader, trainer.predict_loop._combined_loader).flattened[index]
-
-
-def training_iterables(trainer: Trainer) -> Any:
-    """Return the (wrapped) training loaders, as the user gave them; set the loop's data up if need be."""
-    trainer.fit_loop.setup_data()
-    combined = trainer.fit_loop._combined_loader
-    return None if combined is None else combined.iterables
 
 
 def validation_interval(trainer: Trainer) -> float | None:

@@ -1,22 +1,27 @@
 """The data of a pipeline: the first stage's rank reads, all other ranks only count, and each gets what it needs.
 
 In training, the rank with the loss gets the whole batch, and the ranks between get zeros of its shapes, for hooks to
-hold; in evaluation all ranks get it.
+hold; in evaluation all ranks get it. All that is exchanged is exchanged between Lightning's loops and their loaders:
+the loaders themselves, and all attributes of the Trainer that hold them, stay the user's on every rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from typing import Any
 
+import torch
 from torch.utils.data import DistributedSampler
 
 from lightning_ddg.comm.ranks import Ranks
 from lightning_ddg.core.execution import Channel
-from lightning_ddg.plugin import compat
+from lightning_ddg.core.rng import Generators
+from lightning_ddg.plugin import compat_data as compat
+from lightning_ddg.plugin.compat import Undo
 from lightning_ddg.plugin.host import LightningModule, Trainer, is_param_in_hook_signature
 
+LENGTH = Channel("length", varied=True)
 FLAG = Channel("flag")
 BATCH = Channel("batch")
 
@@ -25,185 +30,165 @@ class RemoteBatch:
     """Stands for a batch that another rank reads; the exchange puts the received one in its place."""
 
 
-class _PassThrough:
-    """Pass every attribute that it does not have on to the user's loader."""
-
-    def __init__(self, loader: Any) -> None:
-        self._loader = loader
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "_loader":
-            raise AttributeError(name)
-        return getattr(self._loader, name)
-
-
-class SourceLoader(_PassThrough):
-    """The loader of the rank that reads.
+class CountedLoader:
+    """A user's loader as the rank that reads has it: with that one's length, and never iterated here.
 
     Args:
-        loader: The user's iterable.
-        announce: Called before each batch with whether there is one; only for loaders without a length.
+        loader: The user's iterable, whose attributes are passed on.
+        length: Number of batches, or ``None`` if it is not known.
     """
 
-    def __init__(self, loader: Any, announce: Callable[[bool], None] | None = None) -> None:
-        super().__init__(loader)
-        self._announce = announce
-        # Made by the first `peek` or `iter`.
-        self._iterators: list[_SourceIterator] = []
-        self._told = 0
+    def __init__(self, loader: Any, length: int | None) -> None:
+        self.loader = loader
+        self._length = length
 
     def __len__(self) -> int:
-        return len(self._loader)
+        if self._length is None:
+            raise TypeError(f"{type(self.loader).__name__} has no length")
+        return self._length
 
     def __iter__(self) -> Iterator[Any]:
-        self._told = 0
-        self._iterators = [_SourceIterator(iter(self._loader), self._announce)]
-        return self._iterators[0]
+        raise RuntimeError("another rank reads")
 
-    def peek(self) -> Any:
-        """Return the batch that comes next, or came first if it has already been fetched; nothing is lost.
-
-        Raises:
-            StopIteration: If there is none.
-        """
-        if not self._iterators:
-            iter(self)
-        return self._iterators[0].peek()
-
-    def new_indices(self) -> list[Any]:
-        """Return the indices of the samples fetched since the last call, one list a batch, where Lightning has them."""
-        seen = getattr(getattr(self._loader, "batch_sampler", None), "seen_batch_indices", [])
-        new = list(seen[self._told :])
-        self._told = len(seen)
-        return new
+    def __getattr__(self, name: str) -> Any:
+        if name == "loader":
+            raise AttributeError(name)
+        return getattr(self.loader, name)
 
 
-class _SourceIterator(Iterator[Any]):
-    def __init__(self, iterator: Iterator[Any], announce: Callable[[bool], None] | None) -> None:
-        self._iterator = iterator
+class Announced(Iterator[Any]):
+    """What Lightning fetches on the rank that reads: before each batch, and at the end, the others are told.
+
+    Args:
+        source: Yields what a ``CombinedLoader`` yields: a batch, its index, and the index of its loader.
+        announce: Is told the index of the loader of each batch, then ``None``; a length is only an estimate.
+    """
+
+    def __init__(self, source: Iterator[Any], announce: Callable[[int | None], None]) -> None:
+        self.source = source
         self._announce = announce
-        self._waiting: list[Any] = []
-        self._first: list[Any] | None = None
         self._ended = False
 
     def __next__(self) -> Any:
         try:
-            batch = self._waiting.pop() if self._waiting else next(self._iterator)
+            fetched = next(self.source)
         except StopIteration:
-            # Once: whoever asks an exhausted iterator again must not end the other ranks' next epoch.
-            if self._announce is not None and not self._ended:
-                self._announce(False)
+            # Once: who asks an exhausted iterator again must not end the other ranks' next epoch.
+            if not self._ended:
+                self._announce(None)
             self._ended = True
             raise
-        if self._announce is not None:
-            self._announce(True)
-        self._first = [batch] if self._first is None else []
-        return batch
-
-    def peek(self) -> Any:
-        if self._first:
-            return self._first[0]
-        if not self._waiting:
-            self._waiting.append(next(self._iterator))
-        return self._waiting[0]
+        self._announce(fetched[2])
+        return fetched
 
 
-class RemoteLoader(_PassThrough):
-    """The loader of a rank that does not read: as many :class:`RemoteBatch` as there are batches.
+def followed(hear: Callable[[], int | None]) -> Iterator[tuple[RemoteBatch, int, int]]:
+    """Yield what Lightning fetches on a rank that does not read: as many batches as are announced.
 
     Args:
-        loader: The user's iterable, never iterated; only its attributes are passed on.
-        length: Number of batches, or ``None`` if it is not known.
-        more: Waits until the reading rank says whether there is another batch; only without a length.
+        hear: Waits for what the rank that reads announces; see :class:`Announced`.
     """
-
-    def __init__(self, loader: Any, length: int | None, more: Callable[[], bool]) -> None:
-        super().__init__(loader)
-        self._length = length
-        self._more = more
-
-    def __getattr__(self, name: str) -> Any:
-        # The position in the data is the reading rank's to save and restore.
-        if name in ("state_dict", "load_state_dict"):
-            raise AttributeError(name)
-        return super().__getattr__(name)
-
-    def __len__(self) -> int:
-        if self._length is None:
-            raise TypeError(f"{type(self._loader).__name__} has no length")
-        return self._length
-
-    def add_indices(self, new: list[Any]) -> None:
-        """Note the indices of samples that the reading rank has fetched, where Lightning looks for them."""
-        if new:
-            sampler = self._loader.batch_sampler
-            # Lightning's wrapper has no such attribute before it is iterated, which it never is here.
-            sampler.seen_batch_indices = [*getattr(sampler, "seen_batch_indices", []), *new]
-
-    def __iter__(self) -> Iterator[RemoteBatch]:
-        sampler: Any = getattr(self._loader, "batch_sampler", None)
-        if hasattr(sampler, "seen_batch_indices"):
-            sampler.seen_batch_indices = []
-        if self._length is None:
-            while self._more():
-                yield RemoteBatch()
-        else:
-            for _ in range(self._length):
-                yield RemoteBatch()
+    index, before = 0, 0
+    while (loader := hear()) is not None:
+        index, before = (index if loader == before else 0), loader
+        yield RemoteBatch(), index, loader
+        index += 1
 
 
 class BatchExchange:
-    """Gives each rank its loaders and its batches.
+    """Gives each rank what Lightning's loops need of the loaders, and its batches.
 
     Args:
         ranks: The processes.
+        trainer: The Trainer whose loops fetch.
     """
 
-    def __init__(self, ranks: Ranks) -> None:
-        self._ranks, self._mailbox = ranks, ranks.mailbox
+    def __init__(self, ranks: Ranks, trainer: Trainer) -> None:
+        self._ranks, self._mailbox, self._trainer = ranks, ranks.mailbox, trainer
+        # Whether what is moved to the device next is what the loop has fetched, and not a batch of the user's own.
+        self._due = False
+        # Of each loader whose batches are predicted: how many batches' indices the other ranks know.
+        self._told: dict[int, int] = {}
 
-    def loader(self, dataloader: Any) -> SourceLoader | RemoteLoader:
-        """Wrap a user's loader: on one rank it reads, on all others it counts along."""
+    def install(self, module: LightningModule) -> Undo:
+        """Stand between the Trainer's loops and their loaders; return what ends it."""
+        undo = ExitStack()
+        if self._ranks.others:
+            reads = self._ranks.reads
+            exchange = self._announced if reads else self._followed
+            undo.callback(compat.exchange_fetched(self._trainer, reads, exchange))
+            if reads:
+                undo.callback(compat.before_transfer(module, self._fetched))
+            else:
+                undo.callback(compat.after_data_set_up(self._trainer, _own))
+                undo.callback(compat.leave_out_loader_states(self._trainer))
+        return undo.close
+
+    def loader(self, dataloader: Any) -> Any:
+        """Return a user's loader as the loop that sets it up shall see it: with the length it has where it is read."""
         if not self._ranks.others:
-            return SourceLoader(dataloader)
+            return dataloader
         check_sampler(dataloader)
-        more = partial(self._mailbox.take, self._ranks.reading_rank, FLAG)
-        if not self._ranks.reads:
-            return RemoteLoader(dataloader, more(), lambda: bool(more()))
         compat.seed_workers_as_one_device(dataloader)
-        try:
-            length = len(dataloader)
-        except (TypeError, NotImplementedError):
-            length = None
-        announce = partial(self._mailbox.send, self._ranks.others, FLAG)
-        announce(length)
-        return SourceLoader(dataloader, announce if length is None else None)
+        if self._ranks.reads:
+            self._mailbox.send(self._ranks.others, LENGTH, compat.sized_len(dataloader))
+            return dataloader
+        return CountedLoader(dataloader, self._mailbox.take(self._ranks.reading_rank, LENGTH))
 
-    def batch(self, trainer: Trainer, batch: Any, move: Callable[[Any], Any], dataloader_idx: int) -> Any:
-        """Return what this rank gets of a batch.
+    def _announced(self, source: Iterator[Any] | None, loaders: Sequence[Any]) -> tuple[Sequence[Any], Iterator[Any]]:
+        assert source is not None
+        self._due = False
+        self._told.clear()
+        self._mailbox.send(self._ranks.others, LENGTH, [compat.sized_len(loader) for loader in loaders])
+        return loaders, Announced(source, lambda loader: self._mailbox.send(self._ranks.others, FLAG, loader))
+
+    def _followed(self, source: Iterator[Any] | None, loaders: Sequence[Any]) -> tuple[Sequence[Any], Iterator[Any]]:
+        for loader in loaders:
+            sampler: Any = getattr(loader, "batch_sampler", None)
+            if hasattr(sampler, "seen_batch_indices"):
+                sampler.seen_batch_indices = []
+        lengths = self._mailbox.take(self._ranks.reading_rank, LENGTH)
+        counted = [CountedLoader(loader, length) for loader, length in zip(loaders, lengths, strict=True)]
+        return counted, followed(lambda: self._mailbox.take(self._ranks.reading_rank, FLAG))
+
+    def _fetched(self) -> None:
+        self._due = True
+
+    def batch(self, batch: Any, move: Callable[[Any], Any], dataloader_idx: int) -> Any:
+        """Return what this rank gets of a batch that a loop has fetched; a batch of the user's own is moved only.
 
         Args:
-            trainer: The Trainer, in whose loop it is.
-            batch: What the loader gave: on ranks that do not read, a :class:`RemoteBatch`.
+            batch: What was fetched: on ranks that do not read, a :class:`RemoteBatch`.
             move: Moves a batch that was read to the device.
             dataloader_idx: Which loader it comes from.
         """
-        if trainer.predicting:
-            loader = compat.prediction_loader(trainer, dataloader_idx)
-            if isinstance(loader, SourceLoader):
-                batch = move(batch)
-                self._send(self._ranks.others, (batch, loader.new_indices()))
-                return batch
-            batch, indices = self._mailbox.take(self._ranks.reading_rank, BATCH)
-            loader.add_indices(indices)
-            return batch
-        if not trainer.training:
-            if not self._ranks.reads:
-                return self._mailbox.take(self._ranks.reading_rank, BATCH)
+        due = self._due if self._ranks.reads else isinstance(batch, RemoteBatch)
+        self._due = False
+        if not due:
+            return move(batch)
+        if self._trainer.training:
+            return self._training_batch(batch, move)
+        indices: list[Any] = []
+        if self._ranks.reads:
             batch = move(batch)
-            self._send(self._ranks.others, batch)
+            if self._trainer.predicting:
+                indices = self._new_indices(dataloader_idx)
+            self._send(self._ranks.others, (batch, indices))
             return batch
-        return self._training_batch(batch, move)
+        batch, indices = self._mailbox.take(self._ranks.reading_rank, BATCH)
+        if indices:
+            sampler = compat.prediction_loader(self._trainer, dataloader_idx).batch_sampler
+            # Lightning's wrapper has no such attribute before it is iterated, which it never is here.
+            sampler.seen_batch_indices = [*getattr(sampler, "seen_batch_indices", []), *indices]
+        return batch
+
+    def _new_indices(self, dataloader_idx: int) -> list[Any]:
+        """The indices of the samples fetched since the last call, one list a batch, where Lightning has them."""
+        loader = compat.prediction_loader(self._trainer, dataloader_idx)
+        seen = getattr(getattr(loader, "batch_sampler", None), "seen_batch_indices", [])
+        new = list(seen[self._told.get(dataloader_idx, 0) :])
+        self._told[dataloader_idx] = len(seen)
+        return new
 
     def _training_batch(self, batch: Any, move: Callable[[Any], Any]) -> Any:
         rank = self._ranks.rank
@@ -222,6 +207,24 @@ class BatchExchange:
     def _send(self, ranks: list[int], value: Any) -> None:
         # A snapshot: the user's step may change the batch in place while it is still on its way.
         self._mailbox.send(ranks, BATCH, value, snapshot=True)
+
+
+def share_generators(ranks: Ranks) -> None:
+    """Let every rank draw on as the one that reads, which has drawn what one process would have."""
+    if ranks.others:
+        ranks.broadcast(Generators(torch.device("cpu")), ranks.reading_rank).restore()
+
+
+def put_loader_states(ranks: Ranks, checkpoint: dict[str, Any]) -> None:
+    """Put the positions in the training data into rank 0's checkpoint: the rank that reads knows them."""
+    if states := compat.loader_states(checkpoint):
+        gathered = ranks.gather({"loaders": states if ranks.reads else []})
+        if gathered:
+            states[:] = gathered[ranks.reading_rank - 1]["loaders"]
+
+
+def _own(loader: Any) -> Any:
+    return loader.loader if isinstance(loader, CountedLoader) else loader
 
 
 def check_sampler(loader: Any) -> None:
@@ -247,7 +250,9 @@ def check_steps(module: LightningModule) -> None:
         TypeError: If a step takes ``dataloader_iter``.
     """
     for name in ("training_step", "validation_step", "test_step", "predict_step"):
-        if is_param_in_hook_signature(getattr(module, name), "dataloader_iter", explicit=True):
+        step = getattr(module, name)
+        # Some switch a step off by None.
+        if callable(step) and is_param_in_hook_signature(step, "dataloader_iter", explicit=True):
             raise TypeError(
                 f"`{type(module).__name__}.{name}` takes `dataloader_iter`, but only one process reads the data. Take"
                 " `batch` and `batch_idx` instead."

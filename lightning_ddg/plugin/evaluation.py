@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_ddg.core.execution import Execution
+from lightning_ddg.plugin.data import share_generators
 from lightning_ddg.plugin.ownership import Ownership
 from lightning_ddg.plugin.redirection import Redirection
 from lightning_ddg.plugin.site import Site
@@ -47,6 +48,11 @@ class Evaluation:
         self._outside = Outside.TRAINED
         # A callback may exchange the weights for the validation.
         self._execution.before_step()
+
+    def end(self) -> None:
+        """Called when an evaluation has ended; every rank must."""
+        if not self._site.fits:
+            share_generators(self._site.ranks)
 
     @contextmanager
     def step(self) -> Iterator[None]:

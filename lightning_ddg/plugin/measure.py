@@ -13,7 +13,6 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_map
 
 from lightning_ddg.core.pytree import map_tensors
 from lightning_ddg.network.cut import CostModel, Costs
@@ -29,7 +28,7 @@ from lightning_ddg.plugin.step import no_call_of
 
 
 def measured_costs(
-    module: LightningModule, network: Network, loaders: Any, balance: str, precision: Precision, device: torch.device
+    module: LightningModule, network: Network, batch: Any, balance: str, precision: Precision, device: torch.device
 ) -> Costs:
     """Return what each layer costs for the first batch, by ``balance``; leave the module as it was.
 
@@ -39,7 +38,7 @@ def measured_costs(
     Args:
         module: The LightningModule.
         network: Its network.
-        loaders: The training loaders, which can :meth:`~lightning_ddg.plugin.data.SourceLoader.peek`, as a pytree.
+        batch: The first training batch; the step may change it in place.
         balance: ``"time"`` or ``"flops"``.
         precision: Whose context the forward runs in.
         device: Where to measure.
@@ -50,7 +49,7 @@ def measured_costs(
     try:
         with trainability_kept(module):
             module.to(device)
-            args, kwargs = first_call(module, network.target, network.target_name, loaders, precision, device)
+            args, kwargs = first_call(module, network.target, network.target_name, batch, precision, device)
             check_same(network.chain, args, kwargs, precision.train_step_context)
             if balance == "flops":
                 return Costs(flop_costs(network.chain, args, kwargs), "FLOPs")
@@ -92,7 +91,7 @@ def first_call(
     module: LightningModule,
     target: nn.Module,
     target_name: str,
-    loaders: Any,
+    batch: Any,
     precision: Precision,
     device: torch.device,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -102,7 +101,7 @@ def first_call(
         module: The LightningModule, on ``device``.
         target: The module whose call is the call of the network.
         target_name: Its name.
-        loaders: The training loaders, which can :meth:`~lightning_ddg.plugin.data.SourceLoader.peek`, as a pytree.
+        batch: The first training batch; the step may change it in place.
         precision: Whose context the step runs in.
         device: Where the batch goes.
 
@@ -112,8 +111,6 @@ def first_call(
 
     unmute = compat.mute_logging(module)
     try:
-        # A copy: the hooks may change the batch in place, and training will see it again.
-        batch = map_tensors(torch.clone, tree_map(_peek, loaders))
         batch = compat.transfer_batch(module, precision.convert_input(batch), device)
     finally:
         unmute()
@@ -154,13 +151,6 @@ def call_of_network(
         unmute()
         redirection.remove()
     raise NotCalled(no_call_of(target_name))
-
-
-def _peek(loader: Any) -> Any:
-    try:
-        return loader.peek()
-    except StopIteration:
-        raise RuntimeError("a training loader has no batch") from None
 
 
 def plan_module(

@@ -168,7 +168,9 @@ class StageProcesses(ParallelStrategy):
     @override
     def setup_environment(self) -> None:
         super().setup_environment()
-        compat.reset_seed()
+        if self.world_size > 1 and self._options.start_method == "forkserver":
+            # All other processes draw on as the script has drawn, which is what plain Lightning does.
+            compat.reset_seed()
         self.set_world_ranks()
         self._ranks = self._connected() if self.world_size > 1 else LocalRanks(self.num_stages)
 

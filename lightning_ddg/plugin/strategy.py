@@ -23,7 +23,7 @@ from lightning_ddg.planning.units import parse_bytes
 from lightning_ddg.plugin import compat
 from lightning_ddg.plugin.assembly import Run, build, move_all_but
 from lightning_ddg.plugin.checkpoint import CheckpointAssembler, record_cut, recorded_cut
-from lightning_ddg.plugin.data import BatchExchange, check_steps
+from lightning_ddg.plugin.data import BatchExchange, check_steps, put_loader_states
 from lightning_ddg.plugin.host import (
     Accelerator,
     CheckpointIO,
@@ -111,9 +111,8 @@ class DDGStrategy(StageProcesses):
         )
         super().__init__(options, accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin)
         self._run: Run | None = None
-        # What a run has changed, to be undone at its end.
+        self._exchange: BatchExchange | None = None
         self._undo = ExitStack()
-        # What outlives a run.
         self._checkpoints: CheckpointAssembler | None = None
         self._recorded_cut: list[str] | None = None
         self._weights = Weights()
@@ -175,6 +174,8 @@ class DDGStrategy(StageProcesses):
             undo=self._undo,
             fail=self.on_exception,
         )
+        self._exchange = BatchExchange(self._ranks, trainer)
+        self._undo.callback(self._exchange.install(module))
         self.model = self.precision_plugin.convert_module(module)
         run = self._run = build(site, partial(self._optimizers_of, trainer, site.fits))
         self._checkpoints = CheckpointAssembler(run.ownership, self._weights, run.groups, self._ranks.gather)
@@ -205,16 +206,13 @@ class DDGStrategy(StageProcesses):
 
     @override
     def process_dataloader(self, dataloader: object) -> object:
-        """Let the first stage's process read, and all others count along."""
-        return BatchExchange(self._ranks).loader(dataloader)
+        return dataloader if self._exchange is None else self._exchange.loader(dataloader)
 
     @override
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
         """Move the batch to the device on the process that reads, and from there to those that need it."""
         move = partial(super().batch_to_device, device=device, dataloader_idx=dataloader_idx)
-        if self._run is None or not self._ranks.others:
-            return move(batch)
-        return BatchExchange(self._ranks).batch(self._run.site.trainer, batch, move, dataloader_idx)
+        return move(batch) if self._exchange is None else self._exchange.batch(batch, move, dataloader_idx)
 
     # ---- training
 
@@ -246,7 +244,6 @@ class DDGStrategy(StageProcesses):
 
     @override
     def on_train_end(self) -> None:
-        """Give every rank all the trained weights."""
         if self._run is not None:
             self._run.end_training()
 
@@ -260,9 +257,16 @@ class DDGStrategy(StageProcesses):
 
     @override
     def on_validation_end(self) -> None:
-        """Give all ranks rank 0's decision to stop."""
         if self._run is not None:
             self._run.agreements.follow(meet=True)
+            self._run.evaluation.end()
+
+    @override
+    def on_test_end(self) -> None:
+        if self._run is not None:
+            self._run.evaluation.end()
+
+    on_predict_end = on_test_end
 
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -313,6 +317,7 @@ class DDGStrategy(StageProcesses):
         """Write a plain Lightning checkpoint on rank 0, with the cut recorded beside what Lightning put in it."""
         if self._checkpoints is not None and self._ranks.others:
             self._checkpoints.complete_copies(checkpoint)
+            put_loader_states(self._ranks, checkpoint)
         if self._recorded_cut is not None:
             record_cut(checkpoint, self.num_stages, self._recorded_cut)
         super().save_checkpoint(checkpoint, filepath, storage_options)

@@ -250,21 +250,6 @@ def test_what_a_strategy_and_a_module_have_of_their_own() -> None:
     assert trainer.optimizers == trainer.strategy.lr_scheduler_configs == []
 
 
-def test_workers_are_seeded_as_those_of_rank_zero(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rank_zero_only, "rank", 5)
-    monkeypatch.delenv("PL_SEED_WORKERS", raising=False)
-    data: Any = loader("mlp")
-    compat.seed_workers_as_one_device(data)
-    assert data.worker_init_fn is None, "the user has not asked for it"
-    monkeypatch.setenv("PL_SEED_WORKERS", "1")
-    compat.seed_workers_as_one_device(data)
-    assert vars(data)["worker_init_fn"].keywords == {"rank": 0}
-    before = data.worker_init_fn
-    compat.seed_workers_as_one_device(data)
-    assert data.worker_init_fn is before
-    compat.seed_workers_as_one_device([1, 2])
-
-
 class Stream(IterableDataset[Any]):
     def __iter__(self) -> Iterator[Any]:
         return iter(dataset("mlp", 12))
@@ -336,32 +321,6 @@ def test_a_resumed_fit_goes_on_counting(tmp_path: Any) -> None:
         warnings.simplefilter("ignore")
         again.fit(module, loader("mlp", 12), ckpt_path=tmp_path / "one.ckpt", **SAFELY)
     assert notes.number == [3, 4, 5]
-
-
-class Loaders(pl.Callback):
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self.iterables = compat.training_iterables(trainer)
-        self.again = compat.training_iterables(trainer)
-
-
-def test_the_training_loaders_come_in_the_users_nest() -> None:
-    class Two(Classifier):
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            return super().training_step(batch["a"], batch_idx) + super().training_step(batch["b"][0], batch_idx)
-
-    nest: dict[str, Any] = {"a": loader("mlp"), "b": [loader("mlp")]}
-    seen = Loaders()
-    fitted(Two(), nest, callbacks=[seen])
-    assert seen.iterables.keys() == {"a", "b"}
-    assert seen.iterables["a"] is nest["a"]
-    assert seen.iterables["b"][0] is nest["b"][0]
-    assert seen.again is seen.iterables
-
-
-def test_without_training_data_there_are_no_loaders() -> None:
-    seen = Loaders()
-    fitted(Classifier(), callbacks=[seen], limit_train_batches=0)
-    assert seen.iterables is None
 
 
 def test_names_used_as_they_are() -> None:
@@ -550,20 +509,6 @@ def test_an_exception_in_the_loop_is_told_where_it_happens() -> None:
     assert told == [caught.value]
     undo()
     assert "run" not in vars(trainer.fit_loop)
-
-
-def test_the_loader_of_a_prediction() -> None:
-    loaders = [loader("mlp"), loader("mlp", 8)]
-    seen: list[Any] = []
-
-    class Predicting(Classifier):
-        def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-            seen.append(compat.prediction_loader(self.trainer, dataloader_idx).dataset)
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        quiet_trainer(devices=1).predict(Predicting(), loaders)
-    assert [id(found) for found in seen] == [id(loaders[0].dataset)] * 5 + [id(loaders[1].dataset)] * 2
 
 
 class OwnBatchEnd(Classifier):

@@ -1,4 +1,4 @@
-"""Tests of ``data.py``: nothing is lost by looking ahead, and ranks that do not read count along."""
+"""Tests of ``data.py``: ranks that do not read count along, whatever a loader's length says."""
 
 from __future__ import annotations
 
@@ -7,176 +7,126 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
-from torch.utils.data import BatchSampler, DataLoader, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data.distributed import DistributedSampler
 
-from lightning_ddg.plugin.data import RemoteBatch, RemoteLoader, SourceLoader, check_steps
-from tests.networks import Classifier
+from lightning_ddg.comm.ranks import LocalRanks
+from lightning_ddg.plugin.data import (
+    Announced,
+    BatchExchange,
+    CountedLoader,
+    RemoteBatch,
+    check_sampler,
+    check_steps,
+    followed,
+)
+from tests.networks import Classifier, quiet_trainer
 
 
-class Stateful:
-    """A loader with a length, a state and an attribute of its own."""
+class Sized:
+    """A loader with a length and an attribute of its own, which nobody may iterate over."""
 
     sampler = "the sampler"
 
     def __len__(self) -> int:
         return 3
 
-    def __iter__(self) -> Iterator[int]:
-        return iter(range(3))
-
-    def state_dict(self) -> dict[str, int]:
-        return {"position": 2}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        pass
+    def __iter__(self) -> Iterator[Any]:
+        raise AssertionError("another rank reads")
 
 
-class Endless:
-    def __iter__(self) -> Iterator[int]:
-        return iter(range(3))
-
-
-def never() -> bool:
-    raise AssertionError("a loader with a length needs no word from the rank that reads")
-
-
-def test_peeking_loses_nothing() -> None:
-    loader = SourceLoader(range(4))
-    iterator = iter(loader)
-    assert loader.peek() == 0
-    assert loader.peek() == 0
-    assert next(iterator) == 0
-    assert loader.peek() == 0, "the first batch, although it has been fetched"
-    assert list(iterator) == [1, 2, 3]
-
-
-def test_peeking_looks_ahead_after_the_second_batch() -> None:
-    loader = SourceLoader(range(4))
-    iterator = iter(loader)
-    assert [next(iterator), next(iterator)] == [0, 1]
-    assert loader.peek() == 2
-    assert list(iterator) == [2, 3]
-
-
-def test_peeking_before_the_first_epoch_costs_no_epoch() -> None:
-    loader = SourceLoader(range(3))
-    assert loader.peek() == 0
-    assert list(loader) == [0, 1, 2]
-    assert list(loader) == [0, 1, 2]
-
-
-def test_peeking_into_an_empty_loader() -> None:
-    with pytest.raises(StopIteration):
-        SourceLoader([]).peek()
+def fetched(*batches: str) -> Iterator[Any]:
+    return ((batch, index, 0) for index, batch in enumerate(batches))
 
 
 def test_each_batch_and_the_end_are_announced_as_they_are_fetched() -> None:
-    said: list[bool] = []
-    loader = SourceLoader(Endless(), said.append)
-    iterator = iter(loader)
-    loader.peek()
-    assert said == [], "looking ahead is no fetching"
-    next(iterator)
-    assert said == [True]
-    assert list(iterator) == [1, 2]
-    assert said == [True, True, True, False]
-    assert list(loader) == [0, 1, 2]
-    assert said == [True, True, True, False] * 2
+    said: list[int | None] = []
+    iterator = Announced(fetched("a", "b"), said.append)
+    assert said == []
+    assert next(iterator) == ("a", 0, 0)
+    assert said == [0]
+    assert list(iterator) == [("b", 1, 0)]
+    assert said == [0, 0, None]
 
 
 def test_the_end_is_announced_once() -> None:
-    """`CombinedLoader(mode="max_size")` asks an exhausted loader again until all of them are."""
-    said: list[bool] = []
-    iterator = iter(SourceLoader(Endless(), said.append))
-    assert list(iterator) == [0, 1, 2]
+    said: list[int | None] = []
+    iterator = Announced(fetched("a"), said.append)
+    assert len(list(iterator)) == 1
     assert list(iterator) == []
-    assert said == [True, True, True, False], "the other rank would take the second False for the next epoch's"
+    assert said == [0, None], "the other rank would take the second one for the next epoch's"
 
 
-def test_lengths() -> None:
-    assert len(SourceLoader(Stateful())) == 3
-    assert len(RemoteLoader(Stateful(), 5, never)) == 5
-    for loader in (SourceLoader(Endless()), RemoteLoader(Endless(), None, never)):
-        with pytest.raises(TypeError):
-            len(loader)
+def test_an_error_is_no_end() -> None:
+    def fail() -> Iterator[Any]:
+        yield "a", 0, 0
+        raise OSError("the disk is gone")
 
-
-def test_ranks_that_do_not_read_never_touch_the_loader() -> None:
-    class Untouchable:
-        def __iter__(self) -> Iterator[Any]:
-            raise AssertionError("another rank reads")
-
-    loader = RemoteLoader(Untouchable(), 3, never)
-    for _ in range(2):
-        batches = list(loader)
-        assert len(batches) == 3
-        assert all(isinstance(batch, RemoteBatch) for batch in batches)
-
-
-def test_without_a_length_the_rank_that_reads_says_whether_there_is_more() -> None:
-    answers = iter([True, True, False, True, False])
-    loader = RemoteLoader(Endless(), None, lambda: next(answers))
-    assert len(list(loader)) == 2
-    assert len(list(loader)) == 1
+    said: list[int | None] = []
+    iterator = Announced(fail(), said.append)
+    next(iterator)
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(iterator)
+    assert said == [0]
 
 
 def test_what_is_announced_is_what_the_other_rank_counts() -> None:
-    said: list[bool] = []
-    source = SourceLoader(Endless(), said.append)
-    remote = RemoteLoader(Endless(), None, lambda: said.pop(0))
-    for _ in range(2):
-        assert len(list(source)) == len(list(remote)) == 3
-        assert said == []
+    said: list[int | None] = []
+    items = [("a", 0, 0), ("b", 1, 0), ("c", 0, 1), ("d", 0, 2), ("e", 1, 2)]
+    assert list(Announced(iter(items), said.append)) == items
+    counted = list(followed(lambda: said.pop(0)))
+    assert [rest for _, *rest in counted] == [list(item[1:]) for item in items]
+    assert all(isinstance(batch, RemoteBatch) for batch, _, _ in counted)
+    assert said == []
 
 
-def test_attributes_are_the_users_loaders() -> None:
-    for loader in (SourceLoader(Stateful()), RemoteLoader(Stateful(), 3, never)):
-        assert loader.sampler == "the sampler"
-        with pytest.raises(AttributeError):
-            _ = loader.missing
-    data: DataLoader[Any] = DataLoader(TensorDataset(torch.arange(6)), batch_size=2, shuffle=True)
-    assert SourceLoader(data).batch_sampler is data.batch_sampler
+def test_who_has_heard_of_the_end_asks_no_more() -> None:
+    said: list[int | None] = [0, None]
+    iterator = followed(lambda: said.pop(0))
+    assert len(list(iterator)) == 1
+    assert list(iterator) == []
 
 
-def test_the_position_in_the_data_is_saved_by_the_rank_that_reads() -> None:
-    assert SourceLoader(Stateful()).state_dict() == {"position": 2}
-    remote = RemoteLoader(Stateful(), 3, never)
-    assert not hasattr(remote, "state_dict")
-    assert not hasattr(remote, "load_state_dict")
+@pytest.mark.parametrize("length", [0, 5])
+def test_a_loader_has_the_length_that_it_has_elsewhere(length: int) -> None:
+    counted = CountedLoader(Sized(), length)
+    assert len(counted) == length
+    assert counted.sampler == "the sampler"
+    with pytest.raises(AttributeError):
+        _ = counted.missing
 
 
-class Sampled:
-    """A loader with the sampler that Lightning gives to one whose batches are predicted."""
-
-    def __init__(self) -> None:
-        self.batch_sampler: Any = _IndexBatchSamplerWrapper(BatchSampler(range(5), 2, False))  # type: ignore[arg-type]
-
-    def __len__(self) -> int:
-        return 3
-
-    def __iter__(self) -> Iterator[int]:
-        return (len(indices) for indices in self.batch_sampler)
+def test_a_loader_may_have_no_length_elsewhere() -> None:
+    with pytest.raises(TypeError, match="Sized has no length"):
+        len(CountedLoader(Sized(), None))
 
 
-def test_indices_of_samples_are_told_once_and_noted_where_lightning_looks() -> None:
-    theirs, mine = Sampled(), Sampled()
-    source, remote = SourceLoader(theirs), RemoteLoader(mine, 3, lambda: True)
-    for _ in range(2):
-        batches = iter(source)
-        for _, size in zip(remote, batches, strict=True):
-            remote.add_indices(source.new_indices())
-            assert len(mine.batch_sampler.seen_batch_indices[-1]) == size
-        assert mine.batch_sampler.seen_batch_indices == [[0, 1], [2, 3], [4]]
-        assert source.new_indices() == []
+def test_in_one_process_a_loader_and_a_batch_stay_what_they_are() -> None:
+    exchange, module = BatchExchange(LocalRanks(2), quiet_trainer(devices=1)), Classifier()
+    undo = exchange.install(module)
+    loader, batch = Sized(), torch.ones(2)
+    assert exchange.loader(loader) is loader
+    assert exchange.batch(batch, lambda given: given + 1, 0).tolist() == [2, 2]
+    undo()
 
 
-def test_a_loader_that_knows_no_samples_tells_none() -> None:
-    source, remote = SourceLoader([1, 2]), RemoteLoader([1, 2], 2, lambda: True)
-    assert next(iter(source)) == 1
-    assert source.new_indices() == []
-    remote.add_indices([])
-    assert len(list(remote)) == 2
+@pytest.mark.parametrize("where", ["sampler", "batch_sampler"])
+def test_a_sampler_for_several_replicas_is_refused(where: str) -> None:
+    data = TensorDataset(torch.arange(6))
+    sampler: Any = DistributedSampler(data, num_replicas=2, rank=0)
+    if where == "batch_sampler":
+        loader: Any = DataLoader(data, batch_sampler=torch.utils.data.BatchSampler(sampler, 2, False))
+    else:
+        loader = DataLoader(data, sampler=sampler)
+    with pytest.raises(ValueError, match="DistributedSampler with num_replicas=2.*Leave the sampler out"):
+        check_sampler(loader)
+    check_sampler(DataLoader(data, sampler=DistributedSampler(data, num_replicas=1, rank=0)))
+
+
+def test_a_step_may_be_none() -> None:
+    module = Classifier()
+    module.validation_step = None  # type: ignore[assignment,method-assign]
+    check_steps(module)
 
 
 def fetching(self: Any, dataloader_iter: Iterator[Any]) -> None: ...
