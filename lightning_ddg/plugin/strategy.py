@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_ddg.comm.ranks import LocalRanks
 from lightning_ddg.core.staleness import PAPER, Staleness
 from lightning_ddg.planning.units import parse_bytes
 from lightning_ddg.plugin import compat
@@ -120,6 +121,10 @@ class DDGStrategy(StageProcesses):
         # Over all runs, or each prediction would draw what the one before it drew.
         self._evaluations = count()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the run out where a Trainer is copied or pickled."""
+        return vars(self) | {"_run": None, "_undo": ExitStack(), "_checkpoints": None, "_ranks": LocalRanks(1)}
+
     # ---- what a user may ask
 
     plan = staticmethod(plan_module)
@@ -177,7 +182,9 @@ class DDGStrategy(StageProcesses):
         )
         self.model = self.precision_plugin.convert_module(module)
         run = self._run = build(site, partial(self._optimizers_of, trainer, site.fits))
-        self._checkpoints = CheckpointAssembler(run.ownership, self._weights, run.groups, self._ranks.gather)
+        self._checkpoints = CheckpointAssembler(
+            run.ownership, self._weights, run.groups, self._ranks.gather, run.share_for_saving
+        )
         self.setup_precision_plugin()
         if site.fits:
             # What is cut only to be evaluated was not measured, and a fit that follows shall be.
@@ -236,6 +243,8 @@ class DDGStrategy(StageProcesses):
         if run is None:
             return super().backward(closure_loss, optimizer, *args, **kwargs)
         run.step.step.backward()
+        if run.step.passes_over():
+            return closure_loss
         self.pre_backward(closure_loss)
         loss = plugin.pre_backward(closure_loss, run.site.module)
         run.step.backward(lambda: plugin.backward(loss, run.site.module, optimizer, *args, **kwargs))
@@ -286,7 +295,7 @@ class DDGStrategy(StageProcesses):
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Return the full state dict on rank 0; other ranks have only their own part up to date before a fit's end."""
+        """Return the full state dict on rank 0; on others it is so after a fit, and where users' hooks will see it."""
         if self._checkpoints is None:
             return super().lightning_module_state_dict()
         return self._checkpoints.module_state()

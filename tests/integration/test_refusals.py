@@ -215,11 +215,6 @@ class TrainedInput(Classifier):
         return self(self.before(batch[0])).mean()
 
 
-class NoLoss(Classifier):
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        self(batch[0])
-
-
 class NoBackward(ManualClassifier):
     def training_step(self, batch: Any, batch_idx: int) -> None:
         self(batch[0]).mean().backward()
@@ -285,7 +280,6 @@ EVERYWHERE: dict[str, Case] = {
         {},
         "An input of the network .`self.net`. requires a gradient.*configure_stages",
     ),
-    "no loss": (NoLoss, {}, {}, "NoLoss.training_step` returned None.*multiplied by 0"),
     "no backward": (NoBackward, {}, {}, "NoBackward.training_step` ended without `self.manual_backward"),
     "two backwards": (TwoBackwards, {}, {}, "`manual_backward` was called more than once.*Add the losses up"),
     "tied across a cut": (TiedAcross, {"split_points": ["net.4"]}, {}, "net.3.*net.5|net.5.*net.3"),
