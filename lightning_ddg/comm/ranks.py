@@ -26,6 +26,7 @@ from lightning_ddg.core.schedule import rank_of_stage, stage_of_rank
 STATE = Channel("state", on_host=True)
 PROBE = Channel("probe")
 
+_GROUP = "lightning_ddg"
 _PROBE_BYTES = 4 << 20
 _PROBE_ROUNDS = 5
 _T = TypeVar("_T")
@@ -205,7 +206,7 @@ class PipelineRanks(Ranks):
         def connect(those: list[int], backend: str) -> dist.ProcessGroup:
             # The mailbox keeps the limit of a message; the group's must not be shorter.
             timeout = max(self._timeout, timedelta(minutes=30))
-            return cast(dist.ProcessGroup, dist.new_group(those, timeout=timeout, backend=backend))
+            return cast(dist.ProcessGroup, dist.new_group(those, timeout=timeout, backend=backend, group_desc=_GROUP))
 
         ranks = list(range(self.size))
         group = connect(ranks, "gloo")
@@ -311,6 +312,11 @@ class PipelineRanks(Ranks):
         if self._connected:
             self._connected = False
             self.mailbox.disconnect()
+
+
+def is_own_group(group: dist.ProcessGroup | None) -> bool:
+    """Return whether a process group carries the messages of a mailbox."""
+    return group is not None and group.group_desc == _GROUP
 
 
 # One mesh for all fits with a default group, as a mesh's groups hold sockets and threads.

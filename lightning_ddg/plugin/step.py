@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from enum import Enum
 from functools import partial
 from typing import Any
@@ -30,6 +31,7 @@ from lightning_ddg.core.tensors import tensors_of
 from lightning_ddg.network.find import Network
 from lightning_ddg.plugin import compat
 from lightning_ddg.plugin.host import LightningModule
+from lightning_ddg.plugin.collectives import collectives_refused
 from lightning_ddg.plugin.placeholder import Placeholder, end_step
 from lightning_ddg.plugin.redirection import Redirection, StepDone
 from lightning_ddg.plugin.site import Site
@@ -177,6 +179,7 @@ class StepRunner:
         self._network_name = network.target_name
         self._site, self._execution, self._redirection = site, execution, redirection
         self._placeholder = placeholder
+        self._alone = nullcontext if site.one_process else collectives_refused
         self._after_forward, self._after_backward = _Once(first_forward), _Once(first_backward)
         # Elsewhere the stage alone has something to do.
         self._runs_step = site.has_loss or site.ranks.reads or placeholder is not end_step
@@ -190,7 +193,7 @@ class StepRunner:
             self._execution.clear()
         batch = self._site.training_batch(compat.batch_number(trainer))
         self.step.begin(batch.number, optimizers)
-        with self._site.precision.train_step_context():
+        with self._alone(), self._site.precision.train_step_context():
             output = self._run_step(batch, args, kwargs) if self._runs_step else self._train_stage(batch)
         self._after_forward()
         if skips:
