@@ -42,6 +42,7 @@ from lightning_ddg.plugin.ownership import OptimizerGroups, Ownership
 from lightning_ddg.plugin.patches import patch_fit, patch_run, watch_steps
 from lightning_ddg.plugin.placeholder import Placeholder, end_step, or_end_step, zeros_like_output
 from lightning_ddg.plugin.redirection import Redirection
+from lightning_ddg.plugin.sameness import check_same_on_all_ranks, facts_of_optimizers, facts_of_run
 from lightning_ddg.plugin.sharing import Sharing
 from lightning_ddg.plugin.site import Site
 from lightning_ddg.plugin.stale_copies import StaleCopies
@@ -124,11 +125,13 @@ def build(site: Site, set_up_optimizers: Callable[[], Sequence[Optimizer]]) -> R
 
     Raises:
         TypeError: If the network cannot be found.
-        ValueError: If it cannot be cut, or trained so.
+        ValueError: If it cannot be cut, or trained so, or if the ranks were not given the same.
     """
+    check_same_on_all_ranks(site.ranks.exchange(facts_of_run(site)))
     patch_run(site)
     network = find(site)
     optimizers = set_up_optimizers()
+    check_same_on_all_ranks(site.ranks.exchange(facts_of_optimizers(site.trainer, site.module, optimizers)))
     cut = divide(site, network, optimizers)
     move_all_but(foreign_layers(cut, site.ranks.stage), site.module, site.device)
     segments = segments_in_place(site, network, cut)
