@@ -124,7 +124,7 @@ def stage_optimizer_state(optimizer: Optimizer, groups: Sequence[Sequence[nn.Par
     """
     full = _full_indices(groups)
     local = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    state = optimizer.state_dict()["state"]
+    state = optimizer.state_dict().get("state", {})
     return {full[id(local[key])] if isinstance(key, int) else key: value for key, value in state.items()}
 
 
@@ -135,10 +135,14 @@ def full_optimizer_state(
 
     What belongs to no parameter is taken from the first of them.
     """
+    whole = optimizer.state_dict()
+    if not whole:
+        # What stands for an optimizer where `configure_optimizers` has returned none.
+        return whole
     merged = {key: value for state in reversed(states) for key, value in state.items()}
     by_index = {key: merged.pop(key) for key in sorted(key for key in merged if isinstance(key, int))}
     param_groups, start = [], 0
-    for group, parameters in zip(optimizer.state_dict()["param_groups"], groups, strict=True):
+    for group, parameters in zip(whole["param_groups"], groups, strict=True):
         param_groups.append({**group, "params": list(range(start, start + len(parameters)))})
         start += len(parameters)
     return {"state": {**by_index, **merged}, "param_groups": param_groups}

@@ -211,6 +211,7 @@ class OptimizerGroups:
     """
 
     def __init__(self, optimizer: Optimizer, ownership: Ownership) -> None:
+        check_state_form(optimizer)
         self.optimizer = optimizer
         self.whole: list[list[nn.Parameter]] = [list(group["params"]) for group in optimizer.param_groups]
         self._ownership = ownership
@@ -261,6 +262,22 @@ def keep_options(optimizer: Optimizer) -> Callable[[], None]:
                     group[name] = value
 
     return restore
+
+
+def check_state_form(optimizer: Optimizer) -> None:
+    """Refuse an optimizer whose state cannot be put together of the stages', before any checkpoint needs it.
+
+    Raises:
+        ValueError: Naming its type and the keys of its state.
+    """
+    # What stands for an optimizer where `configure_optimizers` has returned none has no state.
+    keys = list(optimizer.state_dict())
+    if keys and not {"state", "param_groups"} <= set(keys):
+        raise ValueError(
+            f"{type(optimizer).__name__}.state_dict() has the keys {keys}, but in several processes a checkpoint is put"
+            " together of each stage's 'state' and 'param_groups', the form of torch's optimizers. Return that form, or"
+            " train in one process (devices=1)."
+        )
 
 
 def check_optimizers(optimizers: Sequence[Optimizer]) -> None:

@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from types import MethodType
 from typing import Any, NoReturn
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_ddg.plugin.attached import checked_when_copied, replaced
 
@@ -91,7 +91,7 @@ class Redirection:
                     " going through the network as a whole. Call the network by its one entry: the module that holds"
                     " all layers, or `self(...)`, exactly once in a training step."
                 )
-            if self._outdated():
+            if self._outdated() or _elsewhere(layer, args):
                 raise RuntimeError(
                     f"The network was called outside a step, but the current weights of stage {stage} ({name}) live in"
                     " another process until the fit ends. Call it in `validation_step` or `predict_step`, or after the"
@@ -128,6 +128,12 @@ class Redirection:
 
         self._undo.callback(replaced(part, "state_dict", stand_in(part, "state_dict", read)))
         self._undo.callback(checked_when_copied(part, check))
+
+
+def _elsewhere(layer: nn.Module, args: tuple[Any, ...]) -> bool:
+    """Whether a layer is on another device than what it is given: this process keeps those of others on the CPU."""
+    devices = {arg.device for arg in args if isinstance(arg, Tensor)}
+    return any(parameter.device not in devices for parameter in layer.parameters()) if devices else False
 
 
 def stand_in(obj: object, name: str, function: Callable[..., Any]) -> Any:

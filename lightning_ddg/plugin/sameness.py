@@ -11,11 +11,11 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from lightning_ddg.plugin.host import LightningModule, Trainer
 from lightning_ddg.plugin.site import Site
 
 _TRAINER = (

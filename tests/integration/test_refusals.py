@@ -286,16 +286,14 @@ EVERYWHERE: dict[str, Case] = {
     "tied outside": (TiedOutside, {}, {}, "'head.weight' is tied to one of stage 1.*Untie it"),
     "not sequential": (NotSequential, {}, {}, "configure_stages"),
     "sync_batchnorm": (Classifier, {}, {"sync_batchnorm": True}, "sync_batchnorm=True.*Remove sync_batchnorm=True"),
+}
+PROCESSES_ONLY: dict[str, Case] = {
     "time-based validation": (
         Classifier,
         {},
         {"val_check_interval": "00:00:00:05"},
         "`val_check_interval` .5.0 seconds.*number of batches",
     ),
-}
-if BEFORE_2_6:
-    del EVERYWHERE["time-based validation"]
-PROCESSES_ONLY: dict[str, Case] = {
     "layer by layer": (
         OneByOne,
         {},
@@ -309,6 +307,9 @@ PROCESSES_ONLY: dict[str, Case] = {
         "DataloaderIter.training_step` takes `dataloader_iter`.*`batch_idx` instead",
     ),
 }
+
+if BEFORE_2_6:
+    del PROCESSES_ONLY["time-based validation"]
 
 
 def attempt(name: str, devices: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -166,3 +167,33 @@ def test_processes_that_do_not_agree_which_batch_to_skip() -> None:
     assert message in last.error
     assert "must follow from the batch" in last.error
     assert first.error is not None
+
+
+class LooksAtLosses(Classifier):
+    """Its `optimizer_step` looks at the loss, also where gradients are drained."""
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        loss = optimizer_closure()
+        assert not loss.isnan()
+        optimizer.step()
+
+
+class WithoutOptimizer(Classifier):
+    def configure_optimizers(self) -> Any:
+        return None
+
+
+def fit_and_save(devices: int, path: str) -> list[Any]:
+    warnings.simplefilter("ignore")
+    saved = []
+    for kind in (LooksAtLosses, WithoutOptimizer):
+        trainer = quiet_trainer(devices=devices, strategy=DDGStrategy(2, ["net.3"]), max_epochs=1)
+        trainer.fit(kind("mlp"), loader("mlp"))
+        trainer.save_checkpoint(f"{path}/{kind.__name__}.ckpt")
+        saved.append(torch.load(f"{path}/{kind.__name__}.ckpt", weights_only=True)["optimizer_states"])
+    return saved
+
+
+def test_the_loss_of_the_drain_and_a_fit_without_an_optimizer(tmp_path: Path) -> None:
+    alone = fit_and_save(1, str(tmp_path))
+    assert run_ranks(fit_and_save, 2, 2, str(tmp_path))[0][1] == alone[1]
