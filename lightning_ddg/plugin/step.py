@@ -30,8 +30,8 @@ from lightning_ddg.core.rng import Batch
 from lightning_ddg.core.tensors import tensors_of
 from lightning_ddg.network.find import Network
 from lightning_ddg.plugin import compat
-from lightning_ddg.plugin.host import LightningModule
 from lightning_ddg.plugin.collectives import collectives_refused
+from lightning_ddg.plugin.host import LightningModule
 from lightning_ddg.plugin.placeholder import Placeholder, end_step
 from lightning_ddg.plugin.redirection import Redirection, StepDone
 from lightning_ddg.plugin.site import Site

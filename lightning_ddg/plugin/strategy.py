@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_ddg.comm.ranks import LocalRanks
 from lightning_ddg.core.staleness import PAPER, Staleness
 from lightning_ddg.planning.units import parse_bytes
 from lightning_ddg.plugin import compat
@@ -120,10 +119,6 @@ class DDGStrategy(StageProcesses):
         self._weights = Weights()
         # Over all runs, or each prediction would draw what the one before it drew.
         self._evaluations = count()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave the run out where a Trainer is copied or pickled."""
-        return vars(self) | {"_run": None, "_undo": ExitStack(), "_checkpoints": None, "_ranks": LocalRanks(1)}
 
     # ---- what a user may ask
 
