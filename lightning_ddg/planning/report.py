@@ -27,9 +27,9 @@ def print_cut(cut: Cut) -> None:
     table = cut_table(cut)
     table.title = f"Network cut into {count_of_stages(len(cut.starts) + 1)}"
     print_table(table)
-    _print_line(split_points_line(cut.split_points))
     for line in textwrap.wrap(uneven_line(cut) or "", _WIDTH - 20):
         _print_line(line)
+    _print_line(split_points_line(cut.split_points))
 
 
 def uneven_line(cut: Cut) -> str | None:
