@@ -6,7 +6,8 @@ It may be changed when the algorithm's definition does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from itertools import count
 from typing import Any
 
 import torch
@@ -29,8 +30,13 @@ def train(
     optimizer: Callable[[Any], torch.optim.Optimizer],
     scheduler: Callable[[torch.optim.Optimizer], Any] | None,
     drain: str,
+    skipped: Collection[int] = (),
 ) -> None:
-    """Trains a network whose parameters are those of the stages; each has an optimizer and a scheduler of its own."""
+    """Trains a network whose parameters are those of the stages; each has an optimizer and a scheduler of its own.
+
+    Batches whose numbers are ``skipped`` have no gradient: no backward is run, and a step finds none.
+    """
+    number = count()
     optimizers = [optimizer(parameters) if parameters else None for parameters in stages]
     schedulers = [scheduler(o) if scheduler and o is not None else None for o in optimizers]
     history: list[list[list[Tensor | None]]] = []
@@ -55,7 +61,9 @@ def train(
     for batches in epochs:
         for x, y in batches:
             network.zero_grad()
-            nn.functional.cross_entropy(network(x), y).backward()
+            loss = nn.functional.cross_entropy(network(x), y)
+            if next(number) not in skipped:
+                loss.backward()
             history.append([[None if p.grad is None else p.grad.clone() for p in stage] for stage in stages])
             for stage in range(len(stages)):
                 batch = len(history) - 1 - (len(stages) - 1 - stage)

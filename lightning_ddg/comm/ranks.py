@@ -7,7 +7,8 @@ training, for checkpoints and at the end; unless it says otherwise, every rank m
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import lru_cache
 from statistics import median
@@ -25,6 +26,7 @@ from lightning_ddg.core.schedule import rank_of_stage, stage_of_rank
 STATE = Channel("state", on_host=True)
 PROBE = Channel("probe")
 
+_GROUP = "lightning_ddg"
 _PROBE_BYTES = 4 << 20
 _PROBE_ROUNDS = 5
 _T = TypeVar("_T")
@@ -96,6 +98,14 @@ class Ranks(Protocol):
             PeerError: If a rank has failed.
         """
         return []
+
+    def exchange(self, value: _T) -> list[_T]:
+        """Return what each rank has given, in their order; values are pytrees of tensors and Python values.
+
+        Raises:
+            PeerError: If a rank has failed.
+        """
+        return [value]
 
     def share(self, module: nn.Module, names: Collection[str], sources: Collection[int]) -> None:
         """Give every rank the parameters and buffers of a module that others have, under the same names.
@@ -196,7 +206,7 @@ class PipelineRanks(Ranks):
         def connect(those: list[int], backend: str) -> dist.ProcessGroup:
             # The mailbox keeps the limit of a message; the group's must not be shorter.
             timeout = max(self._timeout, timedelta(minutes=30))
-            return cast(dist.ProcessGroup, dist.new_group(those, timeout=timeout, backend=backend))
+            return cast(dist.ProcessGroup, dist.new_group(those, timeout=timeout, backend=backend, group_desc=_GROUP))
 
         ranks = list(range(self.size))
         group = connect(ranks, "gloo")
@@ -232,27 +242,41 @@ class PipelineRanks(Ranks):
         return bool(votes == self.size) if all else bool(votes)
 
     def gather(self, own: dict[Any, Any]) -> list[dict[Any, Any]]:
+        with self._conversation() as mailbox:
+            return _gather(mailbox, own)
+
+    @contextmanager
+    def _conversation(self) -> Iterator[GroupMailbox]:
         if self._failure is not None:
             raise PeerError(f"No checkpoint can be assembled, as other stages are out of reach. {self._failure}")
         if self._connected:
-            return _gather(self.mailbox, own)
+            yield self.mailbox
+            return
         # After a fit, `trainer.save_checkpoint` finds the ranks no longer connected.
         mailbox = self._open()
         try:
-            return _gather(mailbox, own)
+            yield mailbox
         finally:
             mailbox.disconnect()
 
+    def exchange(self, value: _T) -> list[_T]:
+        with self._conversation() as mailbox:
+            mailbox.send(self.others, STATE, value)
+            values = {rank: mailbox.take(rank, STATE) for rank in self.others}
+            mailbox.flush()
+        return [values.get(rank, value) for rank in range(self.size)]
+
     def share(self, module: nn.Module, names: Collection[str], sources: Collection[int]) -> None:
         named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        if self.rank in sources:
-            own = {name: named[name].detach() for name in names if name in named}
-            self.mailbox.send(self.others, STATE, own)
-            self.mailbox.flush()
-        for rank in self.others:
-            if rank in sources:
-                for name, value in self.mailbox.take(rank, STATE).items():
-                    named[name].detach().copy_(value)
+        with self._conversation() as mailbox:
+            if self.rank in sources:
+                own = {name: named[name].detach() for name in names if name in named}
+                mailbox.send(self.others, STATE, own)
+                mailbox.flush()
+            for rank in self.others:
+                if rank in sources:
+                    for name, value in mailbox.take(rank, STATE).items():
+                        named[name].detach().copy_(value)
 
     def seconds_per_byte(self, default: float) -> float:
         seconds, second = default, rank_of_stage(2, self.num_stages)
@@ -288,6 +312,11 @@ class PipelineRanks(Ranks):
         if self._connected:
             self._connected = False
             self.mailbox.disconnect()
+
+
+def is_own_group(group: dist.ProcessGroup | None) -> bool:
+    """Return whether a process group carries the messages of a mailbox."""
+    return group is not None and group.group_desc == _GROUP
 
 
 # One mesh for all fits with a default group, as a mesh's groups hold sockets and threads.

@@ -72,20 +72,26 @@ class DelayLine(Execution):
         self._observers.after_forward(1)
         return output
 
+    def pass_over(self, batch: Batch) -> None:
+        for line in self._lines:
+            line.updates.count_batch()
+        self._extrapolated = []
+
     def evaluate(self, batch: Batch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self._forward(batch, args, kwargs)
 
-    def backward(self, loss: Callable[[], object]) -> None:
+    def backward(self, loss: Callable[[], object] | None) -> None:
         # What has accumulated since the last step is set aside, so that p.grad is this batch's own gradient.
         *delayed, last = self._lines
         accumulated = [line.take() for line in delayed]
-        self._observers.before_backward(1)
-        # Activation checkpointing runs the forward again here, and must find the weights of that forward.
-        with parameters_replaced(self._extrapolated):
-            loss()
-        self._observers.after_backward(1)
+        if loss is not None:
+            self._observers.before_backward(1)
+            # Activation checkpointing runs the forward again here, and must find the weights of that forward.
+            with parameters_replaced(self._extrapolated):
+                loss()
+            self._observers.after_backward(1)
+            last.pending = True
         self._extrapolated = []
-        last.pending = True
         for line in delayed:
             line.append(line.take())
         for stage, line in zip(self.stages, self._lines, strict=True):

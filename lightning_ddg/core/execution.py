@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
@@ -74,11 +75,17 @@ class Mailbox(Protocol):
         ...
 
 
+class Nothing(Enum):
+    """Sent in place of an activation where the training step has not called the network for a batch."""
+
+    NOTHING = "nothing"
+
+
 class Sent(NamedTuple):
     """Returned by :meth:`Execution.train` in place of the network's output where a later stage, elsewhere, has that.
 
     Attributes:
-        activation: What this process has sent to it.
+        activation: What this process has sent to it: a pytree, or :data:`Nothing.NOTHING`.
     """
 
     activation: Any
@@ -105,14 +112,22 @@ class Execution(Protocol):
         """
         ...
 
+    def pass_over(self, batch: Batch) -> None:
+        """Called in place of :meth:`train` where the training step has not called the network: it is in flight, empty.
+
+        Where the first stage is elsewhere, that decides whether the batch has a forward.
+        """
+        ...
+
     def evaluate(self, batch: Batch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a forward with today's weights; return the network's output in every process."""
         ...
 
-    def backward(self, loss: Callable[[], object]) -> None:
+    def backward(self, loss: Callable[[], object] | None) -> None:
         """Run the backward of the batch that is due, if any, adding to what ``p.grad`` has accumulated.
 
-        ``loss`` runs the backward of the loss; it is not called where the last stage is elsewhere. A stage to which
+        ``loss`` runs the backward of the loss; it is not called where the last stage is elsewhere. ``None`` says that
+        the batch has no loss: no stage's backward of it, whenever that is due, adds anything. A stage to which
         nothing is due, and nothing was added since the last step, has ``p.grad = None`` afterwards, so that its
         optimizer leaves it alone: zeros would decay weights and count as a step.
         """

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_ddg.core.execution import ACTIVATION, GRADIENT, OUTPUT, Execution, Mailbox, Observers, Sent
+from lightning_ddg.core.execution import ACTIVATION, GRADIENT, OUTPUT, Execution, Mailbox, Nothing, Observers, Sent
 from lightning_ddg.core.rng import Batch
 from lightning_ddg.core.schedule import rank_of_stage
 from lightning_ddg.core.stage import Stage
@@ -57,6 +57,8 @@ class Pipeline(Execution):
 
     def train(self, batch: Batch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         args, kwargs = self._received(args, kwargs)
+        if self._upstream is not None and args[0] is Nothing.NOTHING:
+            return self._forward_nothing()
         self._observers.before_forward(self.number)
         with batch.draws(self.number):
             output = self.stage.forward(*args, received=self._upstream is not None, **kwargs)
@@ -65,6 +67,18 @@ class Pipeline(Execution):
             return output
         self._mailbox.send(self._downstream, ACTIVATION, output)
         return Sent(output)
+
+    def pass_over(self, batch: Batch) -> None:
+        if self._upstream is None:
+            self._forward_nothing()
+        else:
+            self.train(batch, (), {})
+
+    def _forward_nothing(self) -> Sent:
+        self.stage.pass_over()
+        if self._downstream is not None:
+            self._mailbox.send(self._downstream, ACTIVATION, Nothing.NOTHING)
+        return Sent(Nothing.NOTHING)
 
     def evaluate(self, batch: Batch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         args, kwargs = self._received(args, kwargs)
@@ -77,13 +91,14 @@ class Pipeline(Execution):
         self._mailbox.send(self._others, OUTPUT, output, snapshot=True)
         return output
 
-    def backward(self, loss: Callable[[], object]) -> None:
+    def backward(self, loss: Callable[[], object] | None) -> None:
         self._observers.in_flight(self.number, self.stage)
         if self._downstream is None:
-            self._observers.before_backward(self.number)
-            loss()
-            self._observers.after_backward(self.number)
-            self._pending = True
+            if loss is not None:
+                self._observers.before_backward(self.number)
+                loss()
+                self._observers.after_backward(self.number)
+                self._pending = True
             self._send(self.stage.backward_done())
         elif len(self.stage) > self.stage.delay:
             self._backward_of_oldest(self._downstream)

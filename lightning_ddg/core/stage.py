@@ -81,6 +81,12 @@ class Stage(InFlight):
         self._in_flight.append(batch)
         return output
 
+    def pass_over(self) -> None:
+        """Let a batch be in flight that has no forward: its backward adds nothing."""
+        if self.delay:
+            self._stash.pass_over()
+        self._in_flight.append(_Batch([], None, None))
+
     def backward(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Run the backward of the oldest batch in flight, adding to ``p.grad``.
 

@@ -81,10 +81,14 @@ class Staged(Execution):
         self._observers.after_forward(1)
         return output
 
+    def pass_over(self, batch: Batch) -> None:
+        for pipeline in self._pipelines:
+            pipeline.pass_over(batch)
+
     def evaluate(self, batch: Batch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return run_in_turn(self._segments, batch, args, kwargs)
 
-    def backward(self, loss: Callable[[], object]) -> None:
+    def backward(self, loss: Callable[[], object] | None) -> None:
         for pipeline in self._pipelines:
             self._observers.in_flight(pipeline.number, pipeline.stage)
         self._observers.before_backward(1)

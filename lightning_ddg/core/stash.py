@@ -84,6 +84,10 @@ class Stash:
             _check_unchanged(self._current)
         return self._current
 
+    def pass_over(self) -> None:
+        """Called in place of :meth:`for_forward` for a batch that has no forward."""
+        self._updates.count_batch()
+
     def before_backward(self) -> None:
         """Called before a backward."""
 

@@ -56,10 +56,14 @@ def cheapest_cut(
     _check_num_stages(num_layers, num_stages)
     places = [*(p for p in range(1, num_layers) if p not in forbidden), num_layers]
     if len(places) < num_stages:
+        ties = dict.fromkeys(forbidden.values()) if isinstance(forbidden, Mapping) else {}
+        shared = "; ".join(f"{tensor!r} is used by {before!r} and by {after!r}" for tensor, before, after in ties)
+        lower = f"lower num_stages to {len(places)} or less" if len(places) > 1 else "train it in one stage"
         raise ValueError(
-            f"num_stages={num_stages}, but layers that share parameters or buffers leave only {len(places)} parts that "
-            f"can be cut apart (of {num_layers} layers): lower num_stages to {len(places)} or less, or give each layer "
-            "its own."
+            f"num_stages={num_stages}, but layers that share parameters or buffers leave only "
+            f"{_counted(len(places), 'part')} that can be cut apart (of {_counted(num_layers, 'layer')})"
+            f"{': ' + shared if shared else ''}. Each stage updates its own: give each layer its own (untie them), or "
+            f"{lower}."
         )
     # best[j]: stage costs (dearest first) and starts of the best cut of the layers before places[j]. The order of two
     # cuts does not change when the same stage is added to both, so the best cut is made of best cuts.
@@ -168,7 +172,12 @@ def _check_num_stages(num_layers: int, num_stages: int) -> None:
     if num_stages < 1:
         raise ValueError(f"num_stages={num_stages}: a network is cut into 1 stage or more.")
     if num_stages > num_layers:
+        lower = f"lower num_stages to {num_layers} or less" if num_layers > 1 else "train it in one stage"
         raise ValueError(
-            f"num_stages={num_stages}, but the network has {num_layers} layers and each stage needs at least one: "
-            f"lower num_stages to {num_layers} or less, or return smaller layers from `configure_stages()`."
+            f"num_stages={num_stages}, but the network has {_counted(num_layers, 'layer')} and each stage needs at "
+            f"least one: {lower}, or return smaller layers from `configure_stages()`."
         )
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
@@ -11,11 +12,13 @@ from rich.table import Table
 from rich.text import Text
 
 from lightning_ddg.core.schedule import delay
+from lightning_ddg.network.balance import forbidden_cuts
 from lightning_ddg.network.cut import Cut
 from lightning_ddg.planning.stages import CutPlan, work_of
 from lightning_ddg.planning.tally import Tally
 from lightning_ddg.planning.units import show_bytes, show_ms
 
+_UNEVEN = 1.2  # of the mean: what a slowest stage may have without a word
 _WIDTH = 120  # of what is printed elsewhere than on a terminal
 
 
@@ -24,7 +27,30 @@ def print_cut(cut: Cut) -> None:
     table = cut_table(cut)
     table.title = f"Network cut into {count_of_stages(len(cut.starts) + 1)}"
     print_table(table)
+    for line in textwrap.wrap(uneven_line(cut) or "", _WIDTH - 20):
+        _print_line(line)
     _print_line(split_points_line(cut.split_points))
+
+
+def uneven_line(cut: Cut) -> str | None:
+    """Say why a measured cut is far from even and what would help; ``None`` if it is not far."""
+    loads, num_stages = _loads(cut), len(cut.starts) + 1
+    slowest = max(range(num_stages), key=loads.__getitem__)
+    if cut.costs.unit == "parameters" or loads[slowest] * num_stages <= _UNEVEN * sum(loads):
+        return None
+    places = len(cut.chain) - 1 - len(forbidden_cuts(cut.chain))
+    dearest = cut.chain.names[max(range(len(cut.chain)), key=cut.costs.of_layers.__getitem__)]
+    return (
+        f"Stage {slowest + 1} has {loads[slowest] / sum(loads):.0%} of the {cut.costs.unit} and sets the pace of all:"
+        f" {'one place' if places == 1 else f'{places} places'} to cut, and the dearest layer is {dearest!r}. Smaller"
+        " layers from `configure_stages()`, or fewer stages, would help."
+    )
+
+
+def _loads(cut: Cut) -> list[float]:
+    if cut.costs.model is not None:
+        return list(work_of(cut.costs.model, cut.starts).busy)
+    return [sum(cut.costs.of_layers[start:stop]) for start, stop in pairwise(cut.bounds)]
 
 
 def cut_table(cut: Cut) -> Table:
@@ -37,11 +63,9 @@ def cut_table(cut: Cut) -> Table:
     # Two lines of header leave the room to the names of the layers.
     table.add_column(f"share of {unit}", justify="right", max_width=max(len("share of"), len(unit)))
     table.add_column("delay", justify="right")
-    if model is None:
-        loads = [sum(cut.costs.of_layers[start:stop]) for start, stop in pairwise(cut.bounds)]
-        sizes: list[list[str]] = [[] for _ in loads]
-    else:
-        loads = work_of(model, cut.starts).busy
+    loads = _loads(cut)
+    sizes: list[list[str]] = [[] for _ in loads]
+    if model is not None:
         both = zip(model.stage_sends(cut.starts), model.stage_memory(cut.starts), strict=True)
         sizes = [[show_bytes(sends), show_bytes(memory)] for sends, memory in both]
         table.add_column("sends per batch", justify="right", max_width=len("per batch"))

@@ -44,6 +44,8 @@ from lightning_ddg.plugin.ownership import OptimizerGroups, Ownership
 from lightning_ddg.plugin.patches import patch_fit, patch_run, watch_steps
 from lightning_ddg.plugin.placeholder import Placeholder, end_step, or_end_step, zeros_like_output
 from lightning_ddg.plugin.redirection import Redirection
+from lightning_ddg.plugin.sameness import check_same_on_all_ranks, facts_of_optimizers, facts_of_run
+from lightning_ddg.plugin.sharing import Sharing
 from lightning_ddg.plugin.site import Site
 from lightning_ddg.plugin.stale_copies import StaleCopies
 from lightning_ddg.plugin.step import StepRunner, warn_of_kept_tensors
@@ -63,6 +65,7 @@ class Run:
         execution: Trains the stages.
         step: Runs training steps.
         evaluation: Runs evaluation steps.
+        sharing: Gives every rank all weights.
         drain: Applies gradients in flight.
         agreements: What rank 0 decides for all.
         hooks: Act at the moments of a fit.
@@ -75,6 +78,7 @@ class Run:
     execution: Execution
     step: StepRunner
     evaluation: Evaluation
+    sharing: Sharing
     drain: Drain
     agreements: Agreements
     hooks: FitHooks
@@ -104,13 +108,15 @@ class Run:
         self.site.undo.callback(time_on_rank_zero(trainer, self.ranks.is_rank_zero))
 
     def end_training(self) -> None:
-        """Called when training has ended: give every rank all the trained weights."""
+        """Called when training has ended: give every rank all the trained weights, as the users' hooks left them."""
         self.agreements.end()
         self.execution.clear()
-        if self.ranks.others:
-            self.ranks.share(self.site.module, self.ownership.own_names, range(self.ranks.size))
-            self.site.weights.whole = True
+        self.sharing.end()
         share_generators(self.ranks)
+
+    def share_for_saving(self) -> bool:
+        """Give every rank all weights if hooks of the user's are asked what to save; return whether that is so."""
+        return self.sharing.share_if(compat.looks_when_saving(self.site.trainer, self.site.module))
 
 
 def build(site: Site, set_up_optimizers: Callable[[], Sequence[Optimizer]]) -> Run:
@@ -122,11 +128,13 @@ def build(site: Site, set_up_optimizers: Callable[[], Sequence[Optimizer]]) -> R
 
     Raises:
         TypeError: If the network cannot be found.
-        ValueError: If it cannot be cut, or trained so.
+        ValueError: If it cannot be cut, or trained so, or if the ranks were not given the same.
     """
+    check_same_on_all_ranks(site.ranks.exchange(facts_of_run(site)))
     patch_run(site)
     # First, as in Lightning: data that the cut may need can depend on it.
     optimizers = set_up_optimizers()
+    check_same_on_all_ranks(site.ranks.exchange(facts_of_optimizers(site.trainer, site.module, optimizers)))
     first_batch = FirstBatch(site)
     network = find(site, first_batch)
     cut = divide(site, network, optimizers, first_batch)
@@ -135,23 +143,30 @@ def build(site: Site, set_up_optimizers: Callable[[], Sequence[Optimizer]]) -> R
     ownership = ownership_of(site, cut, segments)
     groups = [] if site.one_process else [OptimizerGroups(one, ownership) for one in optimizers]
     execution = make_execution(site, cut, segments, ownership)
-    redirection = Redirection(network.target, ownership.foreign_layers, lambda: not site.weights.whole)
+    redirection = Redirection(
+        network.target,
+        ownership.foreign_layers,
+        lambda: not site.weights.readable,
+        partial(compat.current_hook, site.module),
+    )
     site.undo.callback(redirection.remove)
     step = make_step(site, network, cut, ownership, execution, redirection)
+    sharing = Sharing(site, ownership)
     evaluation = Evaluation(site, execution, redirection, ownership)
     agreements = Agreements(site.trainer, site.ranks, site.num_stages)
     drain = make_drain(site, execution, optimizers)
     copies = StaleCopies(network.target, ownership)
     site.undo.callback(copies.forget)
-    hooks = FitHooks(execution, site.ranks, drain, agreements, groups, copies, site.fail)
+    hooks = FitHooks(execution, site.ranks, drain, agreements, groups, copies, sharing, site.fail)
     if site.fits:
         patch_fit(site, ownership)
         watch_steps(site, optimizers, execution, drain)
+        site.undo.callback(compat.without_outputs(site.trainer, lambda: step.step.skipped))
         site.undo.callback(agreements.install())
         site.undo.callback(hooks.install(site.trainer, site.module))
     # Without a seed each process has made its own weights; what is never trained is not shared again.
     evaluation.share_outside(lambda tensor: True)
-    return Run(site, cut, ownership, groups, execution, step, evaluation, drain, agreements, hooks)
+    return Run(site, cut, ownership, groups, execution, step, evaluation, sharing, drain, agreements, hooks)
 
 
 def find(site: Site, first_batch: FirstBatch) -> Network:

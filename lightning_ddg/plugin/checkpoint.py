@@ -36,6 +36,7 @@ class CheckpointAssembler:
         weights: Which weights are up to date here.
         groups: Of each optimizer, the parameter groups over the whole module; none where one process has all.
         gather: Gives rank 0 what the other ranks have of a dictionary, and all others an empty list.
+        share: Gives every rank all weights where hooks of the user's are to see them; returns whether it did.
     """
 
     def __init__(
@@ -44,25 +45,31 @@ class CheckpointAssembler:
         weights: Weights,
         groups: Sequence[OptimizerGroups],
         gather: Callable[[dict[Any, Any]], list[dict[Any, Any]]],
+        share: Callable[[], bool],
     ) -> None:
-        self.ownership, self._weights, self._gather = ownership, weights, gather
+        self.ownership, self._weights, self._gather, self._share = ownership, weights, gather, share
         self._groups = {one.optimizer: one for one in groups}
         self._assembled: dict[str, Any] | None = None
 
     def module_state(self) -> dict[str, Any]:
-        """Return the module's state dict, the full one on rank 0; elsewhere only this stage's part is up to date."""
-        state: dict[str, Any] = self.ownership.root.state_dict()
-        if not self._weights.whole:
+        """Return the module's state dict, the full one on rank 0; elsewhere this stage's part may alone be current."""
+        complete = self._weights.whole or self._share()
+        state = self._state()
+        if not complete:
             self._complete(state)
         self._assembled = state
         return state
 
     def complete_copies(self, checkpoint: Mapping[str, Any]) -> None:
         """Put the other stages' parts into what callbacks keep of the module's state, such as an average."""
-        for copy in copies_of_state(checkpoint, self.ownership.root.state_dict().keys()):
+        for copy in copies_of_state(checkpoint, self._state().keys()):
             if copy is not self._assembled:
                 self._complete(copy)
         self._assembled = None
+
+    def _state(self) -> dict[str, Any]:
+        with self._weights.read_as_they_are():
+            return self.ownership.root.state_dict()
 
     def _complete(self, state: dict[str, Any]) -> None:
         for values in self._gather({key: state[key] for key in self.ownership.own_keys(state)}):
@@ -117,7 +124,7 @@ def stage_optimizer_state(optimizer: Optimizer, groups: Sequence[Sequence[nn.Par
     """
     full = _full_indices(groups)
     local = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    state = optimizer.state_dict()["state"]
+    state = optimizer.state_dict().get("state", {})
     return {full[id(local[key])] if isinstance(key, int) else key: value for key, value in state.items()}
 
 
@@ -128,10 +135,14 @@ def full_optimizer_state(
 
     What belongs to no parameter is taken from the first of them.
     """
+    whole = optimizer.state_dict()
+    if not whole:
+        # What stands for an optimizer where `configure_optimizers` has returned none.
+        return whole
     merged = {key: value for state in reversed(states) for key, value in state.items()}
     by_index = {key: merged.pop(key) for key in sorted(key for key in merged if isinstance(key, int))}
     param_groups, start = [], 0
-    for group, parameters in zip(optimizer.state_dict()["param_groups"], groups, strict=True):
+    for group, parameters in zip(whole["param_groups"], groups, strict=True):
         param_groups.append({**group, "params": list(range(start, start + len(parameters)))})
         start += len(parameters)
     return {"state": {**by_index, **merged}, "param_groups": param_groups}

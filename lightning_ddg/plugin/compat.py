@@ -18,6 +18,8 @@ from torch import nn
 from torchmetrics import Metric
 
 from lightning_ddg.plugin import host
+from lightning_ddg.plugin.attached import Undo as Undo
+from lightning_ddg.plugin.attached import replaced as replaced
 from lightning_ddg.plugin.host import (
     BaseFinetuning,
     Callback,
@@ -33,8 +35,6 @@ from lightning_ddg.plugin.host import (
     rank_zero_warn,
 )
 
-Undo = Callable[[], None]
-
 # Used as they are; their names are Lightning's own without the underscore.
 MultiProcessingLauncher = host.part("pytorch.strategies.launchers")._MultiProcessingLauncher
 SubprocessScriptLauncher = host.part("pytorch.strategies.launchers")._SubprocessScriptLauncher
@@ -44,19 +44,10 @@ optimizer_to_device = host.part("fabric.utilities.optimizer")._optimizer_to_devi
 optimizers_to_device = host.part("fabric.utilities.optimizer")._optimizers_to_device
 reset_seed = host.part("fabric.utilities.seed").reset_seed
 
-
-def replaced(obj: Any, name: str, value: Any) -> Undo:
-    """Set an instance attribute; undoing removes it again, so that the class's own shows."""
-    had, old = name in vars(obj), vars(obj).get(name)
-    object.__setattr__(obj, name, value)
-
-    def undo() -> None:
-        if had:
-            object.__setattr__(obj, name, old)
-        else:
-            object.__delattr__(obj, name)
-
-    return undo
+# Since Lightning 2.6.
+WeightAveraging: type[Callback] | None = getattr(host.part("pytorch.callbacks"), "WeightAveraging", None)
+StochasticWeightAveraging = host.part("pytorch.callbacks").StochasticWeightAveraging
+Closure = host.part("pytorch.loops.optimization.automatic").Closure
 
 
 def silence_sigterm_broadcast(trainer: Trainer) -> Undo:
@@ -132,16 +123,46 @@ def uses_step_outputs(module: LightningModule) -> bool:
 
     Lightning's own callbacks use no more than the loss.
     """
-    callbacks = module.trainer.callbacks  # type: ignore[attr-defined]
-    hooks = {type(callback).on_train_batch_end.__module__.partition(".")[0] for callback in callbacks}
     return (
         is_overridden("on_train_batch_end", module)
         or is_overridden("on_train_epoch_end", module)
-        or bool(hooks - {host.HOST, "lightning_ddg"})
+        or _of_users(module.trainer, "on_train_batch_end")
     )
 
 
-def after_hook(module: LightningModule, name: str, function: Callable[[], object]) -> Undo:
+def _of_users(trainer: Trainer, *names: str) -> bool:
+    """Return whether any callback has one of these hooks that is neither Lightning's nor ours."""
+    hooks = [getattr(callback, name) for callback in trainer.callbacks for name in names]  # type: ignore[attr-defined]
+    return bool({hook.__module__.partition(".")[0] for hook in hooks} - {host.HOST, "lightning_ddg"})
+
+
+def looks_after_epoch(trainer: Trainer, module: LightningModule) -> bool:
+    """Return whether code of the user's may look at weights between the end of an epoch and the next step."""
+    names = ("on_train_epoch_end", "on_train_epoch_start")
+    return any(is_overridden(name, module) for name in names) or _of_users(trainer, *names)
+
+
+def looks_when_saving(trainer: Trainer, module: LightningModule) -> bool:
+    """Return whether code of the user's may look at weights when a checkpoint is put together."""
+    return is_overridden("on_save_checkpoint", module) or _of_users(trainer, "on_save_checkpoint", "state_dict")
+
+
+def current_hook(module: LightningModule) -> str:
+    """Return the name of the hook that is running, of the module or of a callback; empty if none is."""
+    return module._current_fx_name or ""
+
+
+def after_averages(trainer: Trainer, name: str, function: Callable[[], object]) -> Undo:
+    """Call a function after a hook in which Lightning's callbacks exchange the weights for their average."""
+    undo = ExitStack()
+    kinds = tuple(kind for kind in (StochasticWeightAveraging, WeightAveraging) if kind is not None)
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, kinds):
+            undo.callback(after_hook(callback, name, function))
+    return undo.close
+
+
+def after_hook(module: LightningModule | Callback, name: str, function: Callable[[], object]) -> Undo:
     """Call a function after a hook of the module, which comes after the callbacks'; a strategy's hook is missing."""
     hook = getattr(module, name)
 
@@ -272,6 +293,27 @@ def batch_number(trainer: Trainer) -> int:
 def logger_step(trainer: Trainer) -> int:
     """Return the step with which Lightning logs the current training batch."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+def warn_of_no_loss() -> None:
+    """Say once that a training step has returned ``None``, as Lightning does where it sees that."""
+    Closure.warning_cache.warn("`training_step` returned `None`. If this was on purpose, ignore this warning...")
+
+
+def without_outputs(trainer: Trainer, skipped: Callable[[], bool]) -> Undo:
+    """Let hooks find no outputs of a skipped batch, as Lightning has it: the loss of 0 that stands there is ours.
+
+    A step that returns ``None`` is refused by Lightning in several processes, and has no backward, in which the
+    gradients of earlier batches would be applied.
+    """
+    optimization = trainer.fit_loop.epoch_loop.automatic_optimization
+    run = optimization.run
+
+    def run_and_forget(*args: Any, **kwargs: Any) -> Any:
+        outputs = run(*args, **kwargs)
+        return {} if skipped() else outputs
+
+    return replaced(optimization, "run", run_and_forget)
 
 
 def skips_backward(trainer: Trainer) -> bool:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_ddg.core.execution import Execution
@@ -87,11 +89,13 @@ class Drain:
         optimizer: Any = module.optimizers()
         before = self._steps
 
-        def closure() -> None:
+        def closure() -> Tensor:
             module.optimizer_zero_grad(trainer.current_epoch, batch_idx, optimizer)
             for _ in range(trainer.accumulate_grad_batches):
                 if not self._execution.drain():
                     break
+            # A user's `optimizer_step` may look at the loss, and the batches' own are long gone.
+            return torch.zeros((), device=module.device)
 
         module.optimizer_step(trainer.current_epoch, batch_idx, optimizer, closure)
         if self._steps == before:

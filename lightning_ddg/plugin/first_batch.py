@@ -17,8 +17,8 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_ddg.comm.mailbox import PeerError
+from lightning_ddg.core.pytree import map_tensors
 from lightning_ddg.core.rng import Generators
-from lightning_ddg.core.tensors import map_tensors
 from lightning_ddg.plugin import compat_data as compat
 from lightning_ddg.plugin.site import Site
 

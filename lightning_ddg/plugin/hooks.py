@@ -23,6 +23,7 @@ from lightning_ddg.plugin.agreements import Agreements
 from lightning_ddg.plugin.drain import Drain
 from lightning_ddg.plugin.host import Callback, LightningModule, Trainer
 from lightning_ddg.plugin.ownership import OptimizerGroups
+from lightning_ddg.plugin.sharing import Sharing
 from lightning_ddg.plugin.stale_copies import StaleCopies
 
 EPOCH = Channel("epoch", ends=True)
@@ -38,6 +39,7 @@ class FitHooks(Callback):
         agreements: What rank 0 decides for all.
         groups: The optimizers' groups over the whole module.
         copies: Guards copies of the network's layers.
+        sharing: Gives every rank all weights.
         fail: Tells the other ranks of an exception.
     """
 
@@ -49,10 +51,16 @@ class FitHooks(Callback):
         agreements: Agreements,
         groups: Sequence[OptimizerGroups],
         copies: StaleCopies,
+        sharing: Sharing,
         fail: Callable[[BaseException], None],
     ) -> None:
         self._execution, self._ranks, self._drain = execution, ranks, drain
-        self._agreements, self._groups, self._copies, self._fail = agreements, groups, copies, fail
+        self._agreements, self._groups, self._copies = agreements, groups, copies
+        self._sharing, self._fail = sharing, fail
+
+    def __reduce__(self) -> tuple[type[Callback], tuple[()]]:
+        """Leave a callback that does nothing where the Trainer's are copied or pickled during a fit."""
+        return Callback, ()
 
     # ---- before all other callbacks
 
@@ -90,15 +98,24 @@ class FitHooks(Callback):
         if not self._ranks.others:
             return
         self._copies.mark(look=True)
-        self._ranks.mailbox.send(self._ranks.others, EPOCH, None)
-        for rank in self._ranks.others:
-            self._ranks.mailbox.take(rank, EPOCH)
+        own = compat.looks_after_epoch(trainer, pl_module)
+        self._ranks.mailbox.send(self._ranks.others, EPOCH, own)
+        # Every rank ends the epoch before any goes on.
+        others = [self._ranks.mailbox.take(rank, EPOCH) for rank in self._ranks.others]
+        if own or any(others):
+            self._sharing.share()
         self._agreements.follow()
 
     @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let validation steps, and hooks around them, look at weights that are up to date."""
+        self._sharing.share()
+
+    @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Drain with ``drain="fit"``."""
+        """Drain with ``drain="fit"``; let the users' hooks see the trained weights."""
         self._drain.at_end("fit")
+        self._sharing.share()
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -128,6 +145,9 @@ class FitHooks(Callback):
         """Become part of a fit; return what ends it."""
         undo = [
             compat.insert_callback(trainer, self),
+            # Each process has exchanged its own stage's weights alone, and hooks that follow may look at all.
+            compat.after_averages(trainer, "on_validation_epoch_start", self._sharing.share),
+            compat.after_averages(trainer, "on_train_end", self._sharing.share),
             compat.after_hook(module, "on_fit_start", self.adopt_groups),
             compat.after_hook(module, "on_train_epoch_start", self.adopt_groups),
             compat.after_hook(module, "on_train_batch_end", lambda: self.after_batch_end(trainer)),

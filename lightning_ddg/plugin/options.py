@@ -272,11 +272,11 @@ def check_trainer(trainer: Trainer, layer_sync: Any, one_process: bool) -> None:
         one_process: Whether one process trains all stages.
 
     Raises:
-        ValueError: For a time-based ``val_check_interval``, for ``sync_batchnorm=True``, and in several processes for
-            pruning.
+        ValueError: For ``sync_batchnorm=True``, and in several processes for a time-based ``val_check_interval`` and
+            for pruning.
     """
     interval = compat.validation_interval(trainer)
-    if interval is not None:
+    if interval is not None and not one_process:
         raise ValueError(
             f"A time-based `val_check_interval` ({interval} seconds) is measured by each process for itself, so that"
             " the stages would validate at different batches. Give a number of batches or a fraction of an epoch"

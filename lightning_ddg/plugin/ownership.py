@@ -5,8 +5,9 @@ What belongs to no stage's layers belongs to the last stage, whose process compu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,11 +19,32 @@ class Weights:
     """Which weights of the module are up to date in this process.
 
     Attributes:
-        whole: Whether all are. From the first step of a fit in several processes until its end, a process has those of
-            its own stage only.
+        whole: Whether all are, for good. From the first step of a fit in several processes until its end, a process has
+            those of its own stage only.
+        shared: Whether all are until the next step.
     """
 
     whole: bool = True
+    shared: bool = False
+    _open: bool = field(default=False, repr=False)
+
+    @property
+    def readable(self) -> bool:
+        """Whether anybody may look at all of them."""
+        return self.whole or self.shared or self._open
+
+    def stepped(self) -> None:
+        """Called after a step of an optimizer in one of several processes."""
+        self.whole = self.shared = False
+
+    @contextmanager
+    def read_as_they_are(self) -> Iterator[None]:
+        """Let them be looked at inside by somebody who knows which are up to date."""
+        before, self._open = self._open, True
+        try:
+            yield
+        finally:
+            self._open = before
 
 
 class Ownership:
@@ -189,6 +211,7 @@ class OptimizerGroups:
     """
 
     def __init__(self, optimizer: Optimizer, ownership: Ownership) -> None:
+        check_state_form(optimizer)
         self.optimizer = optimizer
         self.whole: list[list[nn.Parameter]] = [list(group["params"]) for group in optimizer.param_groups]
         self._ownership = ownership
@@ -239,6 +262,22 @@ def keep_options(optimizer: Optimizer) -> Callable[[], None]:
                     group[name] = value
 
     return restore
+
+
+def check_state_form(optimizer: Optimizer) -> None:
+    """Refuse an optimizer whose state cannot be put together of the stages', before any checkpoint needs it.
+
+    Raises:
+        ValueError: Naming its type and the keys of its state.
+    """
+    # What stands for an optimizer where `configure_optimizers` has returned none has no state.
+    keys = list(optimizer.state_dict())
+    if keys and not {"state", "param_groups"} <= set(keys):
+        raise ValueError(
+            f"{type(optimizer).__name__}.state_dict() has the keys {keys}, but in several processes a checkpoint is put"
+            " together of each stage's 'state' and 'param_groups', the form of torch's optimizers. Return that form, or"
+            " train in one process (devices=1)."
+        )
 
 
 def check_optimizers(optimizers: Sequence[Optimizer]) -> None:

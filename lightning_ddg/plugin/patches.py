@@ -56,7 +56,8 @@ def watch_steps(site: Site, optimizers: Sequence[Optimizer], execution: Executio
     def after(*_: object) -> None:
         drain.stepped()
         execution.after_step()
-        site.weights.whole = site.one_process
+        if not site.one_process:
+            site.weights.stepped()
 
     for optimizer in optimizers:
         site.undo.callback(optimizer.register_step_pre_hook(before).remove)

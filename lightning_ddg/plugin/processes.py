@@ -7,7 +7,7 @@ which logs and decides in Lightning, has the loss.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from typing import Any, ClassVar, TypeVar, cast
 
@@ -62,6 +62,10 @@ class StageProcesses(ParallelStrategy):
         self.num_nodes = 1
         self._options = options
         self._ranks: Ranks = LocalRanks(1)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the run out where a Trainer is copied or pickled."""
+        return dict(vars(self), _run=None, _undo=ExitStack(), _checkpoints=None, _ranks=LocalRanks(1))
 
     @classmethod
     @override

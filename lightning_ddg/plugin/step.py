@@ -6,6 +6,9 @@ A step goes through these states; what is not drawn is refused::
     IDLE ------------------------> CALLED ---------------> ANSWERED ------------------> BACKWARD
      ^                                                        |                            |
      +--------------------------- end of the step ------------+----------------------------+
+
+In automatic optimization a step that returns ``None``, before or after it has called the network, skips its batch: it
+has no backward, on any stage.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from enum import Enum
 from functools import partial
 from typing import Any
@@ -21,11 +25,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_ddg.core.execution import Execution, Sent
+from lightning_ddg.core.execution import Execution, Nothing, Sent
 from lightning_ddg.core.pytree import tensors_of
 from lightning_ddg.core.rng import Batch
 from lightning_ddg.network.find import Network
 from lightning_ddg.plugin import compat
+from lightning_ddg.plugin.collectives import collectives_refused
 from lightning_ddg.plugin.host import LightningModule
 from lightning_ddg.plugin.placeholder import Placeholder, end_step
 from lightning_ddg.plugin.redirection import Redirection, StepDone
@@ -57,6 +62,8 @@ class TrainingStep:
         self._name = describe(network.target_name)
         self._target_name = network.target_name
         self._batch: int | None = None
+        #: Whether the step has returned no loss, on the process that computes it.
+        self.skipped = False
 
     def forget(self) -> None:
         """Called when training begins: batch numbers may come again."""
@@ -74,7 +81,7 @@ class TrainingStep:
                 f"{names} runs the training step a second time for the same batch (number {batch}), but in stages a"
                 " batch has one forward and one backward. Use an optimizer that calls its closure once."
             )
-        self._batch, self.state = batch, State.IDLE
+        self._batch, self.state, self.skipped = batch, State.IDLE, False
 
     def called(self, inputs: Iterable[Tensor]) -> None:
         """Called when the step calls the network.
@@ -130,20 +137,18 @@ class TrainingStep:
         """Called with what the step has returned.
 
         Raises:
-            RuntimeError: Without a call of the network, a loss, or a backward, which every batch needs.
+            RuntimeError: Without a call of the network, or a backward in manual optimization, which every batch needs
+                unless the step returns ``None`` in automatic optimization.
         """
+        if self._module.automatic_optimization and output is None:
+            return
         if self.state is State.IDLE:
             raise RuntimeError(no_call_of(self._target_name))
-        step = f"`{type(self._module).__name__}.training_step`"
-        if self._module.automatic_optimization and output is None:
-            raise RuntimeError(
-                f"{step} returned None, but the other stages cannot skip a batch. Return the loss for every batch,"
-                " multiplied by 0 where it should not count."
-            )
         if not self._module.automatic_optimization and self.state is not State.BACKWARD:
             raise RuntimeError(
-                f"{step} ended without `self.manual_backward(loss)`, which every batch needs once. Call it exactly"
-                " once, and not `loss.backward()`."
+                f"`{type(self._module).__name__}.training_step` ended without `self.manual_backward(loss)`, which every"
+                " batch needs once. Call it exactly once, and not `loss.backward()`; only in automatic optimization may"
+                " a step return None to skip a batch."
             )
 
 
@@ -171,14 +176,16 @@ class StepRunner:
         first_backward: Callable[[], None],
     ) -> None:
         self.step = TrainingStep(site.module, network)
+        self._network_name = network.target_name
         self._site, self._execution, self._redirection = site, execution, redirection
         self._placeholder = placeholder
+        self._alone = nullcontext if site.one_process else collectives_refused
         self._after_forward, self._after_backward = _Once(first_forward), _Once(first_backward)
         # Elsewhere the stage alone has something to do.
         self._runs_step = site.has_loss or site.ranks.reads or placeholder is not end_step
 
     def train(self, optimizers: Sequence[Optimizer], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """Run a training step; return what the user's returned, or a loss of 0 that stands for it."""
+        """Run a training step; return what the user's returned, or a loss of 0 that stands for it, or for ``None``."""
         trainer = self._site.trainer
         skips = compat.skips_backward(trainer)
         if skips and self._execution.waiting:
@@ -186,7 +193,7 @@ class StepRunner:
             self._execution.clear()
         batch = self._site.training_batch(compat.batch_number(trainer))
         self.step.begin(batch.number, optimizers)
-        with self._site.precision.train_step_context():
+        with self._alone(), self._site.precision.train_step_context():
             output = self._run_step(batch, args, kwargs) if self._runs_step else self._train_stage(batch)
         self._after_forward()
         if skips:
@@ -194,6 +201,12 @@ class StepRunner:
             for parameter in self._site.module.parameters():
                 parameter.grad = None
         return output
+
+    def passes_over(self) -> bool:
+        """Return whether the step has returned no loss; if so, run the other backwards that are due."""
+        if self.step.skipped:
+            self._execution.backward(None)
+        return self.step.skipped
 
     def backward(self, loss: Callable[[], object]) -> None:
         """Run the backwards that are due; ``loss`` runs that of the loss."""
@@ -226,11 +239,28 @@ class StepRunner:
                 return self._no_loss()
             raise
         self.step.end(output)
-        return output
+        if output is not None or not self._site.module.automatic_optimization:
+            return output
+        if self.step.state is State.IDLE:
+            self._execution.pass_over(batch)
+        # Elsewhere the loss is a placeholder, as is what the step made of it.
+        if self._site.has_loss:
+            self.step.skipped = True
+            compat.warn_of_no_loss()
+        return self._no_loss()
 
     def _answer(self, batch: Batch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.step.called(tensors_of((args, kwargs)) if self._site.ranks.reads else ())
         output = self._execution.train(batch, args, kwargs)
+        if isinstance(output, Sent) and output.activation is Nothing.NOTHING:
+            if self._site.has_loss:
+                raise RuntimeError(
+                    f"`training_step` returned None for batch {batch.number} without a call of the network"
+                    f" ({describe(self._network_name)}) on the process of stage 1, but called it on that of the last"
+                    " stage. Whether a batch is skipped must follow from the batch, or from what all processes draw"
+                    " or know alike."
+                )
+            raise StepDone
         if isinstance(output, Sent):
             output = self._placeholder(output.activation)
         self.step.answered()

@@ -178,7 +178,9 @@ class DDGStrategy(StageProcesses):
         self._undo.callback(self._exchange.install(module))
         self.model = self.precision_plugin.convert_module(module)
         run = self._run = build(site, partial(self._optimizers_of, trainer, site.fits))
-        self._checkpoints = CheckpointAssembler(run.ownership, self._weights, run.groups, self._ranks.gather)
+        self._checkpoints = CheckpointAssembler(
+            run.ownership, self._weights, run.groups, self._ranks.gather, run.share_for_saving
+        )
         self.setup_precision_plugin()
         if site.fits:
             # What is cut only to be evaluated was not measured, and a fit that follows shall be.
@@ -234,6 +236,8 @@ class DDGStrategy(StageProcesses):
         if run is None:
             return super().backward(closure_loss, optimizer, *args, **kwargs)
         run.step.step.backward()
+        if run.step.passes_over():
+            return closure_loss
         self.pre_backward(closure_loss)
         loss = plugin.pre_backward(closure_loss, run.site.module)
         run.step.backward(lambda: plugin.backward(loss, run.site.module, optimizer, *args, **kwargs))
@@ -290,7 +294,7 @@ class DDGStrategy(StageProcesses):
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Return the full state dict on rank 0; other ranks have only their own part up to date before a fit's end."""
+        """Return the full state dict on rank 0; on others it is so after a fit, and where users' hooks will see it."""
         if self._checkpoints is None:
             return super().lightning_module_state_dict()
         return self._checkpoints.module_state()

@@ -16,7 +16,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from lightning_ddg.core.tensors import flatten, tensors_of, unflatten
+from lightning_ddg.core.pytree import flatten, tensors_of, unflatten
 from lightning_ddg.network.balance import cut_at, forbidden_cuts
 from lightning_ddg.network.cut import CostModel
 from lightning_ddg.network.find import Network, find_network

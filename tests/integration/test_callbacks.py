@@ -402,7 +402,7 @@ class CallsTheModule(Callback):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         setattr(self, self.hook, self.call)
 
-    def call(self, trainer: Any, pl_module: Any) -> None:
+    def call(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         if trainer.is_global_zero:
             with torch.no_grad():
                 self.outputs.append(pl_module(torch.ones(2, 6, dtype=torch.float64)))
@@ -418,10 +418,13 @@ def call_the_module(hook: str, devices: int) -> Any:
 
 
 @pytest.mark.parametrize("hook", ["on_train_epoch_end", "on_validation_end"])
-def test_the_network_outside_a_step_is_current_or_an_error(hook: str) -> None:
-    (*_, output), expected = call_the_module(hook, 1)
-    assert torch.equal(output, expected)
-    results = run_ranks_raw(call_the_module, 3, hook, 3)
+def test_the_network_outside_a_step_is_current_where_all_weights_are(hook: str) -> None:
+    for outputs, expected in (call_the_module(hook, 1), run_ranks(call_the_module, 3, hook, 3)[0]):
+        assert torch.equal(outputs[-1], expected)
+
+
+def test_the_network_outside_a_step_is_an_error_elsewhere() -> None:
+    results = run_ranks_raw(call_the_module, 3, "on_train_batch_end", 3)
     message = "current weights of stage 1 .Linear. live in another process until the fit ends. Call it in `valid"
     assert re.search(message, str(results[0].error)), results[0].error
     assert all(result.error is not None for result in results)

@@ -215,11 +215,6 @@ class TrainedInput(Classifier):
         return self(self.before(batch[0])).mean()
 
 
-class NoLoss(Classifier):
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        self(batch[0])
-
-
 class NoBackward(ManualClassifier):
     def training_step(self, batch: Any, batch_idx: int) -> None:
         self(batch[0]).mean().backward()
@@ -285,23 +280,20 @@ EVERYWHERE: dict[str, Case] = {
         {},
         "An input of the network .`self.net`. requires a gradient.*configure_stages",
     ),
-    "no loss": (NoLoss, {}, {}, "NoLoss.training_step` returned None.*multiplied by 0"),
     "no backward": (NoBackward, {}, {}, "NoBackward.training_step` ended without `self.manual_backward"),
     "two backwards": (TwoBackwards, {}, {}, "`manual_backward` was called more than once.*Add the losses up"),
     "tied across a cut": (TiedAcross, {"split_points": ["net.4"]}, {}, "net.3.*net.5|net.5.*net.3"),
     "tied outside": (TiedOutside, {}, {}, "'head.weight' is tied to one of stage 1.*Untie it"),
     "not sequential": (NotSequential, {}, {}, "configure_stages"),
     "sync_batchnorm": (Classifier, {}, {"sync_batchnorm": True}, "sync_batchnorm=True.*Remove sync_batchnorm=True"),
+}
+PROCESSES_ONLY: dict[str, Case] = {
     "time-based validation": (
         Classifier,
         {},
         {"val_check_interval": "00:00:00:05"},
         "`val_check_interval` .5.0 seconds.*number of batches",
     ),
-}
-if BEFORE_2_6:
-    del EVERYWHERE["time-based validation"]
-PROCESSES_ONLY: dict[str, Case] = {
     "layer by layer": (
         OneByOne,
         {},
@@ -315,6 +307,9 @@ PROCESSES_ONLY: dict[str, Case] = {
         "DataloaderIter.training_step` takes `dataloader_iter`.*`batch_idx` instead",
     ),
 }
+
+if BEFORE_2_6:
+    del PROCESSES_ONLY["time-based validation"]
 
 
 def attempt(name: str, devices: int) -> str:

@@ -39,7 +39,7 @@ def test_the_best_cut_is_the_best_of_all(most: int) -> None:
         forbidden = {position for position in range(1, num_layers) if draw.random() < draw.choice([0, 0.3])}
         expected = best_of_all(costs, num_stages, forbidden)
         if expected is None:
-            with pytest.raises(ValueError, match=f"leave only {num_layers - len(forbidden)} parts"):
+            with pytest.raises(ValueError, match=f"leave only {num_layers - len(forbidden)} part"):
                 best_cut(costs, num_stages, forbidden)
         else:
             assert best_cut(costs, num_stages, forbidden) == expected
@@ -382,3 +382,17 @@ def test_what_a_cut_says_of_itself() -> None:
         layers.layers[3:],
     ]
     assert [sum(p.numel() for p in segment.parameters()) for segment in cut.segments()] == [1, 5, 4]
+
+
+def test_a_network_that_ties_leave_in_one_part_names_what_is_tied() -> None:
+    first, last = nn.Linear(2, 2), nn.Linear(2, 2)
+    last.weight = first.weight
+    chain = Chain([("tokens", first), ("body", nn.Linear(2, 2)), ("head", last)])
+    message = r"leave only 1 part .*of 3 layers.*'tokens.weight' is used by 'tokens' and by 'head'.*untie them.*in one"
+    with pytest.raises(ValueError, match=message):
+        best_cut([1.0] * 3, 2, forbidden_cuts(chain))
+
+
+def test_one_layer_is_no_network_to_cut() -> None:
+    with pytest.raises(ValueError, match="num_stages=2, but the network has 1 layer and .*train it in one stage, or"):
+        best_cut([1.0], 2, {})

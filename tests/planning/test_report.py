@@ -12,7 +12,7 @@ from torch import nn
 from lightning_ddg.network.cut import CostModel, Costs, Cut
 from lightning_ddg.network.layers import Chain
 from lightning_ddg.network.profile import Profile
-from lightning_ddg.planning.report import cut_table, print_cut
+from lightning_ddg.planning.report import cut_table, print_cut, uneven_line
 from lightning_ddg.planning.units import show_bytes
 
 
@@ -117,3 +117,21 @@ def test_one_stage(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert out.splitlines()[0].strip() == "Network cut into 1 stage"
     assert "split_points: []" in out
+
+
+def test_an_uneven_cut_says_why() -> None:
+    chain = make_chain()
+    line = uneven_line(cut_of(chain, [4], [1.0, 1.0, 1.0, 6.0, 1.0], "measured time"))
+    assert line is not None
+    assert line.startswith("Stage 1 has 90% of the measured time and sets the pace of all: 4 places to cut")
+    assert "the dearest layer is 'net.3'" in line
+    assert "`configure_stages()`, or fewer stages" in line
+    assert uneven_line(cut_of(chain, [3], [1.0, 1.0, 1.0, 2.0, 1.0], "measured time")) is None
+    assert uneven_line(cut_of(chain, [4], [1.0, 1.0, 1.0, 6.0, 1.0], "parameters")) is None
+    two = Chain([("net.0", nn.Linear(4, 4)), ("net.1", nn.Linear(4, 4))])
+    assert "one place to cut" in str(uneven_line(cut_of(two, [1], [1.0, 9.0], "FLOPs")))
+
+
+def test_an_uneven_cut_is_printed_with_its_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    print_cut(cut_of(make_chain(), [4], [1.0, 1.0, 1.0, 6.0, 1.0], "measured time"))
+    assert "Stage 1 has 90% of the measured time" in capsys.readouterr().out

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_ddg.plugin.ownership import OptimizerGroups, Ownership, keep_options
+from lightning_ddg.plugin.ownership import OptimizerGroups, Ownership, check_state_form, keep_options
 from tests.plugin.test_checkpoint import grouped, network, step
 
 
@@ -154,3 +155,16 @@ def test_options_of_groups_are_given_back() -> None:
     assert float(rate) == 0.5
     assert group["betas"] == (0.8, 0.9)
     assert group["params"] == [], "which parameters there are is not an option"
+
+
+class OwnForm(torch.optim.SGD):
+    def state_dict(self) -> Any:
+        return {"base": super().state_dict(), "slow": []}
+
+
+def test_an_optimizer_with_a_state_of_its_own_form_is_refused() -> None:
+    optimizer = OwnForm(nn.Linear(1, 1).parameters(), lr=0.1)
+    message = r"OwnForm.state_dict.. has the keys \['base', 'slow'\].*'param_groups'.*devices=1"
+    with pytest.raises(ValueError, match=message):
+        check_state_form(optimizer)
+    check_state_form(torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 from typing import Any
 
 import pytest
@@ -129,4 +130,56 @@ def test_layers_of_other_ranks_are_guarded() -> None:
     weights.whole = False
     redirection.remove()
     net(torch.ones(1))
-    assert not net[1]._forward_pre_hooks
+
+
+class OwnForward(nn.Module):
+    def forward(self, features: Tensor, *, scale: float = 2.0) -> Tensor:
+        """Scale the features."""
+        return features * scale
+
+
+def test_whoever_inspects_the_call_finds_the_users_own() -> None:
+    net = nn.Sequential(OwnForward(), OwnForward())
+    before = [inspect.signature(module.forward) for module in (net[0], net)]
+    full = inspect.getfullargspec(net[0].forward)
+    for redirection in (Redirection(net[0]), Redirection(net, {net[0]: 1})):
+        assert [inspect.signature(module.forward) for module in (net[0], net)] == before
+        assert inspect.getfullargspec(net[0].forward) == full
+        assert inspect.ismethod(net[0].forward)
+        assert net[0].forward.__doc__ == "Scale the features."
+        assert net[0].forward.__name__ == "forward"
+        assert net[0].forward.__self__ is net[0]
+        assert inspect.signature(net[0].state_dict) == inspect.signature(OwnForward().state_dict)
+        redirection.remove()
+
+
+def test_a_function_of_the_instance_keeps_its_signature() -> None:
+    net = OwnForward()
+    net.forward = lambda x, y=1: x  # type: ignore[method-assign, assignment]
+    redirection = Redirection(net)
+    assert list(inspect.signature(net.forward).parameters) == ["x", "y"]
+    assert net(torch.ones(1)).item() == 1.0
+    redirection.remove()
+
+
+def test_states_of_layers_of_other_ranks_are_guarded() -> None:
+    net = nn.Sequential(nn.Linear(1, 1), nn.Sequential(nn.Linear(1, 1), nn.ReLU()))
+    weights = Weights()
+    redirection = Redirection(net, {net[1]: 2}, lambda: not weights.readable, lambda: "on_train_batch_end")
+    assert len(net.state_dict()) == 4
+    weights.stepped()
+    for layer in (net, net[1], net[1][0]):
+        with pytest.raises(RuntimeError, match=r"`state_dict\(\)` was called while training, in `on_train_batch_end`"):
+            layer.state_dict()
+        with pytest.raises(RuntimeError, match=r"copied or pickled .*stage 2 \(Sequential\).*`on_train_end`"):
+            copy.deepcopy(layer)
+    net[0].state_dict()
+    with weights.read_as_they_are():
+        assert len(net.state_dict()) == 4
+        assert len(copy.deepcopy(net).state_dict()) == 4
+    weights.shared = True
+    twin = copy.deepcopy(net)
+    weights.stepped()
+    assert len(twin.state_dict()) == 4
+    redirection.remove()
+    assert len(net.state_dict()) == 4
