@@ -24,6 +24,7 @@ from lightning_ddg.plugin.drain import Drain
 from lightning_ddg.plugin.host import Callback, LightningModule, Trainer
 from lightning_ddg.plugin.ownership import OptimizerGroups
 from lightning_ddg.plugin.stale_copies import StaleCopies
+from lightning_ddg.plugin.verify import Proof
 
 EPOCH = Channel("epoch", ends=True)
 
@@ -39,6 +40,7 @@ class FitHooks(Callback):
         groups: The optimizers' groups over the whole module.
         copies: Guards copies of the network's layers.
         fail: Tells the other ranks of an exception.
+        proof: Compares the first batch's gradients with those of plain backpropagation, if that is wanted.
     """
 
     def __init__(
@@ -50,9 +52,11 @@ class FitHooks(Callback):
         groups: Sequence[OptimizerGroups],
         copies: StaleCopies,
         fail: Callable[[BaseException], None],
+        proof: Proof | None = None,
     ) -> None:
         self._execution, self._ranks, self._drain = execution, ranks, drain
         self._agreements, self._groups, self._copies, self._fail = agreements, groups, copies, fail
+        self._proof = proof
 
     # ---- before all other callbacks
 
@@ -87,13 +91,15 @@ class FitHooks(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Drain if the epoch ended early, end it on all ranks together, and give all of them rank 0's metrics."""
         self._drain.at_end("epoch")
-        if not self._ranks.others:
-            return
-        self._copies.mark(look=True)
-        self._ranks.mailbox.send(self._ranks.others, EPOCH, None)
-        for rank in self._ranks.others:
-            self._ranks.mailbox.take(rank, EPOCH)
-        self._agreements.follow()
+        if self._ranks.others:
+            self._copies.mark(look=True)
+            self._ranks.mailbox.send(self._ranks.others, EPOCH, None)
+            for rank in self._ranks.others:
+                self._ranks.mailbox.take(rank, EPOCH)
+        if self._proof is not None:
+            self._proof.after_epoch()
+        if self._ranks.others:
+            self._agreements.follow()
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -53,6 +53,11 @@ class Redirection:
             for layer, stage in (foreign or {}).items()
         ]
 
+    @property
+    def redirected(self) -> dict[nn.Module, Any]:
+        """The module whose ``forward`` is another one now, with the user's own attribute of that name, if any."""
+        return {self._target: self._original}
+
     @contextmanager
     def handled_by(self, handler: Handler) -> Iterator[None]:
         """Send the network's calls to ``handler(args, kwargs)`` inside."""
