@@ -8,6 +8,7 @@ import os
 import random
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -32,7 +33,7 @@ from lightning_ddg.plugin.data import BatchExchange
 from lightning_ddg.plugin.step import StepRunner
 from lightning_ddg.plugin.verify import Proof
 from tests.harness import run_ranks, run_ranks_raw
-from tests.networks import Classifier, ManualClassifier, dataset, loader, quiet_trainer, state_of
+from tests.networks import SAFELY, Classifier, ManualClassifier, dataset, loader, quiet_trainer, state_of
 
 
 class Sign(torch.autograd.Function):
@@ -248,8 +249,10 @@ def test_a_fault_in_one_process_ends_the_fit(fault: str) -> None:
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_in_two_processes_ends_the_fit_on_both(fault: str) -> None:
     zero, one = run_ranks_raw(fit_with, 2, fault, 2)
-    assert zero.error is not None and one.error is not None
-    assert "WrongGradients" in zero.error and "WrongGradients" in one.error
+    assert zero.error is not None
+    assert one.error is not None
+    assert "WrongGradients" in zero.error
+    assert "WrongGradients" in one.error
     assert f"the input side that differs is {FAULTS[fault][1]!r} (stage 1)" in zero.error
 
 
@@ -400,3 +403,78 @@ def test_all_stages_are_proved_in_one_process(case: str, num_stages: int) -> Non
 
 def test_all_stages_are_proved_in_two_processes() -> None:
     run_ranks(check_all, 2, 2, timeout=200)
+
+
+class Twice(Classifier):
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        loss.backward(retain_graph=True)
+        (2 * loss).backward()
+
+
+def train_twice(devices: int) -> Any:
+    module = Twice("tanh_mlp")
+    quiet_trainer(devices=devices, strategy=DDGStrategy(num_stages=2, split_points=["net.3"]), max_epochs=2).fit(
+        module, loader("mlp")
+    )
+    return state_of(module)
+
+
+def test_a_backward_in_two_passes_reaches_the_other_process_whole() -> None:
+    expected = train_twice(1)
+    for state in run_ranks(train_twice, 2, 2):
+        assert all(torch.allclose(state[name], expected[name], rtol=1e-10, atol=0) for name in expected)
+
+
+def train_unseeded() -> None:
+    torch.manual_seed(int(os.environ["LOCAL_RANK"]))
+    module = Classifier("noisy_mlp")
+    for parameter in module.parameters():
+        nn.init.normal_(parameter)
+    strategy = DDGStrategy(num_stages=2, split_points=["net.4"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("ignore", message=".*val_dataloader|.*num_workers|.*isinstance|.*seed")
+        quiet_trainer(devices=2, strategy=strategy, max_epochs=1).fit(module, loader("mlp"))
+
+
+def test_processes_that_have_made_their_own_weights_are_compared_by_the_weights_that_train() -> None:
+    run_ranks(train_unseeded, 2)
+
+
+def resume(folder: str) -> None:
+    path = f"{folder}/a.ckpt"
+    trainer = quiet_trainer(devices=2, strategy=DDGStrategy(num_stages=2, split_points=["net.4"]), max_epochs=1)
+    trainer.fit(Classifier("noisy_mlp"), loader("mlp"))
+    trainer.save_checkpoint(path)
+    proofs: list[Proof] = []
+    with after(Proof, "begin", lambda self, _, *args: proofs.append(self)):
+        trainer = quiet_trainer(devices=2, strategy=DDGStrategy(num_stages=2), max_epochs=2)
+        trainer.fit(Classifier("noisy_mlp"), loader("mlp"), ckpt_path=path, **SAFELY)
+    assert proofs[0]._over
+    assert trainer.strategy.run is None
+    if trainer.is_global_zero:
+        assert proofs[0]._found == {1: {}, 2: {}}
+        assert proofs[0]._cut.split_points == ["net.4"]
+
+
+def test_a_resumed_fit_in_two_processes_is_proved_with_the_recorded_cut(tmp_path: Path) -> None:
+    run_ranks(resume, 2, str(tmp_path))
+
+
+def three_processes(limit: int, drain: str) -> list[str]:
+    strategy = DDGStrategy(num_stages=3, split_points=["net.3", "net.5"], drain=drain)  # type: ignore[arg-type]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        quiet_trainer(devices=3, strategy=strategy, max_epochs=1, limit_train_batches=limit).fit(
+            Classifier(), loader("mlp")
+        )
+    return [str(entry.message) for entry in caught if "first batch's gradients" in str(entry.message)]
+
+
+@pytest.mark.parametrize(("limit", "drain", "missing"), [(5, "never", None), (2, "epoch", None), (1, "never", "1, 2")])
+def test_three_processes(limit: int, drain: str, missing: str | None) -> None:
+    zero, *others = run_ranks(three_processes, 3, limit, drain)
+    assert others == [[], []]
+    assert len(zero) == (missing is not None)
+    for said in zero:
+        assert f"the training ended before those of stage {missing} were due" in said
