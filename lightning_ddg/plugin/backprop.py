@@ -13,13 +13,13 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from lightning_ddg.core.rng import Batch, Generators, untouched
 from lightning_ddg.core.tensors import map_tensors
 from lightning_ddg.network.cut import Cut
 from lightning_ddg.network.restore import trial
+from lightning_ddg.plugin.host import LightningModule
 from lightning_ddg.plugin.redirection import Redirection, StepDone
 from lightning_ddg.plugin.replica import replica_of
 from lightning_ddg.plugin.site import Site

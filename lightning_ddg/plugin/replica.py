@@ -14,12 +14,11 @@ from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_ddg.plugin import compat
+from lightning_ddg.plugin.host import DummyLogger, LightningDataModule, LightningModule, Trainer
 from lightning_ddg.plugin.redirection import StepDone
 
 _SHARED = (ModuleType, Dataset, DataLoader, LightningDataModule, Trainer)

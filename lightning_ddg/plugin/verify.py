@@ -18,7 +18,6 @@ from math import isfinite
 from typing import Any
 
 import torch
-from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 
 from lightning_ddg.core.execution import Channel, Execution
@@ -28,6 +27,7 @@ from lightning_ddg.core.tensors import flatten, tensors_of, unflatten
 from lightning_ddg.core.witness import Gradients, Witness
 from lightning_ddg.network.cut import Cut
 from lightning_ddg.plugin.backprop import Plain, Unverifiable, plain_backprop
+from lightning_ddg.plugin.host import MixedPrecision
 from lightning_ddg.plugin.ownership import Ownership
 from lightning_ddg.plugin.redirection import Redirection
 from lightning_ddg.plugin.rounding import Rounding, difference, largest, rounding_of
