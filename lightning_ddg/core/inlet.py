@@ -19,7 +19,7 @@ class Inlet:
 
     Attributes:
         grads: After the backward: the gradient w.r.t. each received tensor that carries one, ``None`` where nothing
-            depends on it.
+            depends on it. Where the user's code runs the backward of the loss in several passes, their sum.
     """
 
     def __init__(self) -> None:
@@ -47,5 +47,6 @@ class _Enter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, ...]:
-        ctx.inlet.grads = list(grads)
+        pairs = zip(ctx.inlet.grads, grads, strict=True)
+        ctx.inlet.grads = [new if old is None else old if new is None else old + new for old, new in pairs]
         return (None, None, *([None] * len(grads)))

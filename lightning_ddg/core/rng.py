@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -55,11 +55,17 @@ class Batch(NamedTuple):
     seed: int | None = None
     device: torch.device = torch.device("cpu")
 
-    def draws(self, stage: int, *, libraries: bool = False) -> AbstractContextManager[None]:
-        """Seed the draws of a stage inside; see :func:`seeded`."""
-        if self.seed is None:
-            return nullcontext()
-        return seeded(seed_of(self.seed, stage, self.number, self.purpose), self.device, libraries=libraries)
+    def draws(self, stage: int) -> AbstractContextManager[None]:
+        """Seed the draws of a stage inside, those of Python and NumPy too; see :func:`seeded`."""
+        return nullcontext() if self.seed is None else seeded(self._seed_of(stage), self.device, libraries=True)
+
+    def begin_draws(self, stage: int) -> None:
+        """Seed the draws of a stage from here on."""
+        if self.seed is not None:
+            _seed(self._seed_of(stage), self.device, libraries=True)
+
+    def _seed_of(self, stage: int) -> int:
+        return seed_of(cast(int, self.seed), stage, self.number, self.purpose)
 
 
 class Generators:
@@ -112,11 +118,11 @@ class Streams:
         if stage == self._stage or self._batch.seed is None:
             return
         if self._stage is not None:
-            self._left[self._stage] = Generators(self._batch.device, libraries=False)
+            self._left[self._stage] = Generators(self._batch.device)
         if stage in self._left:
             self._left[stage].restore()
         else:
-            seed_torch(seed_of(self._batch.seed, stage, self._batch.number, self._batch.purpose), self._batch.device)
+            self._batch.begin_draws(stage)
         self._stage = stage
 
 
@@ -145,16 +151,15 @@ def seeded(seed: int, device: torch.device, *, libraries: bool = False) -> Itera
     ``seed`` is in ``0..2**63 - 1``; with ``libraries``, Python's ``random`` and NumPy are seeded too.
     """
     with untouched(device, libraries=libraries):
-        seed_torch(seed, device)
-        if libraries:
-            random.seed(seed)
-            np.random.seed(seed % 2**32)
+        _seed(seed, device, libraries=libraries)
         yield
 
 
-def seed_torch(seed: int, device: torch.device) -> None:
-    """Seed torch's generators: the CPU's and that of ``device``."""
+def _seed(seed: int, device: torch.device, *, libraries: bool = False) -> None:
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         with torch.cuda.device(device):
             torch.cuda.manual_seed(seed)
+    if libraries:
+        random.seed(seed)
+        np.random.seed(seed % 2**32)

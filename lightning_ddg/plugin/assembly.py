@@ -49,6 +49,7 @@ from lightning_ddg.plugin.sharing import Sharing
 from lightning_ddg.plugin.site import Site
 from lightning_ddg.plugin.stale_copies import StaleCopies
 from lightning_ddg.plugin.step import StepRunner, warn_of_kept_tensors
+from lightning_ddg.plugin.verify import Proof
 
 _log = logging.getLogger(__name__)
 
@@ -69,6 +70,7 @@ class Run:
         drain: Applies gradients in flight.
         agreements: What rank 0 decides for all.
         hooks: Act at the moments of a fit.
+        proof: Compares the first batch's gradients with those of plain backpropagation, if that is wanted.
     """
 
     site: Site
@@ -82,6 +84,7 @@ class Run:
     drain: Drain
     agreements: Agreements
     hooks: FitHooks
+    proof: Proof | None
 
     @property
     def options(self) -> Options:
@@ -111,6 +114,8 @@ class Run:
         """Called when training has ended: give every rank all the trained weights, as the users' hooks left them."""
         self.agreements.end()
         self.execution.clear()
+        if self.proof is not None:
+            self.proof.end()
         self.sharing.end()
         share_generators(self.ranks)
 
@@ -150,14 +155,16 @@ def build(site: Site, set_up_optimizers: Callable[[], Sequence[Optimizer]]) -> R
         partial(compat.current_hook, site.module),
     )
     site.undo.callback(redirection.remove)
-    step = make_step(site, network, cut, ownership, execution, redirection)
+    proof = Proof(site, cut, ownership, redirection) if site.fits and site.options.verify else None
+    execution = execution if proof is None else proof.witness(execution)
+    step = make_step(site, network, cut, ownership, execution, redirection, proof)
     sharing = Sharing(site, ownership)
     evaluation = Evaluation(site, execution, redirection, ownership)
     agreements = Agreements(site.trainer, site.ranks, site.num_stages)
     drain = make_drain(site, execution, optimizers)
     copies = StaleCopies(network.target, ownership)
     site.undo.callback(copies.forget)
-    hooks = FitHooks(execution, site.ranks, drain, agreements, groups, copies, sharing, site.fail)
+    hooks = FitHooks(execution, site.ranks, drain, agreements, groups, copies, sharing, site.fail, proof)
     if site.fits:
         patch_fit(site, ownership)
         watch_steps(site, optimizers, execution, drain)
@@ -166,7 +173,7 @@ def build(site: Site, set_up_optimizers: Callable[[], Sequence[Optimizer]]) -> R
         site.undo.callback(hooks.install(site.trainer, site.module))
     # Without a seed each process has made its own weights; what is never trained is not shared again.
     evaluation.share_outside(lambda tensor: True)
-    return Run(site, cut, ownership, groups, execution, step, evaluation, sharing, drain, agreements, hooks)
+    return Run(site, cut, ownership, groups, execution, step, evaluation, sharing, drain, agreements, hooks, proof)
 
 
 def find(site: Site, first_batch: FirstBatch) -> Network:
@@ -276,7 +283,13 @@ def make_execution(site: Site, cut: Cut, segments: Sequence[nn.Module], ownershi
 
 
 def make_step(
-    site: Site, network: Network, cut: Cut, ownership: Ownership, execution: Execution, redirection: Redirection
+    site: Site,
+    network: Network,
+    cut: Cut,
+    ownership: Ownership,
+    execution: Execution,
+    redirection: Redirection,
+    proof: Proof | None,
 ) -> StepRunner:
     """Make what runs training steps: the user's own where the loss or the batch is, or where hooks need its outputs."""
     stage, module = site.ranks.stage, site.module
@@ -291,7 +304,7 @@ def make_step(
     # A delay line has all gradients of a batch at once, also those that a loss takes past the network.
     at_once = stage is None and site.options.staleness.stash
     first_backward = _nothing if at_once else ownership.check_foreign_grads
-    return StepRunner(site, network, execution, redirection, placeholder, first_forward, first_backward)
+    return StepRunner(site, network, execution, redirection, placeholder, first_forward, first_backward, proof)
 
 
 def make_drain(site: Site, execution: Execution, optimizers: Sequence[Optimizer]) -> Drain:

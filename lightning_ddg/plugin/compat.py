@@ -387,6 +387,11 @@ def validation_interval(trainer: Trainer) -> float | None:
     return getattr(trainer, "_val_check_time_interval", None)
 
 
+def lightning_optimizers(trainer: Trainer) -> list[Any]:
+    """Return the optimizers as a module's ``optimizers()`` gives them to the user."""
+    return list(trainer.strategy._lightning_optimizers)
+
+
 def reset_optimizers(strategy: Strategy) -> None:
     """Forget the optimizers of an earlier fit, as Lightning's own strategies do before they make new ones."""
     strategy._reset_optimizers_and_schedulers()

@@ -60,7 +60,7 @@ class Evaluation:
         if self._outside is Outside.TRAINED:
             self.share_outside(_trained_or_buffer)
             self._outside = Outside.SHARED
-        with self._site.evaluated_batch().draws(0, libraries=True), self._redirection.handled_by(self._answer):
+        with self._site.evaluated_batch().draws(0), self._redirection.handled_by(self._answer):
             yield
 
     def _answer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

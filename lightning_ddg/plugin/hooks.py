@@ -25,6 +25,7 @@ from lightning_ddg.plugin.host import Callback, LightningModule, Trainer
 from lightning_ddg.plugin.ownership import OptimizerGroups
 from lightning_ddg.plugin.sharing import Sharing
 from lightning_ddg.plugin.stale_copies import StaleCopies
+from lightning_ddg.plugin.verify import Proof
 
 EPOCH = Channel("epoch", ends=True)
 
@@ -41,6 +42,7 @@ class FitHooks(Callback):
         copies: Guards copies of the network's layers.
         sharing: Gives every rank all weights.
         fail: Tells the other ranks of an exception.
+        proof: Compares the first batch's gradients with those of plain backpropagation, if that is wanted.
     """
 
     def __init__(
@@ -53,10 +55,11 @@ class FitHooks(Callback):
         copies: StaleCopies,
         sharing: Sharing,
         fail: Callable[[BaseException], None],
+        proof: Proof | None = None,
     ) -> None:
         self._execution, self._ranks, self._drain = execution, ranks, drain
         self._agreements, self._groups, self._copies = agreements, groups, copies
-        self._sharing, self._fail = sharing, fail
+        self._sharing, self._fail, self._proof = sharing, fail, proof
 
     def __reduce__(self) -> tuple[type[Callback], tuple[()]]:
         """Leave a callback that does nothing where the Trainer's are copied or pickled during a fit."""
@@ -95,16 +98,18 @@ class FitHooks(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Drain if the epoch ended early, end it on all ranks together, and give all of them rank 0's metrics."""
         self._drain.at_end("epoch")
-        if not self._ranks.others:
-            return
-        self._copies.mark(look=True)
-        own = compat.looks_after_epoch(trainer, pl_module)
-        self._ranks.mailbox.send(self._ranks.others, EPOCH, own)
-        # Every rank ends the epoch before any goes on.
-        others = [self._ranks.mailbox.take(rank, EPOCH) for rank in self._ranks.others]
-        if own or any(others):
-            self._sharing.share()
-        self._agreements.follow()
+        if self._ranks.others:
+            self._copies.mark(look=True)
+            own = compat.looks_after_epoch(trainer, pl_module)
+            self._ranks.mailbox.send(self._ranks.others, EPOCH, own)
+            # Every rank ends the epoch before any goes on.
+            others = [self._ranks.mailbox.take(rank, EPOCH) for rank in self._ranks.others]
+            if own or any(others):
+                self._sharing.share()
+        if self._proof is not None:
+            self._proof.after_epoch()
+        if self._ranks.others:
+            self._agreements.follow()
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -42,6 +42,7 @@ class Options:
     compile: bool | dict[str, Any] = False
     drain: Literal["epoch", "fit", "never"] = "epoch"
     recompute: bool = False
+    verify: bool = True
     staleness: Staleness = field(default_factory=Staleness)
     process_group_backend: str | None = None
     timeout: timedelta = timedelta(minutes=30)
@@ -57,6 +58,8 @@ class Options:
             raise ValueError(f"timeout={self.timeout!r} is not a limit. Use a positive datetime.timedelta.")
         _check_compile(self.compile, self.num_stages)
         _check_staleness(self.staleness, self.recompute, self.compile)
+        if not isinstance(self.verify, bool):
+            raise TypeError(f"verify={self.verify!r} is not a bool. Use True or False.")
         _check_memory_limit(self.max_memory, self.split_points, self.balance)
 
     @property

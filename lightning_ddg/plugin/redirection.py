@@ -50,6 +50,7 @@ class Redirection:
         outdated: Callable[[], bool] = lambda: False,
         where: Callable[[], str] = lambda: "",
     ) -> None:
+        self.target = target
         self._original = target.forward
         self._outdated, self._where = outdated, where
         self._handler: Handler | None = None

@@ -74,4 +74,4 @@ class Site:
 
     def first_draws(self) -> AbstractContextManager[None]:
         """Draw inside as the first step would, and leave no trace of it."""
-        return self.training_batch(0).draws(0, libraries=True)
+        return self.training_batch(0).draws(0)

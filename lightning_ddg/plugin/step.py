@@ -35,6 +35,7 @@ from lightning_ddg.plugin.host import LightningModule
 from lightning_ddg.plugin.placeholder import Placeholder, end_step
 from lightning_ddg.plugin.redirection import Redirection, StepDone
 from lightning_ddg.plugin.site import Site
+from lightning_ddg.plugin.verify import Proof
 
 _log = logging.getLogger(__name__)
 
@@ -163,6 +164,7 @@ class StepRunner:
         placeholder: What the step gets for the network's output where that is elsewhere.
         first_forward: Checks what the first batch's forward has left behind.
         first_backward: Checks what the first batch's backward of the loss has left behind.
+        proof: Compares the first batch's gradients with those of plain backpropagation, if that is wanted.
     """
 
     def __init__(
@@ -174,11 +176,12 @@ class StepRunner:
         placeholder: Placeholder,
         first_forward: Callable[[], None],
         first_backward: Callable[[], None],
+        proof: Proof | None,
     ) -> None:
         self.step = TrainingStep(site.module, network)
         self._network_name = network.target_name
         self._site, self._execution, self._redirection = site, execution, redirection
-        self._placeholder = placeholder
+        self._placeholder, self._proof = placeholder, proof
         self._alone = nullcontext if site.one_process else collectives_refused
         self._after_forward, self._after_backward = _Once(first_forward), _Once(first_backward)
         # Elsewhere the stage alone has something to do.
@@ -193,6 +196,8 @@ class StepRunner:
             self._execution.clear()
         batch = self._site.training_batch(compat.batch_number(trainer))
         self.step.begin(batch.number, optimizers)
+        if self._proof is not None and not skips:
+            self._proof.begin(batch, args, kwargs)
         with self._alone(), self._site.precision.train_step_context():
             output = self._run_step(batch, args, kwargs) if self._runs_step else self._train_stage(batch)
         self._after_forward()
@@ -208,14 +213,18 @@ class StepRunner:
             self._execution.backward(None)
         return self.step.skipped
 
-    def backward(self, loss: Callable[[], object]) -> None:
-        """Run the backwards that are due; ``loss`` runs that of the loss."""
+    def backward(self, loss: Tensor, run_backward: Callable[[], object]) -> None:
+        """Run the backwards that are due; ``run_backward`` runs that of the loss."""
 
         def run() -> None:
-            loss()
+            run_backward()
             self._after_backward()
 
+        if self._proof is not None:
+            self._proof.loss(loss)
         self._execution.backward(run)
+        if self._proof is not None:
+            self._proof.after_backward()
 
     def _train_stage(self, batch: Batch) -> Tensor:
         self._execution.train(batch, (), {})
@@ -224,7 +233,7 @@ class StepRunner:
     def _run_step(self, batch: Batch, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         answer = partial(self._answer, batch)
         try:
-            with batch.draws(0, libraries=True), self._redirection.handled_by(answer):
+            with batch.draws(0), self._redirection.handled_by(answer):
                 output = self._site.module.training_step(*args, **kwargs)
         except StepDone:
             return self._no_loss()

@@ -60,6 +60,8 @@ class DDGStrategy(StageProcesses):
         recompute: Whether stages keep the inputs of batches in flight only, and compute the activations again in the
             backward. The weights stay the same. In one process it has no effect unless ``staleness`` says
             ``stash=False``.
+        verify: Whether the first batch's gradients, as they are really computed, are compared with those of plain
+            backpropagation, and a difference ends the fit. It costs one more forward and backward in a fit.
         staleness: What stages do with stale gradients; by default what the paper says.
         process_group_backend: Backend of ``torch.distributed``; by default NCCL on CUDA devices, gloo otherwise. With
             gloo, tensors on CUDA devices travel through pinned host memory.
@@ -86,6 +88,7 @@ class DDGStrategy(StageProcesses):
         compile: bool | dict[str, Any] = False,
         drain: Literal["epoch", "fit", "never"] = "epoch",
         recompute: bool = False,
+        verify: bool = True,
         staleness: Staleness | None = None,
         process_group_backend: str | None = None,
         timeout: timedelta = timedelta(minutes=30),
@@ -104,6 +107,7 @@ class DDGStrategy(StageProcesses):
             compile=compile,
             drain=drain,
             recompute=recompute,
+            verify=verify,
             staleness=PAPER if staleness is None else staleness,
             process_group_backend=process_group_backend,
             timeout=timeout,
@@ -240,7 +244,7 @@ class DDGStrategy(StageProcesses):
             return closure_loss
         self.pre_backward(closure_loss)
         loss = plugin.pre_backward(closure_loss, run.site.module)
-        run.step.backward(lambda: plugin.backward(loss, run.site.module, optimizer, *args, **kwargs))
+        run.step.backward(closure_loss, lambda: plugin.backward(loss, run.site.module, optimizer, *args, **kwargs))
         run.drain.added()
         loss = plugin.post_backward(loss, run.site.module)
         self.post_backward(loss)

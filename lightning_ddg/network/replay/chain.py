@@ -93,7 +93,7 @@ class ReplayedChain:
             for stage, (start, stop) in enumerate(pairwise(bounds), start=1)
             for module in self.segment(start, stop).called
         }
-        with untouched(batch.device, libraries=False), plain_calls(configs_of(self._target)), calls_taken(handlers):
+        with untouched(batch.device), plain_calls(configs_of(self._target)), calls_taken(handlers):
             streams.enter(1)
             return self._forward(*args, **kwargs)
 

@@ -241,7 +241,7 @@ class _Run:
         self._wanted_calls = {(path, where) for path, where, _ in self._wanted}
         self._given = given.values if given is not None else {}
         # What the code has drawn before the stage's first call was drawn, and used, by the stage before.
-        self._start = Generators(device, libraries=False) if given is not None and part.found.draws else None
+        self._start = Generators(device) if given is not None and part.found.draws else None
         self._told = {(path, where) for path, where, _ in self._given}
         self._earlier = given.done if given is not None else ()
         self._skipped = self._calls = 0

@@ -1,0 +1,284 @@
+"""Plain backpropagation of the user's own training step, on a copy of the module and with the draws of the stages."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import io
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lightning_ddg.core.pytree import map_tensors
+from lightning_ddg.core.rng import Batch, Generators, untouched
+from lightning_ddg.network.cut import Cut
+from lightning_ddg.network.restore import trial
+from lightning_ddg.plugin.host import LightningModule
+from lightning_ddg.plugin.redirection import Redirection, StepDone
+from lightning_ddg.plugin.replica import replica_of
+from lightning_ddg.plugin.site import Site
+
+# What waits for other processes, which do not run the copy.
+_COLLECTIVES = [
+    "all_gather",
+    "all_gather_into_tensor",
+    "all_gather_object",
+    "all_reduce",
+    "all_to_all",
+    "all_to_all_single",
+    "barrier",
+    "broadcast",
+    "broadcast_object_list",
+    "gather",
+    "gather_object",
+    "monitored_barrier",
+    "reduce",
+    "reduce_scatter",
+    "reduce_scatter_tensor",
+    "scatter",
+]
+
+
+class Unverifiable(Exception):
+    """What the gradients should be cannot be known, for a reason."""
+
+
+@dataclass(frozen=True)
+class Plain:
+    """What plain backpropagation gives.
+
+    Attributes:
+        loss: The loss.
+        grads: By the name of each parameter, the gradient w.r.t. it, on the CPU.
+        device: Where it was computed.
+    """
+
+    loss: Tensor
+    grads: dict[str, Tensor | None]
+    device: torch.device
+
+
+def plain_backprop(
+    site: Site,
+    cut: Cut,
+    redirection: Redirection,
+    batch: Batch,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    weights: dict[str, Tensor],
+) -> Plain:
+    """Run the user's training step on a copy of the module with the network uncut, and its backward.
+
+    Nothing is left behind. Where the device is too small, it runs on the CPU.
+
+    Args:
+        site: What the run is built of.
+        cut: Where the stages begin.
+        redirection: What has taken the place of the network's call.
+        batch: The batch's number and seed.
+        args: The step's arguments.
+        kwargs: Its keyword arguments.
+        weights: By name, parameters and buffers that this process has other values of.
+
+    Raises:
+        Unverifiable: With the reason, in a form that follows "as".
+    """
+    devices = [site.device] if site.device.type == "cpu" else [site.device, torch.device("cpu")]
+    if any(parameter.is_meta for parameter in site.module.parameters()):
+        raise Unverifiable("some parameters have no values in this process")
+    for device in devices:
+        try:
+            with trial(site.module.modules(), [site.device]), _silence(), _alone(), _gradients_kept(site.module):
+                return _run(site, cut, redirection, batch._replace(device=device), args, kwargs, weights)
+        except Unverifiable:
+            raise
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            if device is devices[-1]:
+                raise Unverifiable(f"the whole module fits neither {site.device} nor the host's memory") from error
+        except Exception as error:
+            raise Unverifiable(
+                f"the training step could not be run on a copy of the module ({_said(error)})"
+            ) from error
+        finally:
+            if site.device.type == "cuda":
+                # What the whole network needed is more than a stage will.
+                torch.cuda.empty_cache()
+    raise AssertionError("unreachable")
+
+
+def _run(
+    site: Site,
+    cut: Cut,
+    redirection: Redirection,
+    batch: Batch,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    weights: dict[str, Tensor],
+) -> Plain:
+    here = batch.device
+    try:
+        replica, copies = replica_of(site.module)
+        args, kwargs = _copied((tuple(args), kwargs))
+    except Exception as error:
+        raise Unverifiable(f"{type(site.module).__name__} cannot be copied ({_said(error)})") from error
+    replica.to(here)
+    named = dict([*replica.named_parameters(remove_duplicate=False), *replica.named_buffers(remove_duplicate=False)])
+    for name in weights.keys() & named.keys():
+        named[name].detach().copy_(weights[name])
+    if here != site.device:
+        args, kwargs = map_tensors(lambda tensor: tensor.to(here), (args, kwargs))
+    draws = _Draws(cut, copies, batch)
+    draws.watch(copies[id(redirection.target)])
+    with site.precision.train_step_context(), batch.draws(0), torch.enable_grad():
+        before = Generators(here)
+        loss, ran = _loss_of(replica, args, kwargs)
+        drew = draws.drew or not before.unchanged()
+    if drew and here.type != site.device.type:
+        raise Unverifiable(
+            f"the whole module does not fit {site.device}, and would draw other random numbers on the CPU"
+        )
+    if drew and site.options.compile_options is not None:
+        raise Unverifiable("the network draws random numbers, and what is compiled draws others")
+    if not ran:
+        if replica.automatic_optimization:
+            loss = loss / site.trainer.accumulate_grad_batches
+        replica.backward(loss)
+    grads = {name: _on_host(parameter.grad) for name, parameter in replica.named_parameters()}
+    return Plain(loss.detach().to("cpu", copy=True), grads, here)
+
+
+def _loss_of(replica: LightningModule, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Tensor, bool]:
+    """Run the step; return the loss, and whether its backward has run, as in manual optimization."""
+    try:
+        output: Any = replica.training_step(*args, **kwargs)
+    except StepDone as done:
+        return cast(Tensor, done.value), True
+    loss = output.get("loss") if isinstance(output, dict) else output
+    if not isinstance(loss, Tensor) or not replica.automatic_optimization:
+        raise Unverifiable("`training_step` gave no loss for it")
+    return loss, False
+
+
+class _Draws:
+    """Lets an uncut network draw as its stages do: the generators are seeded where each begins.
+
+    Attributes:
+        drew: Whether anything has been drawn.
+    """
+
+    def __init__(self, cut: Cut, copies: dict[int, Any], batch: Batch) -> None:
+        self.drew = False
+        self._batch = batch
+        self._seeded: Generators | None = None
+        self._calls: dict[nn.Module, int] = {}
+        self._inside = False
+        # The call of which module begins which stage; a module without parameters may be called before.
+        self._begins: dict[nn.Module, dict[int, int]] = {}
+        for stage, start in enumerate(cut.starts, start=2):
+            first = cut.chain.modules(start, start + 1)[0]
+            before = sum(module is first for module in cut.chain.modules(0, start))
+            self._begins.setdefault(copies[id(first)], {})[before] = stage
+
+    def watch(self, target: nn.Module) -> None:
+        """Take part in the calls of a network."""
+        original = target.forward
+
+        @functools.wraps(original)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            with untouched(self._batch.device):
+                self._calls, self._inside = dict.fromkeys(self._begins, 0), True
+                self._begin(1)
+                try:
+                    return original(*args, **kwargs)
+                finally:
+                    self._look()
+                    self._inside = False
+
+        vars(target)["forward"] = forward
+        for module in self._begins:
+            module.register_forward_pre_hook(self._called, prepend=True)
+
+    def _called(self, module: nn.Module, _args: Any) -> None:
+        stages = self._begins[module]
+        if self._inside:
+            self._calls[module] += 1
+        # Activation checkpointing calls it again in the backward, to draw the same.
+        if self._inside or self._calls.get(module) == 1:
+            stage = stages.get(self._calls[module] - 1)
+            if stage is not None:
+                self._begin(stage)
+
+    def _begin(self, stage: int) -> None:
+        self._look()
+        self._batch.begin_draws(stage)
+        self._seeded = Generators(self._batch.device)
+
+    def _look(self) -> None:
+        self.drew |= self._seeded is not None and not self._seeded.unchanged()
+
+
+def _copied(value: Any) -> Any:
+    try:
+        return map_tensors(torch.clone, value)
+    except Exception:  # noqa: BLE001 - what does not pickle may still be copied
+        return copy.deepcopy(value)
+
+
+def _on_host(grad: Tensor | None) -> Tensor | None:
+    return None if grad is None else grad.detach().to("cpu", copy=True)
+
+
+def _said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """What the step says, it will say again."""
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Refuse to wait for processes that do not take part."""
+
+    def refuse(name: str, *_args: Any, **_kwargs: Any) -> None:
+        raise RuntimeError(f"torch.distributed.{name} would wait for processes that do not take part")
+
+    with contextlib.ExitStack() as undo:
+        for name in _COLLECTIVES if dist.is_available() and dist.is_initialized() else ():
+            undo.callback(setattr, dist, name, getattr(dist, name))
+            setattr(dist, name, functools.partial(refuse, name))
+        yield
+
+
+@contextlib.contextmanager
+def _gradients_kept(module: nn.Module) -> Iterator[None]:
+    """See that the copy's backward does not reach the original.
+
+    Raises:
+        Unverifiable: It did; the gradients are as before.
+    """
+    before = [(parameter, parameter.grad, _version(parameter.grad)) for parameter in module.parameters()]
+    reached = []
+    try:
+        yield
+    finally:
+        for parameter, grad, version in before:
+            if parameter.grad is not grad or _version(grad) != version:
+                reached.append(parameter)
+                parameter.grad = grad if _version(grad) == version else None
+    if reached:
+        raise Unverifiable("a copy of the module goes on using the original's parameters")
+
+
+def _version(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor._version
