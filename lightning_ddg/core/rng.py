@@ -113,10 +113,10 @@ class Streams:
         self._left: dict[int, Generators] = {}
         self._stage: int | None = None
 
-    def enter(self, stage: int) -> None:
-        """Draw a stage's numbers from here on."""
+    def enter(self, stage: int) -> bool:
+        """Draw a stage's numbers from here on; return whether another's were drawn before."""
         if stage == self._stage or self._batch.seed is None:
-            return
+            return False
         if self._stage is not None:
             self._left[self._stage] = Generators(self._batch.device)
         if stage in self._left:
@@ -124,6 +124,7 @@ class Streams:
         else:
             self._batch.begin_draws(stage)
         self._stage = stage
+        return True
 
 
 def _same(one: Any, other: Any) -> bool:

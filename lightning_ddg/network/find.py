@@ -7,6 +7,7 @@ turn; of any other, every stage runs the code. docs/networks.md has the table.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from torch import nn
@@ -15,6 +16,9 @@ from torch.nn.parameter import is_lazy
 from lightning_ddg.network.layers import Call, Chain, Layers
 from lightning_ddg.network.replay.chain import ReplayedChain
 from lightning_ddg.network.replay.layers import find_tree, has_forward
+
+#: Given a module and its name, returns the arguments of a call of it, if any is known.
+Example = Callable[[nn.Module, str], Call | None]
 
 
 @dataclass(frozen=True)
@@ -31,16 +35,16 @@ def find_network(
     layers: Sequence[nn.Module] | None = None,
     *,
     requirer: str = "DDGStrategy",
-    example: Callable[[nn.Module, str], Call | None] | None = None,
+    example: Example | None = None,
     points: Collection[str] = (),
 ) -> Network:
     """Find the network that may be cut, and its layers.
 
-    Without ``layers`` the network is the one child of ``root`` that has parameters, or else what the root's own
-    ``forward`` calls: the one child that it calls, or the root itself if it uses several. Without such a ``forward``
-    it is the one child that is an ``nn.Sequential``, or the one that has trainable parameters. Other children are left
-    alone. The layers of a plain ``nn.Sequential`` are its modules, unless these hold layers themselves; those of
-    anything else are the modules with parameters that its code calls.
+    Without ``layers`` the network is the one child of ``root`` that has parameters, or else what the step calls: the
+    root, by its own ``forward``, or the one child with trainable parameters that it calls. If that is not known, it is
+    the root if it has a ``forward``, the one child that is an ``nn.Sequential``, or the one that has trainable
+    parameters. Other children are left alone. The layers of a plain ``nn.Sequential`` are its modules, unless these
+    hold layers themselves; those of anything else are the modules with parameters that its code calls.
 
     With ``layers`` the network is the innermost module with an own ``forward`` that holds all of them. Sequentials
     inside it are flattened, except those whose call does more than call their layers (an overridden ``forward``,
@@ -50,8 +54,8 @@ def find_network(
         root: The module to search, as a rule the LightningModule.
         layers: What ``configure_stages()`` returned: the layers in the order of the call.
         requirer: Who asks, for the error messages.
-        example: Given a module and its name, returns the arguments of a call of it, if any is known. Asked only for a
-            network whose code stages have to run.
+        example: Knows how the user's step calls a module. Asked only for a network whose code stages have to run, or if
+            several modules may be the network.
         points: The user's split points: a module named here is a layer even if it has no parameters.
 
     Raises:
@@ -64,7 +68,7 @@ def find_network(
     for name, module in root.named_modules(remove_duplicate=False):
         names.setdefault(id(module), []).append(name)
     if layers is None:
-        target = _called_network(root, requirer)
+        target = _called_network(root, requirer, example)
         target_name = names[id(target)][0]
         return Network(_layers_of(root, target, target_name, example, points), target, target_name)
     items = list(_items(_entries(layers, names), names))
@@ -83,7 +87,7 @@ def _layers_of(
     root: nn.Module,
     target: nn.Module,
     name: str,
-    example: Callable[[nn.Module, str], Call | None] | None,
+    example: Example | None,
     points: Collection[str],
 ) -> Layers:
     """Return the layers of a network, as fine as they can be told apart."""
@@ -142,8 +146,14 @@ def _leaves(path: str, module: nn.Module, *, outermost: bool = False) -> Iterato
         yield path, module
 
 
-def _called_network(root: nn.Module, requirer: str) -> nn.Module:
+def _called_network(root: nn.Module, requirer: str, example: Example | None) -> nn.Module:
     """Return the module whose call is the call of the network."""
+
+    def called(module: nn.Module, name: str) -> bool:
+        with suppress(Exception):
+            return example is not None and example(module, name) is not None
+        return False
+
     children = {name: child for name, child in root.named_children() if _has_parameters(child)}
     # `self.features` and `self.net = nn.Sequential(self.features, ...)` are one network: the outer one.
     inner = {id(part) for child in children.values() for part in child.modules() if part is not child}
@@ -151,10 +161,14 @@ def _called_network(root: nn.Module, requirer: str) -> nn.Module:
     own_forward = _overrides_forward(root)
     if len(outer) == 1 and not (own_forward and any(p is not None for p in root._parameters.values())):
         return next(iter(outer.values()))
+    if own_forward and called(root, ""):
+        return root
+    trained = {name: child for name, child in outer.items() if any(p.requires_grad for p in child.parameters())}
     for kind in (
-        [child for child in outer.values() if isinstance(child, nn.Sequential)],
+        [child for name, child in trained.items() if called(child, name)],
         [root] if own_forward else [],
-        [child for child in outer.values() if any(parameter.requires_grad for parameter in child.parameters())],
+        [child for child in outer.values() if isinstance(child, nn.Sequential)],
+        list(trained.values()),
     ):
         if len(kind) == 1:
             return kind[0]

@@ -163,7 +163,7 @@ def check_same(
     except AssertionError as error:
         raise NotTheSame(
             f"The network, cut into its layers from {chain.names[0]!r} to {chain.names[-1]!r}, computes something else "
-            "than as a whole: its `forward` does what cannot be seen by tracing it. Return its layers, in the order of "
+            "than as a whole: its `forward` does more than call its layers. Return its layers, in the order of "
             f"the call, from `configure_stages()`. ({str(error).strip().splitlines()[0]})"
         ) from error
 

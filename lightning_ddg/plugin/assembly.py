@@ -38,7 +38,7 @@ from lightning_ddg.plugin.drain import Drain
 from lightning_ddg.plugin.evaluation import Evaluation
 from lightning_ddg.plugin.first_batch import FirstBatch
 from lightning_ddg.plugin.hooks import FitHooks
-from lightning_ddg.plugin.measure import copies_kept, first_call, measured_costs
+from lightning_ddg.plugin.measure import call_in_step, copies_kept, first_call, measured_costs
 from lightning_ddg.plugin.options import Options
 from lightning_ddg.plugin.ownership import OptimizerGroups, Ownership
 from lightning_ddg.plugin.patches import patch_fit, patch_run, watch_steps
@@ -119,17 +119,30 @@ class Run:
         self.sharing.end()
         share_generators(self.ranks)
 
+    def begin_validation(self) -> None:
+        """Called when a validation starts, on every rank."""
+        self.evaluation.begin()
+        self.agreements.follow()
+
+    def end_validation(self) -> None:
+        """Called when a validation has ended, on every rank."""
+        self.agreements.follow(meet=True)
+        self.evaluation.end()
+
     def share_for_saving(self) -> bool:
         """Give every rank all weights if hooks of the user's are asked what to save; return whether that is so."""
         return self.sharing.share_if(compat.looks_when_saving(self.site.trainer, self.site.module))
 
 
-def build(site: Site, set_up_optimizers: Callable[[], Sequence[Optimizer]]) -> Run:
+def build(
+    site: Site, set_up_optimizers: Callable[[], Sequence[Optimizer]], step: Callable[[], object] | None = None
+) -> Run:
     """Build a run.
 
     Args:
         site: What is given.
         set_up_optimizers: Makes the optimizers over the whole module; none if nothing is trained.
+        step: Where nothing is trained, in several processes: runs an evaluation step, of which the network is found.
 
     Raises:
         TypeError: If the network cannot be found.
@@ -141,7 +154,7 @@ def build(site: Site, set_up_optimizers: Callable[[], Sequence[Optimizer]]) -> R
     optimizers = set_up_optimizers()
     check_same_on_all_ranks(site.ranks.exchange(facts_of_optimizers(site.trainer, site.module, optimizers)))
     first_batch = FirstBatch(site)
-    network = find(site, first_batch)
+    network = find(site, first_batch, step)
     cut = divide(site, network, optimizers, first_batch)
     move_all_but(foreign_layers(cut, site.ranks.stage), site.module, site.device)
     segments = segments_in_place(site, cut)
@@ -157,7 +170,7 @@ def build(site: Site, set_up_optimizers: Callable[[], Sequence[Optimizer]]) -> R
     site.undo.callback(redirection.remove)
     proof = Proof(site, cut, ownership, redirection) if site.fits and site.options.verify else None
     execution = execution if proof is None else proof.witness(execution)
-    step = make_step(site, network, cut, ownership, execution, redirection, proof)
+    runner = make_step(site, network, cut, ownership, execution, redirection, proof)
     sharing = Sharing(site, ownership)
     evaluation = Evaluation(site, execution, redirection, ownership)
     agreements = Agreements(site.trainer, site.ranks, site.num_stages)
@@ -173,16 +186,16 @@ def build(site: Site, set_up_optimizers: Callable[[], Sequence[Optimizer]]) -> R
         site.undo.callback(hooks.install(site.trainer, site.module))
     # Without a seed each process has made its own weights; what is never trained is not shared again.
     evaluation.share_outside(lambda tensor: True)
-    return Run(site, cut, ownership, groups, execution, step, evaluation, sharing, drain, agreements, hooks, proof)
+    return Run(site, cut, ownership, groups, execution, runner, evaluation, sharing, drain, agreements, hooks, proof)
 
 
-def find(site: Site, first_batch: FirstBatch) -> Network:
+def find(site: Site, first_batch: FirstBatch, step: Callable[[], object] | None) -> Network:
     """Find the network in the module; every rank must find the same layers."""
     configure = getattr(site.module, "configure_stages", None)
     layers = configure() if callable(configure) else None
     points = site.options.split_points or site.recorded_cut or ()
     requirer = type(site.trainer.strategy).__name__
-    example = partial(_example, site, first_batch)
+    example = partial(_example, site, first_batch) if step is None else partial(_evaluated, site, step)
     return find_network(site.module, layers, requirer=requirer, example=example, points=points)
 
 
@@ -195,6 +208,12 @@ def _example(site: Site, first_batch: FirstBatch, target: nn.Module, name: str) 
             call = first_call(site.module, target, name, batch, site.precision, torch.device("cpu"))
             call = map_tensors(Tensor.detach, call)
     return site.ranks.broadcast(call, site.ranks.reading_rank)
+
+
+def _evaluated(site: Site, step: Callable[[], object], target: nn.Module, name: str) -> Any:
+    """How an evaluation step calls the network, on the CPU; every rank runs it."""
+    with suppress(Exception), site.first_draws():
+        return map_tensors(Tensor.detach, call_in_step(site.module, target, name, step))
 
 
 def divide(site: Site, network: Network, optimizers: Sequence[Optimizer], first_batch: FirstBatch) -> Cut:

@@ -12,37 +12,17 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_ddg.core.pytree import map_tensors
 from lightning_ddg.core.rng import Batch, Generators, untouched
 from lightning_ddg.network.cut import Cut
 from lightning_ddg.network.restore import trial
+from lightning_ddg.plugin.collectives import collectives_refused
 from lightning_ddg.plugin.host import LightningModule
 from lightning_ddg.plugin.redirection import Redirection, StepDone
 from lightning_ddg.plugin.replica import replica_of
 from lightning_ddg.plugin.site import Site
-
-# What waits for other processes, which do not run the copy.
-_COLLECTIVES = [
-    "all_gather",
-    "all_gather_into_tensor",
-    "all_gather_object",
-    "all_reduce",
-    "all_to_all",
-    "all_to_all_single",
-    "barrier",
-    "broadcast",
-    "broadcast_object_list",
-    "gather",
-    "gather_object",
-    "monitored_barrier",
-    "reduce",
-    "reduce_scatter",
-    "reduce_scatter_tensor",
-    "scatter",
-]
 
 
 class Unverifiable(Exception):
@@ -93,8 +73,10 @@ def plain_backprop(
     if any(parameter.is_meta for parameter in site.module.parameters()):
         raise Unverifiable("some parameters have no values in this process")
     for device in devices:
+        # Processes that do not take part would be waited for.
+        alone = contextlib.nullcontext() if site.one_process else collectives_refused()
         try:
-            with trial(site.module.modules(), [site.device]), _silence(), _alone(), _gradients_kept(site.module):
+            with trial(site.module.modules(), [site.device]), _silence(), alone, _gradients_kept(site.module):
                 return _run(site, cut, redirection, batch._replace(device=device), args, kwargs, weights)
         except Unverifiable:
             raise
@@ -243,20 +225,6 @@ def _silence() -> Iterator[None]:
     """What the step says, it will say again."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
-        yield
-
-
-@contextlib.contextmanager
-def _alone() -> Iterator[None]:
-    """Refuse to wait for processes that do not take part."""
-
-    def refuse(name: str, *_args: Any, **_kwargs: Any) -> None:
-        raise RuntimeError(f"torch.distributed.{name} would wait for processes that do not take part")
-
-    with contextlib.ExitStack() as undo:
-        for name in _COLLECTIVES if dist.is_available() and dist.is_initialized() else ():
-            undo.callback(setattr, dist, name, getattr(dist, name))
-            setattr(dist, name, functools.partial(refuse, name))
         yield
 
 

@@ -88,12 +88,19 @@ class CheckpointAssembler:
         others = self._gather(own)
         return full_optimizer_state(groups.optimizer, groups.whole, [own, *others]) if others else {}
 
-    def load_optimizer_state(self, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
-        """Load this process's part of a state over the whole module.
+    def load_optimizer_states(
+        self, optimizers: Sequence[Optimizer], states: Sequence[Mapping[str, Any]], device: torch.device
+    ) -> None:
+        """Load this process's part of the states over the whole module, and move them to a device.
 
         Raises:
-            ValueError: If the state was saved for another number of parameters or groups.
+            ValueError: If a state was saved for another number of parameters or groups.
         """
+        for optimizer, state in zip(optimizers, states, strict=True):
+            self._load_optimizer_state(optimizer, state)
+            compat.optimizer_to_device(optimizer, device)
+
+    def _load_optimizer_state(self, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
         groups = self._groups.get(optimizer)
         if groups is None:
             optimizer.load_state_dict(dict(state))

@@ -137,6 +137,21 @@ def call_of_network(
         NotCalled: The step does not call the network.
     """
 
+    def step() -> object:
+        return module.training_step(*compat.step_arguments(module.training_step, batch))
+
+    return call_in_step(module, target, target_name, step, context)
+
+
+def call_in_step(
+    module: LightningModule,
+    target: nn.Module,
+    target_name: str,
+    step: Callable[[], object],
+    context: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return what a step of a module passes to the network: see :func:`call_of_network`."""
+
     def capture(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         raise StepDone((args, kwargs))
 
@@ -144,13 +159,19 @@ def call_of_network(
     unmute = compat.mute_logging(module)
     try:
         with untouched(module.modules()), redirection.handled_by(capture), context(), torch.enable_grad():
-            module.training_step(*compat.step_arguments(module.training_step, batch))
+            step()
     except StepDone as done:
         return cast(tuple[tuple[Any, ...], dict[str, Any]], done.value)
     finally:
         unmute()
         redirection.remove()
     raise NotCalled(no_call_of(target_name))
+
+
+def run_on_cpu(step: Callable[..., object], args: Any, kwargs: Any) -> object:
+    """Run a step on copies of its arguments on the CPU."""
+    args, kwargs = map_tensors(lambda tensor: tensor.detach().to("cpu", copy=True), (args, kwargs))
+    return step(*args, **kwargs)
 
 
 def plan_module(

@@ -44,6 +44,7 @@ def replica_of(module: LightningModule) -> tuple[LightningModule, dict[int, Any]
     functions.fill()
     for parameter in module.parameters():
         _copy_hooks(parameter, memo[id(parameter)], functions)
+    functions.fill()
     _set_aside(replica, module)
     return replica, memo
 

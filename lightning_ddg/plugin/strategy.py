@@ -6,8 +6,8 @@ and for the gradient that its backward needs, and for nothing else inside an ite
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, nullcontext
 from datetime import timedelta
 from functools import partial
 from itertools import count
@@ -20,20 +20,11 @@ from typing_extensions import override
 
 from lightning_ddg.core.staleness import PAPER, Staleness
 from lightning_ddg.planning.units import parse_bytes
-from lightning_ddg.plugin import compat
+from lightning_ddg.plugin import compat, host
 from lightning_ddg.plugin.assembly import Run, build, move_all_but
 from lightning_ddg.plugin.checkpoint import CheckpointAssembler, record_cut, recorded_cut
 from lightning_ddg.plugin.data import BatchExchange, check_steps, put_loader_states
-from lightning_ddg.plugin.host import (
-    Accelerator,
-    CheckpointIO,
-    ClusterEnvironment,
-    LightningModule,
-    LightningOptimizer,
-    Precision,
-    Trainer,
-)
-from lightning_ddg.plugin.measure import plan_module
+from lightning_ddg.plugin.measure import plan_module, run_on_cpu
 from lightning_ddg.plugin.options import Options, check_trainer
 from lightning_ddg.plugin.ownership import Weights, check_optimizers
 from lightning_ddg.plugin.processes import StageProcesses
@@ -50,7 +41,7 @@ class DDGStrategy(StageProcesses):
 
     Args:
         num_stages: Number of stages ``K``. ``"auto"``: one per process; with one process, 2.
-        split_points: Names of the submodules, relative to the LightningModule, that begin stages ``2..K``.
+        split_points: Names of the submodules, relative to the host.LightningModule, that begin stages ``2..K``.
         balance: What the automatic cut evens out: measured ``"time"``, ``"parameters"`` or ``"flops"``.
         max_memory: What the automatic cut by time allows a stage to need on its device: bytes, or a text such as
             ``"12GB"`` or ``"800MiB"``. For several processes, without ``split_points``.
@@ -67,11 +58,7 @@ class DDGStrategy(StageProcesses):
             gloo, tensors on CUDA devices travel through pinned host memory.
         timeout: The longest a rank waits for a message from another.
         start_method: How processes are started: ``"popen"``, ``"spawn"``, ``"fork"`` or ``"forkserver"``.
-        accelerator: As in Lightning's strategies.
-        parallel_devices: As in Lightning's strategies.
-        cluster_environment: As in Lightning's strategies.
-        checkpoint_io: As in Lightning's strategies.
-        precision_plugin: As in Lightning's strategies.
+        accelerator: As in Lightning's strategies; so are the arguments after it.
 
     Raises:
         ValueError: If an argument has no meaning; the message names the value and the remedy.
@@ -93,11 +80,11 @@ class DDGStrategy(StageProcesses):
         process_group_backend: str | None = None,
         timeout: timedelta = timedelta(minutes=30),
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
-        accelerator: Accelerator | None = None,
+        accelerator: host.Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
-        cluster_environment: ClusterEnvironment | None = None,
-        checkpoint_io: CheckpointIO | None = None,
-        precision_plugin: Precision | None = None,
+        cluster_environment: host.ClusterEnvironment | None = None,
+        checkpoint_io: host.CheckpointIO | None = None,
+        precision_plugin: host.Precision | None = None,
     ) -> None:
         options = Options(
             num_stages=num_stages,
@@ -119,6 +106,7 @@ class DDGStrategy(StageProcesses):
         self._undo = ExitStack()
         self._checkpoints: CheckpointAssembler | None = None
         self._recorded_cut: list[str] | None = None
+        self._begin_with: Callable[[Callable[[], object]], None] | None = None
         self._weights = Weights()
         # Over all runs, or each prediction would draw what the one before it drew.
         self._evaluations = count()
@@ -134,10 +122,10 @@ class DDGStrategy(StageProcesses):
         Parameters outside the network belong to the last stage, whose process computes the loss.
 
         Raises:
-            RuntimeError: Before the Trainer has set the strategy up.
+            RuntimeError: Before the host.Trainer has set the strategy up.
         """
         if self.num_stages == 1:
-            return [[name for name, _ in cast(LightningModule, self.lightning_module).named_parameters()]]
+            return [[name for name, _ in cast(host.LightningModule, self.lightning_module).named_parameters()]]
         if self._checkpoints is None:
             raise RuntimeError(
                 "The network has not been cut yet, so that `stage_parameter_names` is not known. Read it from"
@@ -153,8 +141,8 @@ class DDGStrategy(StageProcesses):
     # ---- setting up a run
 
     @override
-    def setup(self, trainer: Trainer) -> None:
-        module = cast(LightningModule, self.lightning_module)
+    def setup(self, trainer: host.Trainer) -> None:
+        module = cast(host.LightningModule, self.lightning_module)
         check_trainer(trainer, self._layer_sync, one_process=self.world_size == 1)
         self._options.check_casts(self.precision_plugin)
         if self.world_size > 1:
@@ -162,7 +150,7 @@ class DDGStrategy(StageProcesses):
         if self.num_stages == 1:
             super().setup(trainer)
             return
-        cast(Accelerator, self.accelerator).setup(trainer)
+        cast(host.Accelerator, self.accelerator).setup(trainer)
         site = Site(
             trainer=trainer,
             module=module,
@@ -181,7 +169,15 @@ class DDGStrategy(StageProcesses):
         self._exchange = BatchExchange(self._ranks, trainer)
         self._undo.callback(self._exchange.install(module))
         self.model = self.precision_plugin.convert_module(module)
-        run = self._run = build(site, partial(self._optimizers_of, trainer, site.fits))
+        if site.fits or site.one_process:
+            self._begin(site)
+        else:
+            # The first step will tell how the network is called.
+            self._begin_with = partial(self._begin, site)
+
+    def _begin(self, site: Site, step: Callable[[], object] | None = None) -> None:
+        trainer, self._begin_with = site.trainer, None
+        run = self._run = build(site, partial(self._optimizers_of, trainer, site.fits), step)
         self._checkpoints = CheckpointAssembler(
             run.ownership, self._weights, run.groups, self._ranks.gather, run.share_for_saving
         )
@@ -191,13 +187,13 @@ class DDGStrategy(StageProcesses):
             self._recorded_cut = run.cut.split_points
             compat.optimizers_to_device(self.optimizers, self.root_device)
 
-    def _optimizers_of(self, trainer: Trainer, fits: bool) -> list[Optimizer]:
+    def _optimizers_of(self, trainer: host.Trainer, fits: bool) -> list[Optimizer]:
         if fits:
             self.setup_optimizers(trainer)
         return self.optimizers
 
     @override
-    def setup_optimizers(self, trainer: Trainer) -> None:
+    def setup_optimizers(self, trainer: host.Trainer) -> None:
         compat.reset_optimizers(self)
         super().setup_optimizers(trainer)
         check_optimizers(self.optimizers)
@@ -206,7 +202,7 @@ class DDGStrategy(StageProcesses):
     def model_to_device(self) -> None:
         """Move the module, but not the layers of other processes' stages."""
         foreign = () if self._run is None else self._run.ownership.foreign_layers
-        move_all_but(foreign, cast(LightningModule, self.lightning_module), self.root_device)
+        move_all_but(foreign, cast(host.LightningModule, self.lightning_module), self.root_device)
 
     # ---- data
 
@@ -260,14 +256,12 @@ class DDGStrategy(StageProcesses):
     @override
     def on_validation_start(self) -> None:
         if self._run is not None:
-            self._run.evaluation.begin()
-            self._run.agreements.follow()
+            self._run.begin_validation()
 
     @override
     def on_validation_end(self) -> None:
         if self._run is not None:
-            self._run.agreements.follow(meet=True)
-            self._run.evaluation.end()
+            self._run.end_validation()
 
     @override
     def on_test_end(self) -> None:
@@ -278,21 +272,21 @@ class DDGStrategy(StageProcesses):
 
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        with self._evaluating():
-            return super().validation_step(*args, **kwargs)
+        return self._evaluate(super().validation_step, args, kwargs)
 
     @override
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
-        with self._evaluating():
-            return super().test_step(*args, **kwargs)
+        return self._evaluate(super().test_step, args, kwargs)
 
     @override
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
-        with self._evaluating():
-            return super().predict_step(*args, **kwargs)
+        return self._evaluate(super().predict_step, args, kwargs)
 
-    def _evaluating(self) -> AbstractContextManager[None]:
-        return nullcontext() if self._run is None else self._run.evaluation.step()
+    def _evaluate(self, step: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if self._begin_with is not None:
+            self._begin_with(partial(run_on_cpu, getattr(self.lightning_module, step.__name__), args, kwargs))
+        with nullcontext() if self._run is None else self._run.evaluation.step():
+            return step(*args, **kwargs)
 
     # ---- checkpoints
 
@@ -304,9 +298,9 @@ class DDGStrategy(StageProcesses):
         return self._checkpoints.module_state()
 
     @override
-    def optimizer_state(self, optimizer: Optimizer | LightningOptimizer) -> dict[str, Any]:
+    def optimizer_state(self, optimizer: Optimizer | host.LightningOptimizer) -> dict[str, Any]:
         """Return the state of the user's optimizer over the whole module on rank 0, nothing elsewhere."""
-        if isinstance(optimizer, LightningOptimizer):
+        if isinstance(optimizer, host.LightningOptimizer):
             optimizer = optimizer.optimizer
         state = None if self._checkpoints is None else self._checkpoints.optimizer_state(optimizer)
         return super().optimizer_state(optimizer) if state is None else state
@@ -316,9 +310,7 @@ class DDGStrategy(StageProcesses):
         if self._checkpoints is None:
             super().load_optimizer_state_dict(checkpoint)
             return
-        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            self._checkpoints.load_optimizer_state(optimizer, state)
-            compat.optimizer_to_device(optimizer, self.root_device)
+        self._checkpoints.load_optimizer_states(self.optimizers, checkpoint["optimizer_states"], self.root_device)
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:

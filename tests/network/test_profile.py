@@ -17,7 +17,6 @@ from lightning_ddg.core.stage import Stage
 from lightning_ddg.network import profile as cost_module
 from lightning_ddg.network.layers import Chain
 from lightning_ddg.network.profile import NotTheSame, check_same, flop_costs, measure_profile, parameter_costs
-from lightning_ddg.network.replay.chain import ReplayedChain
 
 
 def time_costs(*args: Any, **kwargs: Any) -> list[float]:
@@ -311,32 +310,21 @@ def test_integers_and_what_needs_no_gradient_have_no_bytes_on_the_way_back() -> 
     assert profile.crossing_grad == [0, 4 * 12]
 
 
-class Wrong(nn.Module):
-    """Looks at a list that is not its own."""
-
-    factors = [2.0]
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList([nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout()])
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        return x * self.factors[0]
-
-
 def test_layers_that_compute_something_else_than_the_network_are_refused() -> None:
-    network = Wrong()
-    chain = ReplayedChain(network, "net")
-    before = copy.deepcopy(network.state_dict())
+    layers = nn.ModuleList([nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout()])
+    factors = [1.0]
+    chain = Chain(
+        [(f"net.layers.{index}", layer) for index, layer in enumerate(layers)],
+        lambda x: layers[2](layers[1](layers[0](x))) * factors[0],
+    )
+    before = copy.deepcopy(layers.state_dict())
     x = torch.randn(5, 4)
     check_same(chain, (x,), {})
-    network.factors = [3.0]
-    message = r"its layers from 'net.layers.0' to 'net.layers.1', computes something else.*`configure_stages\(\)`"
+    factors[0] = 3.0
+    message = r"its layers from 'net.layers.0' to 'net.layers.2', computes something else.*`configure_stages\(\)`"
     with pytest.raises(NotTheSame, match=message):
         check_same(chain, (x,), {})
-    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert all(torch.equal(value, before[name]) for name, value in layers.state_dict().items())
 
 
 # No trace.

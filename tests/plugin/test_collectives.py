@@ -46,7 +46,6 @@ CALLS: dict[str, tuple[Callable[[Any, Tensor], Any], str]] = {
     "strategy.reduce_boolean_decision": (
         lambda module, value: module.trainer.strategy.reduce_boolean_decision(True), "all_reduce",
     ),
-    "a metric that is nobody's": (lambda module, value: OUTSIDE(value), "barrier|all_gather"),
 }  # fmt: skip
 
 

@@ -326,8 +326,6 @@ def test_a_resumed_fit_goes_on_counting(tmp_path: Any) -> None:
 def test_names_used_as_they_are() -> None:
     assert compat.default_process_group_backend(torch.device("cpu")) == "gloo"
     assert compat.default_process_group_backend(torch.device("cuda", 0)) == "nccl"
-    for name in compat.__all__:
-        assert callable(getattr(compat, name))
     assert {"timeout", "device_id"} & inspect.signature(compat.init_dist_connection).parameters.keys() or any(
         parameter.kind is inspect.Parameter.VAR_KEYWORD
         for parameter in inspect.signature(compat.init_dist_connection).parameters.values()

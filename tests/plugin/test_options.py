@@ -98,4 +98,5 @@ def test_todays_weights_in_recurrent_layers_on_a_gpu() -> None:
 def test_a_time_based_validation_interval_is_refused() -> None:
     check_trainer(quiet_trainer(devices=1, val_check_interval=2), None, True)
     with pytest.raises(ValueError, match=r"time-based `val_check_interval` \(90.0 seconds\).*number of batches"):
-        check_trainer(quiet_trainer(devices=1, val_check_interval="00:00:01:30"), None, True)
+        check_trainer(quiet_trainer(devices=1, val_check_interval="00:00:01:30"), None, False)
+    check_trainer(quiet_trainer(devices=1, val_check_interval="00:00:01:30"), None, True)

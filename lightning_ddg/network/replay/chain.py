@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Sequence
+from contextlib import ExitStack
 from functools import partial
 from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import nn
 
-from lightning_ddg.core.rng import Batch, Streams, untouched
+from lightning_ddg.core.rng import Batch, Generators, Streams, untouched
 from lightning_ddg.core.tensors import parameters_replaced
 from lightning_ddg.network.layers import Call, check_range, namespace
 from lightning_ddg.network.replay.analysis import analyse, without_call
-from lightning_ddg.network.replay.module_calls import calls_left, calls_taken, configs_of, plain_calls
+from lightning_ddg.network.replay.frames import in_checkpoint
+from lightning_ddg.network.replay.module_calls import Handler, calls_left, calls_taken, configs_of, plain_calls
 from lightning_ddg.network.replay.part import Part, Role, check_call
 
 
@@ -49,6 +52,7 @@ class ReplayedChain:
                 "its layers from `configure_stages()`."
             )
         self._parts: dict[tuple[int, int], Part] = {}
+        self._again = ExitStack()
         # A module that cannot begin a stage belongs to the layer before.
         modules = len(self._found.layers)
         self._bounds = [*(place for place in range(modules) if place not in self._found.forbidden), modules]
@@ -76,12 +80,13 @@ class ReplayedChain:
     def at_once(self, bounds: Sequence[int], batch: Batch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the network's own code; see :meth:`Layers.at_once`."""
         streams, inside = Streams(batch), False
+        self.release()
 
         def call(stage: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             nonlocal inside
             outer, inside = inside, True
-            if not outer:
-                streams.enter(stage)
+            if not outer and streams.enter(stage) and in_checkpoint():
+                again[module] = partial(self._draw_again, module, Generators(batch.device))
             try:
                 with calls_left(module):
                     return nn.Module.__call__(module, *args, **kwargs)
@@ -93,9 +98,23 @@ class ReplayedChain:
             for stage, (start, stop) in enumerate(pairwise(bounds), start=1)
             for module in self.segment(start, stop).called
         }
+        again: dict[nn.Module, Handler] = {}
         with untouched(batch.device), plain_calls(configs_of(self._target)), calls_taken(handlers):
             streams.enter(1)
-            return self._forward(*args, **kwargs)
+            output = self._forward(*args, **kwargs)
+        self._again.enter_context(calls_taken(again))
+        return output
+
+    def release(self) -> None:
+        """Leave the calls of modules as they are: no backward will follow."""
+        self._again.close()
+
+    def _draw_again(self, module: nn.Module, draws: Generators, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a module of a checkpoint; when that runs it again, it would not know that a stage began here."""
+        if torch._C._current_autograd_node() is not None:
+            draws.restore()
+        with calls_left(module):
+            return nn.Module.__call__(module, *args, **kwargs)
 
     def watched(self, begins: Callable[[int, Call], None], *args: Any, **kwargs: Any) -> Any:
         """Run the network's own code; see :meth:`Layers.watched`."""

@@ -13,12 +13,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from types import CodeType, FrameType
+from types import FrameType
 from typing import Any
 
 import numpy as np
 import torch
-import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,6 +26,7 @@ from lightning_ddg.core.pytree import flatten, unflatten
 from lightning_ddg.core.tensors import Slot, parameters_replaced
 from lightning_ddg.network.layers import Call
 from lightning_ddg.network.replay.crossing import ARGUMENT, OUTPUT, RESULT, Path, Sight, arguments_of, outputs_of
+from lightning_ddg.network.replay.frames import blind, in_checkpoint
 from lightning_ddg.network.replay.layers import Place, Tree
 from lightning_ddg.network.replay.module_calls import calls_left, calls_taken, configs_of, plain_calls
 from lightning_ddg.network.replay.tracked import Tracked, content_of, replaced
@@ -257,7 +257,7 @@ class _Watch:
         name = self._tree.layers[layer]
         given = [tensor for tensor in arguments_of((args, kwargs)) if isinstance(tensor, Tracked)]
         arguments = tuple(tensor.origin for tensor in given)
-        self.calls.append(LayerCall(layer, self.now, self._path, arguments, _checkpoint()))
+        self.calls.append(LayerCall(layer, self.now, self._path, arguments, in_checkpoint()))
         versions = [tensor.content._version for tensor in given]
         args, kwargs = replaced(content_of, (args, kwargs))
         before = _held_tensors(layer)
@@ -322,12 +322,12 @@ class _Watch:
         self._functions[self._path] += 1
         for index, tensor in enumerate(arguments_of(result)):
             if isinstance(tensor, Tracked):
-                tensor.origin.sights.append((self.now, (self._path, RESULT + index, place), _blind()))
+                tensor.origin.sights.append((self.now, (self._path, RESULT + index, place), blind()))
 
     def _see(self, tensors: Iterable[Tensor], where: int) -> None:
         for place, tensor in enumerate(tensors):
             if isinstance(tensor, Tracked):
-                tensor.origin.sights.append((self.now, (self._path, where, place), _blind()))
+                tensor.origin.sights.append((self.now, (self._path, where, place), blind()))
 
     def finished(self, output: Any) -> None:
         """Note what the network returns."""
@@ -447,27 +447,3 @@ def _leaves(output: Any) -> Iterable[Tensor]:
         return outputs_of(output)
     except Exception:  # noqa: BLE001 - whatever pickling says
         return arguments_of(output)
-
-
-def _blind() -> bool:
-    """Whether this is code of an autograd function, as of a reentrant checkpoint, where no gradient is noted."""
-    if torch.is_grad_enabled():
-        return False
-    return any(code.co_name == "apply" and code.co_filename == _AUTOGRAD_FUNCTION for code, _ in _stack())
-
-
-def _checkpoint() -> FrameType | None:
-    """Which call of ``torch.utils.checkpoint`` this is in, which will run its code again in the backward."""
-    calls = [frame for code, frame in _stack() if code.co_name == "checkpoint" and code.co_filename == _CHECKPOINT]
-    return calls[-1] if calls else None
-
-
-def _stack() -> Iterator[tuple[CodeType, FrameType]]:
-    frame: FrameType | None = sys._getframe()
-    while frame is not None:
-        yield frame.f_code, frame
-        frame = frame.f_back
-
-
-_AUTOGRAD_FUNCTION = torch.autograd.function.__file__
-_CHECKPOINT = torch.utils.checkpoint.__file__

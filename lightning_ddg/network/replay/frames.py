@@ -1,0 +1,33 @@
+"""Which of torch's own code the network's is called from."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from types import CodeType, FrameType
+
+import torch
+import torch.utils.checkpoint
+
+_AUTOGRAD_FUNCTION = torch.autograd.function.__file__
+_CHECKPOINT = torch.utils.checkpoint.__file__
+
+
+def blind() -> bool:
+    """Return whether this is code of an autograd function, as of a reentrant checkpoint: no gradient is noted there."""
+    if torch.is_grad_enabled():
+        return False
+    return any(code.co_name == "apply" and code.co_filename == _AUTOGRAD_FUNCTION for code, _ in _stack())
+
+
+def in_checkpoint() -> FrameType | None:
+    """Return the outermost call of ``torch.utils.checkpoint`` that this is in, which runs its code again later."""
+    calls = [frame for code, frame in _stack() if code.co_name == "checkpoint" and code.co_filename == _CHECKPOINT]
+    return calls[-1] if calls else None
+
+
+def _stack() -> Iterator[tuple[CodeType, FrameType]]:
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        yield frame.f_code, frame
+        frame = frame.f_back
