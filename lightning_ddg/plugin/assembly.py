@@ -181,7 +181,7 @@ def build(
     if site.fits:
         patch_fit(site, ownership)
         watch_steps(site, optimizers, execution, drain)
-        site.undo.callback(compat.without_outputs(site.trainer, lambda: step.step.skipped))
+        site.undo.callback(compat.without_outputs(site.trainer, lambda: runner.step.skipped))
         site.undo.callback(agreements.install())
         site.undo.callback(hooks.install(site.trainer, site.module))
     # Without a seed each process has made its own weights; what is never trained is not shared again.

@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_ddg.plugin import compat
 from lightning_ddg.plugin.ownership import OptimizerGroups, Ownership, Weights
 
 CHECKPOINT_KEY = "lightning_ddg"
