@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from lightning_ddg.network.layers import Call
-from lightning_ddg.network.replay.crossing import OUTPUT, RESULT, Path, Sight
+from lightning_ddg.network.replay.crossing import ARGUMENT, OUTPUT, RESULT, Path, Sight
 from lightning_ddg.network.replay.dataflow import NEVER, DataFlow, LayerCall, Value, observe
 from lightning_ddg.network.replay.layers import Place, Tree, find_tree, inside, loose_parameters
 
@@ -343,9 +343,18 @@ class _Cuts:
         return None
 
     def _sight(self, value: Value, time: int, cut: int, end: int) -> Sight | None:
-        """Choose where a value is seen in time, before it is written into; rather not inside what is over by then."""
+        """Choose where a value is seen in time, before it is written into; rather not inside what is over by then.
+
+        Among arguments, something stands for it, through which an autograd function sends no gradient.
+        """
         usable = [
-            (bool(self._inside_done(around(sight), cut)), sight[1] >= RESULT, when, sight)
+            (
+                value.applied and sight[1] == ARGUMENT,
+                bool(self._inside_done(around(sight), cut)),
+                sight[1] >= RESULT,
+                when,
+                sight,
+            )
             for when, sight, blind in value.sights
             if when <= min(time, end) and value.changed > end and not blind and self._begun(around(sight), cut)
         ]

@@ -26,7 +26,7 @@ from lightning_ddg.core.pytree import flatten, unflatten
 from lightning_ddg.core.tensors import Slot, parameters_replaced
 from lightning_ddg.network.layers import Call
 from lightning_ddg.network.replay.crossing import ARGUMENT, OUTPUT, RESULT, Path, Sight, arguments_of, outputs_of
-from lightning_ddg.network.replay.frames import blind, in_checkpoint
+from lightning_ddg.network.replay.frames import in_checkpoint
 from lightning_ddg.network.replay.layers import Place, Tree
 from lightning_ddg.network.replay.module_calls import calls_left, calls_taken, configs_of, plain_calls
 from lightning_ddg.network.replay.tracked import Tracked, content_of, replaced
@@ -49,6 +49,7 @@ class Value:
         input: Which of the network's inputs it is.
         drawn: Whether it is random, and made between the layers.
         changed: When something is written into its memory.
+        applied: Whether an autograd function is called with it.
         sights: Where it is seen, each with the time, and whether by code that no gradient goes through.
     """
 
@@ -61,6 +62,7 @@ class Value:
     input: int | None = None
     drawn: bool = False
     changed: int = NEVER
+    applied: bool = False
     sights: list[tuple[int, Sight, bool]] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -132,6 +134,8 @@ def observe(
         calls_taken(watch.handlers()),
         parameters_replaced(watch.stands),
         _derivatives_refused(target),
+        _functions_noticed(watch),
+        _attributes_kept(target.modules()),
     ):
         inputs = [tensor.detach().clone() for tensor in tensors]
         for index in floating:
@@ -172,12 +176,60 @@ def _derivatives_refused(target: nn.Module) -> Iterator[None]:
         torch.autograd.grad = grad
 
 
+@contextmanager
+def _functions_noticed(watch: _Watch) -> Iterator[None]:
+    """Tell when autograd functions run: no gradient is noted inside, nor goes through what stands for an argument."""
+    apply = vars(torch.autograd.Function)["apply"]
+
+    def noticed(kind: type, *args: Any, **kwargs: Any) -> Any:
+        for tensor in arguments_of((args, kwargs)):
+            if isinstance(tensor, Tracked):
+                tensor.origin.applied = True
+        watch.applying += 1
+        try:
+            return apply.__get__(None, kind)(*args, **kwargs)
+        finally:
+            watch.applying -= 1
+
+    torch.autograd.Function.apply = classmethod(noticed)
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = apply
+
+
+@contextmanager
+def _attributes_kept(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Bind the attributes of modules to what they were bound to, and leave in their lists and dicts what was there."""
+    saved = [(vars(module), dict(vars(module))) for module in modules]
+    held = [value for _, before in saved for name, value in before.items() if name not in _TABLES]
+    lists = [(value, list(value)) for value in held if type(value) is list]
+    dicts = [(value, dict(value)) for value in held if type(value) is dict]
+    try:
+        yield
+    finally:
+        for table, before in saved:
+            for name in table.keys() - before.keys():
+                del table[name]
+            table.update(before)
+        for one, items in lists:
+            one[:] = items
+        for other, entries in dicts:
+            other.clear()
+            other.update(entries)
+
+
+_TABLES = ("_parameters", "_buffers", "_modules")
+
+
 class _Watch:
     """Notes what happens; keeps all tensors alive, so that no other one gets an id or an address of theirs."""
 
     def __init__(self, target: nn.Module, tree: Tree) -> None:
         self.now = 0
         self.busy = False
+        #: How many autograd functions run.
+        self.applying = 0
         self.calls: list[LayerCall] = []
         self.blocks: set[nn.Module] = set()
         self.unpicklable: set[nn.Module] = set()
@@ -237,6 +289,8 @@ class _Watch:
         self.now += 1
         values = tuple(tensor.origin for tensor in operands)
         for tensor in into:
+            if not isinstance(tensor, Tracked):
+                continue
             self._changed(tensor.content)
             tensor.origin = Value(tensor.origin.what, self.now, self._path, values, drawn=_draws(func))
             self._memory[_address(tensor.content)].append(tensor.origin)
@@ -260,6 +314,9 @@ class _Watch:
         self.calls.append(LayerCall(layer, self.now, self._path, arguments, in_checkpoint()))
         versions = [tensor.content._version for tensor in given]
         args, kwargs = replaced(content_of, (args, kwargs))
+        left = _followed_attributes(layer)
+        for module, attribute, tracked in left:
+            vars(module)[attribute] = tracked.content
         before = _held_tensors(layer)
         with calls_left(layer), parameters_replaced(self._own[layer]), torch.no_grad():
             # As in :mod:`~lightning_ddg.network.replay.part`: this is inside the layer's own `__call__`, if any.
@@ -274,6 +331,9 @@ class _Watch:
         for module, attribute, held in _new_tensors(layer, before):
             what = f"what {name!r} leaves in its attribute {attribute!r}"
             vars(module)[attribute] = self._returned_by(layer, what, held)
+        for module, attribute, tracked in left:
+            if vars(module).get(attribute) is tracked.content:
+                vars(module)[attribute] = tracked
         output = self._end(outer, layer, unflatten(form, tracked))
         self.busy = False
         return output
@@ -322,12 +382,12 @@ class _Watch:
         self._functions[self._path] += 1
         for index, tensor in enumerate(arguments_of(result)):
             if isinstance(tensor, Tracked):
-                tensor.origin.sights.append((self.now, (self._path, RESULT + index, place), blind()))
+                tensor.origin.sights.append((self.now, (self._path, RESULT + index, place), self.applying > 0))
 
     def _see(self, tensors: Iterable[Tensor], where: int) -> None:
         for place, tensor in enumerate(tensors):
             if isinstance(tensor, Tracked):
-                tensor.origin.sights.append((self.now, (self._path, where, place), blind()))
+                tensor.origin.sights.append((self.now, (self._path, where, place), self.applying > 0))
 
     def finished(self, output: Any) -> None:
         """Note what the network returns."""
@@ -430,6 +490,15 @@ def _held_tensors(layer: nn.Module) -> dict[tuple[nn.Module, str], int]:
         for name, value in vars(module).items()
         if isinstance(value, Tensor)
     }
+
+
+def _followed_attributes(layer: nn.Module) -> list[tuple[nn.Module, str, Tracked]]:
+    return [
+        (module, name, value)
+        for module in layer.modules()
+        for name, value in vars(module).items()
+        if isinstance(value, Tracked)
+    ]
 
 
 def _new_tensors(layer: nn.Module, before: dict[tuple[nn.Module, str], int]) -> list[tuple[nn.Module, str, Tensor]]:

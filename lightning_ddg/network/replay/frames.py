@@ -6,18 +6,9 @@ import sys
 from collections.abc import Iterator
 from types import CodeType, FrameType
 
-import torch
 import torch.utils.checkpoint
 
-_AUTOGRAD_FUNCTION = torch.autograd.function.__file__
 _CHECKPOINT = torch.utils.checkpoint.__file__
-
-
-def blind() -> bool:
-    """Return whether this is code of an autograd function, as of a reentrant checkpoint: no gradient is noted there."""
-    if torch.is_grad_enabled():
-        return False
-    return any(code.co_name == "apply" and code.co_filename == _AUTOGRAD_FUNCTION for code, _ in _stack())
 
 
 def in_checkpoint() -> FrameType | None:

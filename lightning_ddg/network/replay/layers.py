@@ -58,6 +58,8 @@ def find_tree(target: nn.Module, points: Collection[nn.Module] = (), whole: Coll
 
 def has_forward(module: nn.Module) -> bool:
     """Return whether a module can be called."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return True
     return type(module).forward is not nn.Module.forward or "forward" in vars(module)
 
 

@@ -345,9 +345,7 @@ class _Run:
     def _run(self, module: nn.Module, path: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         part = self._part
         self._calls += 1
-        if self._start is not None:
-            self._start.restore()
-            self._start = None
+        self._draw()
         if followed((args, kwargs)):
             args, kwargs = known((args, kwargs))
         with part.absent.inside(part.names[module]), calls_left(module):
@@ -357,7 +355,16 @@ class _Run:
             self._note(path, output)
         return output
 
+    def _draw(self) -> None:
+        """From here on, random numbers are drawn by this stage."""
+        if self._start is not None:
+            self._start.restore()
+            self._start = None
+
     def _open(self, module: nn.Module, path: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._part.found.blocks[module][0] >= self._part.start:
+            # Where the stage before has ended.
+            self._draw()
         outer, self._path, mark = self._path, path, len(self._done)
         self.busy = False
         with calls_left(module):
