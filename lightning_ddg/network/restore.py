@@ -84,6 +84,11 @@ def _buffers(module: nn.Module) -> Callable[[], None]:
     saved = {name: (value, None if value is None else value.detach().clone()) for name, value in table.items()}
 
     def undo() -> None:
+        if isinstance(module, torch.jit.ScriptModule):
+            # Its code can do neither.
+            for buffer, value in saved.values():
+                buffer.copy_(value)
+            return
         # A forward may also have bound another tensor to the name, or added a name.
         table.clear()
         for name, (buffer, value) in saved.items():

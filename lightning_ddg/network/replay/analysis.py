@@ -130,11 +130,15 @@ def _observed(target: nn.Module, tree: Tree, forward: Callable[..., Any], call: 
 
 
 def _to_be_closed(target: nn.Module, tree: Tree, flow: DataFlow) -> Iterator[nn.Module]:
-    """Blocks that call none of their layers, and those that decide by computed values, as a mixture of experts does."""
+    """Blocks that call none of their layers, change what they keep, or decide by computed values, as experts do."""
     called = {call.layer for call in flow.calls}
     for block in tree.blocks:
         if block in flow.blocks and not any(layer in called for layer in inside(block, tree.layers)):
             yield block
+    for module, _ in flow.changed:
+        around_it = [block for block in tree.blocks if module in inside(block, [module])]
+        if around_it:
+            yield min(around_it, key=lambda block: len(list(block.modules())))
     modules = list(target.modules())
     for _, path, value, _ in flow.reads:
         if path and any(source.layer is not None for source in ancestors([value])):
@@ -165,9 +169,17 @@ def _combined(target: nn.Module, tree: Tree, training: DataFlow, evaluation: Dat
     crossings = [found.crossing.setdefault((flow.form, mode), [Crosses()]) for flow, mode in observed]
     found.draws = training.draws_torch or evaluation.draws_torch
     closed = training.unpicklable | evaluation.unpicklable
+    changes = next(
+        (
+            f"its own code changes {name!r}, in each stage again"
+            for flow in (training, evaluation)
+            for _, name in flow.changed
+        ),
+        None,
+    )
     for cut in range(1, len(order)):
         needs = [flow.needs(cut) for flow in flows]
-        reason = next((need.reason for need in needs if need.reason is not None), None)
+        reason = next((need.reason for need in needs if need.reason is not None), changes)
         if reason is not None:
             found.forbidden[cut] = reason
         found.open.append(closed.union(*(need.open for need in needs)))

@@ -95,6 +95,7 @@ class DataFlow:
         output: The followed values in the network's output, and that of hooks.
         end: When the call was over.
         unpicklable: Blocks whose output cannot be described in a message.
+        changed: Buffers and numbers of modules outside the layers that each call changes.
     """
 
     form: bytes
@@ -107,6 +108,7 @@ class DataFlow:
     output: list[Value]
     end: int
     unpicklable: frozenset[nn.Module]
+    changed: list[Place]
 
 
 def observe(
@@ -137,6 +139,7 @@ def observe(
         _functions_noticed(watch),
         _attributes_kept(target.modules()),
     ):
+        state = _OwnState(target, tree)
         inputs = [tensor.detach().clone() for tensor in tensors]
         for index in floating:
             inputs[index] = watch.follow(inputs[index], Value(f"input {index}", 0, input=index))
@@ -144,6 +147,7 @@ def observe(
         with torch.enable_grad(), _Draws(watch), _Functions(watch):
             output = forward(*args, **kwargs)
         watch.finished(output)
+        changed = state.changed(lambda: forward(*args, **kwargs))
     return DataFlow(
         form,
         frozenset(floating),
@@ -155,6 +159,7 @@ def observe(
         watch.output,
         watch.now,
         frozenset(watch.unpicklable),
+        changed,
     )
 
 
@@ -220,6 +225,46 @@ def _attributes_kept(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 _TABLES = ("_parameters", "_buffers", "_modules")
+
+
+class _OwnState:
+    """The buffers and numbers of modules outside the layers: every stage that runs the code there would change them."""
+
+    def __init__(self, target: nn.Module, tree: Tree) -> None:
+        held = {part for layer in tree.layers for part in layer.modules()}
+        self._modules = [module for module in target.modules() if module not in held]
+        self._buffers = [
+            (module, name, buffer, buffer._version)
+            for module in self._modules
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
+        self._before = self._numbers()
+
+    def changed(self, again: Callable[[], object]) -> list[Place]:
+        """Return what has changed, and would change once more if the network were called ``again``."""
+        found = [(module, name) for module, name, *was in self._buffers if _rewritten(module, name, *was)]
+        after = self._numbers()
+        if after != self._before:
+            again()
+            found += [place for place, value in self._numbers().items() if value != after.get(place, value)]
+        return found
+
+    def _numbers(self) -> dict[Place, float]:
+        return {
+            (module, name): value
+            for module in self._modules
+            for name, value in vars(module).items()
+            if type(value) in (int, float)
+        }
+
+
+def _rewritten(module: nn.Module, name: str, before: Tensor, version: int) -> bool:
+    now = module._buffers.get(name)
+    if now is before:
+        return before._version != version
+    # What is not saved may be made anew, longer than before, as tables of positions are.
+    return isinstance(now, Tracked) or name not in module._non_persistent_buffers_set
 
 
 class _Watch:
@@ -315,8 +360,8 @@ class _Watch:
         versions = [tensor.content._version for tensor in given]
         args, kwargs = replaced(content_of, (args, kwargs))
         left = _followed_attributes(layer)
-        for module, attribute, tracked in left:
-            vars(module)[attribute] = tracked.content
+        for module, attribute, stand in left:
+            vars(module)[attribute] = stand.content
         before = _held_tensors(layer)
         with calls_left(layer), parameters_replaced(self._own[layer]), torch.no_grad():
             # As in :mod:`~lightning_ddg.network.replay.part`: this is inside the layer's own `__call__`, if any.
@@ -331,9 +376,9 @@ class _Watch:
         for module, attribute, held in _new_tensors(layer, before):
             what = f"what {name!r} leaves in its attribute {attribute!r}"
             vars(module)[attribute] = self._returned_by(layer, what, held)
-        for module, attribute, tracked in left:
-            if vars(module).get(attribute) is tracked.content:
-                vars(module)[attribute] = tracked
+        for module, attribute, stand in left:
+            if vars(module).get(attribute) is stand.content:
+                vars(module)[attribute] = stand
         output = self._end(outer, layer, unflatten(form, tracked))
         self.busy = False
         return output

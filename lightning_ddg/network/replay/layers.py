@@ -29,8 +29,8 @@ def find_tree(target: nn.Module, points: Collection[nn.Module] = (), whole: Coll
     """Return the layers and blocks of a network.
 
     A layer is a module with weights or saved buffers inside which there is no other such module that could be called,
-    or one in ``points`` without any. Modules in ``whole``, scripted and compiled ones, and those with hooks, which are
-    meant for the whole call, are not looked into.
+    or one in ``points`` without any. Modules in ``whole``, scripted and compiled ones, and those with hooks for the
+    backward, are not looked into.
     """
     layers: dict[nn.Module, str] = {}
     blocks: dict[nn.Module, str] = {}
@@ -85,6 +85,8 @@ def _holds_layers(module: nn.Module) -> bool:
 
 
 def _opaque(module: nn.Module) -> bool:
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    scripted = isinstance(module, torch.jit.ScriptModule)
     compiled = module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
-    return compiled or any(hooks) or isinstance(module, torch.jit.ScriptModule)
+    # These are given the gradients of the module's input, which nobody has who runs only a part of it.
+    watched = bool(module._backward_hooks) or bool(module._backward_pre_hooks)
+    return scripted or compiled or watched

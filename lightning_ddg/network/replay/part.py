@@ -6,9 +6,9 @@ too, as long as a call of the stage's own is to come; then the run ends.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from enum import Enum
 from functools import partial
 from itertools import count
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from lightning_ddg.core.pytree import flatten, map_tensors, tensors_of, unflatten
 from lightning_ddg.core.rng import Generators
@@ -120,6 +121,7 @@ class Part:
                 plain_calls(self._configs),
                 parameters_replaced(self._absent_parameters(device)),
                 calls_taken({module: partial(run.called, module, role) for module, role in self.visible}),
+                run.hooks(),
                 run.functions(),
             ):
                 output = self._forward(*args, **kwargs)
@@ -208,7 +210,7 @@ class Part:
         places = {(module, name) for _, module, name in self.loose}
         owner = {part: at for at, (layer, _) in enumerate(self.found.layers) for part in layer.modules()}
         for path, module in self.target.named_modules():
-            if module in own:
+            if module in own or isinstance(module, torch.jit.ScriptModule):
                 continue
             for name in module._parameters:
                 if (module, name) not in places:
@@ -241,6 +243,7 @@ class _Run:
         self._wanted_calls = {(path, where) for path, where, _ in self._wanted}
         self._given = given.values if given is not None else {}
         # What the code has drawn before the stage's first call was drawn, and used, by the stage before.
+        self._begun = False
         self._start = Generators(device) if given is not None and part.found.draws else None
         self._told = {(path, where) for path, where, _ in self._given}
         self._earlier = given.done if given is not None else ()
@@ -292,6 +295,23 @@ class _Run:
     def functions(self) -> AbstractContextManager[object]:
         """Look at what torch functions return to the code between the layers, if a value is named by that."""
         return _Functions(self) if self._named_results else nullcontext()
+
+    @contextmanager
+    def hooks(self) -> Iterator[None]:
+        """Leave hooks on what was received to the stage before, if that runs the code too that registers them."""
+        values = [value for value in self._given.values() if value.requires_grad]
+        for value in values:
+            value.register_hook = partial(self._hook, value)  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            for value in values:
+                vars(value).pop("register_hook", None)
+
+    def _hook(self, value: Tensor, hook: Callable[[Tensor], Any]) -> RemovableHandle:
+        if not self._begun:
+            return RemovableHandle(OrderedDict())
+        return Tensor.register_hook(value, hook)  # type: ignore[no-any-return, no-untyped-call]
 
     def computed(self, result: Any) -> Any:
         """Called with what a torch function returns; return what the code shall get for it."""
@@ -345,7 +365,7 @@ class _Run:
     def _run(self, module: nn.Module, path: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         part = self._part
         self._calls += 1
-        self._draw()
+        self._begin()
         if followed((args, kwargs)):
             args, kwargs = known((args, kwargs))
         with part.absent.inside(part.names[module]), calls_left(module):
@@ -355,8 +375,9 @@ class _Run:
             self._note(path, output)
         return output
 
-    def _draw(self) -> None:
-        """From here on, random numbers are drawn by this stage."""
+    def _begin(self) -> None:
+        """Begin with what the stage before has not done: from here on, random numbers are drawn by this stage."""
+        self._begun = True
         if self._start is not None:
             self._start.restore()
             self._start = None
@@ -364,7 +385,7 @@ class _Run:
     def _open(self, module: nn.Module, path: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._part.found.blocks[module][0] >= self._part.start:
             # Where the stage before has ended.
-            self._draw()
+            self._begin()
         outer, self._path, mark = self._path, path, len(self._done)
         self.busy = False
         with calls_left(module):

@@ -6,12 +6,14 @@ What is computed from such a tensor is another one. What follows from it is deci
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
+from torch.utils.hooks import RemovableHandle
 
 
 class Ledger(Protocol):
@@ -68,6 +70,12 @@ class Tracked(Tensor):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if func is Tensor.register_hook and isinstance(args[0], Tracked):
+            if args[0].value is not None:
+                # Perhaps in its own way, as :mod:`~lightning_ddg.network.replay.part` has it.
+                return args[0].value.register_hook(*args[1:], **kwargs)  # type: ignore[no-untyped-call]
+            if not args[0].requires_grad:
+                return RemovableHandle(OrderedDict())
         # Above autograd, so that gradients flow into the tensor it stands for.
         if any(tensor.value is not None for tensor in followed((args, kwargs))):
             return func(*known(args), **known(kwargs))
