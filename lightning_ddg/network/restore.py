@@ -87,7 +87,8 @@ def _buffers(module: nn.Module) -> Callable[[], None]:
         if isinstance(module, torch.jit.ScriptModule):
             # Its code can do neither.
             for buffer, value in saved.values():
-                buffer.copy_(value)
+                if buffer is not None and value is not None:
+                    buffer.copy_(value)
             return
         # A forward may also have bound another tensor to the name, or added a name.
         table.clear()

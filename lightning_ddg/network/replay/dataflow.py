@@ -243,7 +243,7 @@ class _OwnState:
 
     def changed(self, again: Callable[[], object]) -> list[Place]:
         """Return what has changed, and would change once more if the network were called ``again``."""
-        found = [(module, name) for module, name, *was in self._buffers if _rewritten(module, name, *was)]
+        found: list[Place] = [(at[0], at[1]) for at in self._buffers if _rewritten(*at)]
         after = self._numbers()
         if after != self._before:
             again()
