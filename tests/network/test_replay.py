@@ -37,17 +37,18 @@ def test_the_root_itself_can_be_the_network_and_is_never_copied() -> None:
     root = made(Root)
     call = FAMILIES["handmade"].call(2, 6)
     chain = ReplayedChain(root, "", call)
-    assert chain.names == ["embed", "blocks.0", "blocks.1", "blocks.2", "blocks.3", "head"]
+    assert chain.names[:5] == ["embed", "blocks.0.attend", "blocks.0.mlp.0", "blocks.0.mlp.2", "blocks.0.norm"]
+    assert chain.names[-1] == "head"
     # The glue before the head is the stage of the block before it.
     assert "position" in dict(chain.segment(0, 1).named_parameters())
-    assert "gain" in dict(chain.segment(4, 5).named_parameters())
-    segment = chain.segment(4, 6)
+    assert "gain" in dict(chain.segment(16, 17).named_parameters())
+    segment = chain.segment(10, 18)
     copied = copy.deepcopy(segment)
     with torch.no_grad():
         for parameter in copied.parameters():
             parameter.zero_()
     root.eval()
-    given = chain.segment(0, 4)(*call[0], **call[1])
+    given = chain.segment(0, 10)(*call[0], **call[1])
     assert not copied(given)["logits"].any()
     assert segment(given)["logits"].any()
     assert root.gain.any()
@@ -59,17 +60,19 @@ def test_the_root_itself_can_be_the_network_and_is_never_copied() -> None:
 def test_only_what_the_next_stage_cannot_compute_crosses() -> None:
     network = made(gpt2)
     call = language(3, 6)
-    value = ReplayedChain(network, "net", call).segment(0, 3)(**call[1])
-    (hidden,) = [tensor for tensor in value.arguments if tensor is not None]
+    chain = ReplayedChain(network, "net", call)
+    value = chain.segment(0, chain.names.index("net.transformer.h.1.ln_1"))(**call[1])
+    (hidden,) = value.values.values()
     assert hidden.shape == (3, 6, 16)
     assert {tensor.dtype for tensor in tensors_of(value)} == {torch.float64, torch.int64}
     vision = FAMILIES["ViT"]
     call = doubled(vision.call(2, 0))
     chain = ReplayedChain(made(vision.make), "net", call)
-    shapes = [tuple(tensor.shape) for tensor in tensors_of(chain.segment(0, 2)(**call[1]))]
+    before = chain.names.index("net.vit.layers.0.layernorm_before")
+    shapes = [tuple(tensor.shape) for tensor in tensors_of(chain.segment(0, before)(**call[1]))]
     assert shapes == [(2,), (2, 17, 16)]
     # Called in another way, all that may be needed crosses.
-    value = chain.segment(0, 2)(pixel_values=call[1]["pixel_values"], interpolate_pos_encoding=True)
+    value = chain.segment(0, before)(pixel_values=call[1]["pixel_values"], interpolate_pos_encoding=True)
     assert [tuple(tensor.shape) for tensor in tensors_of(value)] == [(2, 3, 32, 32), (2, 17, 16)]
 
 
@@ -91,6 +94,7 @@ def test_each_layer_can_be_costed_by_itself() -> None:
 
 def test_what_cannot_begin_a_stage_belongs_to_the_layer_before() -> None:
     network = made(Skips)
+    network.mode = "again"
     x = torch.randn(2, 4, dtype=torch.float64)
     chain = ReplayedChain(network, "net", ((x,), {}))
     assert chain.names == ["net.blocks.0", "net.last"]
@@ -103,12 +107,12 @@ def test_what_cannot_begin_a_stage_belongs_to_the_layer_before() -> None:
 
 def test_ties_are_found() -> None:
     chain = ReplayedChain(made(lambda: Handmade(tie=True)), "net", FAMILIES["handmade"].call(2, 5))
-    assert set(forbidden_cuts(chain)) == set(range(1, 6))
+    assert set(forbidden_cuts(chain)) == set(range(1, 18))
 
 
-@pytest.mark.parametrize(("start", "stop"), [(0, 0), (2, 1), (-1, 2), (0, 7)])
+@pytest.mark.parametrize(("start", "stop"), [(0, 0), (2, 1), (-1, 2), (0, 19)])
 def test_positions_outside_the_chain_are_refused(start: int, stop: int) -> None:
-    with pytest.raises(ValueError, match=f"from position {start} to {stop}: the chain has 6 layers"):
+    with pytest.raises(ValueError, match=f"from position {start} to {stop}: the chain has 18 layers"):
         ReplayedChain(made(Handmade), "net").segment(start, stop)
 
 
@@ -116,12 +120,12 @@ def test_the_shape_of_the_output_can_be_had_without_values_where_no_code_asks_fo
     network = made(Handmade)
     call = (batch_of_ids(2, 5),), {}
     chain = ReplayedChain(network, "net", call)
-    make = zeros_like_output(chain.segment(3, 6))
-    output = make(chain.segment(0, 3)(*call[0]))
+    make = zeros_like_output(chain.segment(9, 18))
+    output = make(chain.segment(0, 9)(*call[0]))
     assert output["logits"].shape == (2, 5, 20)
     call = FAMILIES["handmade"].call(2, 5)
     with pytest.raises(RuntimeError, match="do not run on the meta device"):
-        make(chain.segment(0, 3)(*call[0], **call[1]))
+        make(chain.segment(0, 9)(*call[0], **call[1]))
 
 
 # ---- nothing is left behind
@@ -165,10 +169,12 @@ def test_hooks_fire_for_the_layers_that_run_and_no_others() -> None:
     for name, module in network.named_modules():
         module.register_forward_hook(lambda *_, name=name: fired.append(name))
         module.register_forward_pre_hook(lambda *_, name=name: fired.append(name))
-    value = chain.segment(0, 2)(*call[0], **call[1])
-    assert {name for name in fired if name.count(".") < 2} == {"embed", "blocks.0", "drops.0", "drops.1"}
+    value = chain.segment(0, 5)(*call[0], **call[1])
+    assert {name for name in fired if name.count(".") < 2} == {"embed", "blocks.0", "drops.0"} | {
+        f"blocks.0.{name}" for name in ()
+    }
     fired.clear()
-    chain.segment(2, 6)(value)
+    chain.segment(5, 18)(value)
     assert {"embed", "blocks.0"}.isdisjoint(fired)
     assert {"blocks.1", "blocks.2", "blocks.3", "head"} <= set(fired)
 
@@ -282,49 +288,6 @@ def test_a_checkpoint_around_code_finds_the_stashed_weights() -> None:
     assert_same(list(grads_of(network).values()), list(grads_of(reference).values()))
 
 
-@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
-def test_a_gradient_that_a_reentrant_checkpoint_would_lose_is_refused() -> None:
-    network = made(lambda: Checkpointed(reentrant=True))
-    x = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
-    chain = ReplayedChain(network, "net", ((x,), {}))
-    first, second = chain.segment(0, 2), chain.segment(2, 4)
-    with pytest.raises(RuntimeError, match=r"calls 'blocks.1' with gradients switched off.*use_reentrant=False"):
-        second(first(x))
-    with torch.no_grad():
-        second(first(x))
-
-
-class Doubled(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x * 2
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad * 2
-
-
-class Residual(nn.Module):
-    """Applies an autograd function to what its second layer gets as well."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.layers[0](x)
-        return self.layers[1](x) + Doubled.apply(x)  # type: ignore[no-any-return]
-
-
-def test_a_gradient_that_an_autograd_function_would_lose_is_refused() -> None:
-    network = made(Residual)
-    x = torch.randn(2, 4, dtype=torch.float64)
-    chain = ReplayedChain(network, "net", ((x,), {}))
-    output = chain.segment(1, 2)(chain.segment(0, 1)(x))
-    with pytest.raises(RuntimeError, match=r"'layers.1' to an autograd function .* no gradient can be sent"):
-        output.sum().backward()
-
-
 # ---- what cannot be cut
 
 
@@ -389,7 +352,7 @@ def test_what_cannot_be_cut_off_is_found_and_named(mode: str) -> None:
     chain = ReplayedChain(network, "", ((x,), {}))
     names, reason = REASONS[mode]
     found = analyse(network, network.forward, ((x,), {}))
-    assert {found.layers[position].name for position in found.forbidden} == names
+    assert {found.layers[position][1] for position in found.forbidden} == names
     assert names.isdisjoint(chain.names)
     assert all(re.search(reason, text) for text in found.forbidden.values())
     # Without an example it is said when it is met, with the remedy.
