@@ -86,9 +86,9 @@ def _buffers(module: nn.Module) -> Callable[[], None]:
     def undo() -> None:
         if isinstance(module, torch.jit.ScriptModule):
             # Its code can do neither.
-            for buffer, value in saved.values():
-                if buffer is not None and value is not None:
-                    buffer.copy_(value)
+            for own, kept in saved.values():
+                if own is not None and kept is not None:
+                    own.copy_(kept)
             return
         # A forward may also have bound another tensor to the name, or added a name.
         table.clear()

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning_ddg.network.trace.chain import TracedChain
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision import models

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_ddg.core.stage import Stage
 from lightning_ddg.core.pytree import tensors_of
+from lightning_ddg.core.stage import Stage
 from lightning_ddg.network.balance import cut_at, forbidden_cuts
 from lightning_ddg.network.profile import flop_costs
 from lightning_ddg.network.replay.analysis import analyse

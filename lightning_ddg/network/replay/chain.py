@@ -17,8 +17,16 @@ from lightning_ddg.core.tensors import parameters_replaced
 from lightning_ddg.network.layers import Call, check_range, namespace
 from lightning_ddg.network.replay.analysis import analyse, without_call
 from lightning_ddg.network.replay.frames import in_checkpoint
-from lightning_ddg.network.replay.module_calls import Handler, calls_left, calls_taken, configs_of, plain_calls
-from lightning_ddg.network.replay.part import Part, Role, check_call
+from lightning_ddg.network.replay.module_calls import (
+    Handler,
+    calls_left,
+    calls_taken,
+    check_call,
+    configs_of,
+    plain_calls,
+)
+from lightning_ddg.network.replay.part import Part
+from lightning_ddg.network.replay.roles import Role
 
 
 class ReplayedChain:

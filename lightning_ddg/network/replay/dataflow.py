@@ -9,8 +9,7 @@ from __future__ import annotations
 import random
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import FrameType
@@ -19,8 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_ddg.core.pytree import flatten, unflatten
 from lightning_ddg.core.tensors import Slot, parameters_replaced
@@ -29,6 +26,17 @@ from lightning_ddg.network.replay.crossing import ARGUMENT, OUTPUT, RESULT, Path
 from lightning_ddg.network.replay.frames import in_checkpoint
 from lightning_ddg.network.replay.layers import Place, Tree
 from lightning_ddg.network.replay.module_calls import calls_left, calls_taken, configs_of, plain_calls
+from lightning_ddg.network.replay.noticing import (
+    Draws,
+    Functions,
+    OwnState,
+    derivatives_refused,
+    draws,
+    followed_attributes,
+    functions_noticed,
+    held_tensors,
+    new_tensors,
+)
 from lightning_ddg.network.replay.tracked import Tracked, content_of, replaced
 from lightning_ddg.network.restore import gpus_of, in_mode, trial
 
@@ -135,16 +143,15 @@ def observe(
         plain_calls(configs_of(target)),
         calls_taken(watch.handlers()),
         parameters_replaced(watch.stands),
-        _derivatives_refused(target),
-        _functions_noticed(watch),
-        _attributes_kept(target.modules()),
+        derivatives_refused(target),
+        functions_noticed(watch),
     ):
-        state = _OwnState(target, tree)
+        state = OwnState(target, tree)
         inputs = [tensor.detach().clone() for tensor in tensors]
         for index in floating:
             inputs[index] = watch.follow(inputs[index], Value(f"input {index}", 0, input=index))
         args, kwargs = unflatten(form, inputs)
-        with torch.enable_grad(), _Draws(watch), _Functions(watch):
+        with torch.enable_grad(), Draws(watch), Functions(watch):
             output = forward(*args, **kwargs)
         watch.finished(output)
         changed = state.changed(lambda: forward(*args, **kwargs))
@@ -161,110 +168,6 @@ def observe(
         frozenset(watch.unpicklable),
         changed,
     )
-
-
-@contextmanager
-def _derivatives_refused(target: nn.Module) -> Iterator[None]:
-    """Refuse derivatives that code takes between layers: they go through all of them."""
-    grad = torch.autograd.grad
-
-    def refuse(*args: Any, **kwargs: Any) -> Any:
-        raise RuntimeError(
-            f"{type(target).__name__} takes a derivative (`torch.autograd.grad`) in the forward, through layers that"
-            " would be in other stages"
-        )
-
-    torch.autograd.grad = refuse
-    try:
-        yield
-    finally:
-        torch.autograd.grad = grad
-
-
-@contextmanager
-def _functions_noticed(watch: _Watch) -> Iterator[None]:
-    """Tell when autograd functions run: no gradient is noted inside, nor goes through what stands for an argument."""
-    apply = vars(torch.autograd.Function)["apply"]
-
-    def noticed(kind: type, *args: Any, **kwargs: Any) -> Any:
-        for tensor in arguments_of((args, kwargs)):
-            if isinstance(tensor, Tracked):
-                tensor.origin.applied = True
-        watch.applying += 1
-        try:
-            return apply.__get__(None, kind)(*args, **kwargs)
-        finally:
-            watch.applying -= 1
-
-    torch.autograd.Function.apply = classmethod(noticed)
-    try:
-        yield
-    finally:
-        torch.autograd.Function.apply = apply
-
-
-@contextmanager
-def _attributes_kept(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Bind the attributes of modules to what they were bound to, and leave in their lists and dicts what was there."""
-    saved = [(vars(module), dict(vars(module))) for module in modules]
-    held = [value for _, before in saved for name, value in before.items() if name not in _TABLES]
-    lists = [(value, list(value)) for value in held if type(value) is list]
-    dicts = [(value, dict(value)) for value in held if type(value) is dict]
-    try:
-        yield
-    finally:
-        for table, before in saved:
-            for name in table.keys() - before.keys():
-                del table[name]
-            table.update(before)
-        for one, items in lists:
-            one[:] = items
-        for other, entries in dicts:
-            other.clear()
-            other.update(entries)
-
-
-_TABLES = ("_parameters", "_buffers", "_modules")
-
-
-class _OwnState:
-    """The buffers and numbers of modules outside the layers: every stage that runs the code there would change them."""
-
-    def __init__(self, target: nn.Module, tree: Tree) -> None:
-        held = {part for layer in tree.layers for part in layer.modules()}
-        self._modules = [module for module in target.modules() if module not in held]
-        self._buffers = [
-            (module, name, buffer, buffer._version)
-            for module in self._modules
-            for name, buffer in module._buffers.items()
-            if buffer is not None
-        ]
-        self._before = self._numbers()
-
-    def changed(self, again: Callable[[], object]) -> list[Place]:
-        """Return what has changed, and would change once more if the network were called ``again``."""
-        found: list[Place] = [(at[0], at[1]) for at in self._buffers if _rewritten(*at)]
-        after = self._numbers()
-        if after != self._before:
-            again()
-            found += [place for place, value in self._numbers().items() if value != after.get(place, value)]
-        return found
-
-    def _numbers(self) -> dict[Place, float]:
-        return {
-            (module, name): value
-            for module in self._modules
-            for name, value in vars(module).items()
-            if type(value) in (int, float)
-        }
-
-
-def _rewritten(module: nn.Module, name: str, before: Tensor, version: int) -> bool:
-    now = module._buffers.get(name)
-    if now is before:
-        return before._version != version
-    # What is not saved may be made anew, longer than before, as tables of positions are.
-    return isinstance(now, Tracked) or name not in module._non_persistent_buffers_set
 
 
 class _Watch:
@@ -328,7 +231,7 @@ class _Watch:
         self.now += 1
         values = tuple(tensor.origin for tensor in operands)
         computed = next((value for value in values if value.input is None), values[0])
-        return Value(computed.what, self.now, self._path, values, drawn=_draws(func))
+        return Value(computed.what, self.now, self._path, values, drawn=draws(func))
 
     def written(self, func: Any, operands: Sequence[Tracked], into: Sequence[Tracked]) -> None:
         self.now += 1
@@ -337,7 +240,7 @@ class _Watch:
             if not isinstance(tensor, Tracked):
                 continue
             self._changed(tensor.content)
-            tensor.origin = Value(tensor.origin.what, self.now, self._path, values, drawn=_draws(func))
+            tensor.origin = Value(tensor.origin.what, self.now, self._path, values, drawn=draws(func))
             self._memory[_address(tensor.content)].append(tensor.origin)
 
     # ---- calls
@@ -359,10 +262,10 @@ class _Watch:
         self.calls.append(LayerCall(layer, self.now, self._path, arguments, in_checkpoint()))
         versions = [tensor.content._version for tensor in given]
         args, kwargs = replaced(content_of, (args, kwargs))
-        left = _followed_attributes(layer)
+        left = followed_attributes(layer)
         for module, attribute, stand in left:
             vars(module)[attribute] = stand.content
-        before = _held_tensors(layer)
+        before = held_tensors(layer)
         with calls_left(layer), parameters_replaced(self._own[layer]), torch.no_grad():
             # As in :mod:`~lightning_ddg.network.replay.part`: this is inside the layer's own `__call__`, if any.
             output = nn.Module.__call__(layer, *args, **kwargs)
@@ -373,7 +276,7 @@ class _Watch:
                 tensor.origin.layer = layer
         form, tensors = flatten(output)
         tracked = [self._returned_by(layer, f"an output of {name!r}", tensor) for tensor in tensors]
-        for module, attribute, held in _new_tensors(layer, before):
+        for module, attribute, held in new_tensors(layer, before):
             what = f"what {name!r} leaves in its attribute {attribute!r}"
             vars(module)[attribute] = self._returned_by(layer, what, held)
         for module, attribute, stand in left:
@@ -468,57 +371,6 @@ class _Watch:
         return self.follow(tensor, Value("a new tensor", self.now, self._path))
 
 
-class _Functions(TorchFunctionMode):
-    """Counts the torch functions that the code between the layers calls."""
-
-    def __init__(self, watch: _Watch) -> None:
-        super().__init__()
-        self._watch = watch
-
-    def __torch_function__(
-        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        watch = self._watch
-        if watch.busy:
-            return func(*args, **(kwargs or {}))
-        result = func(*args, **(kwargs or {}))
-        watch.busy = True
-        watch.computed(result)
-        watch.busy = False
-        return result
-
-
-class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Follows random tensors that the code between the layers makes."""
-
-    def __init__(self, watch: _Watch) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._watch = watch
-
-    def __torch_dispatch__(
-        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self._watch.draws_torch |= _draws(func) and not self._watch.busy
-        if self._watch.busy or not isinstance(result, Tensor) or isinstance(result, Tracked):
-            return result
-        if _draws(func) and not func._schema.is_mutable:
-            return self._watch.drawn(result)
-        return self._watch.made_empty(result) if func in _EMPTY else result
-
-
-_EMPTY = {
-    torch.ops.aten.empty.memory_format,
-    torch.ops.aten.empty_strided.default,
-    torch.ops.aten.new_empty.default,
-    torch.ops.aten.empty_like.default,
-}
-
-
-def _draws(func: Any) -> bool:
-    return func is not None and torch.Tag.nondeterministic_seeded in func.tags
-
-
 def _address(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr() or id(tensor)
 
@@ -526,34 +378,6 @@ def _address(tensor: Tensor) -> int:
 def _library_state() -> Any:
     numpy: Any = np.random.get_state(legacy=False)
     return random.getstate(), numpy["state"]["pos"], numpy["state"]["key"].tobytes()
-
-
-def _held_tensors(layer: nn.Module) -> dict[tuple[nn.Module, str], int]:
-    return {
-        (module, name): id(value)
-        for module in layer.modules()
-        for name, value in vars(module).items()
-        if isinstance(value, Tensor)
-    }
-
-
-def _followed_attributes(layer: nn.Module) -> list[tuple[nn.Module, str, Tracked]]:
-    return [
-        (module, name, value)
-        for module in layer.modules()
-        for name, value in vars(module).items()
-        if isinstance(value, Tracked)
-    ]
-
-
-def _new_tensors(layer: nn.Module, before: dict[tuple[nn.Module, str], int]) -> list[tuple[nn.Module, str, Tensor]]:
-    """Attributes that a call of a layer has bound to another tensor."""
-    return [
-        (module, name, value)
-        for module in layer.modules()
-        for name, value in vars(module).items()
-        if isinstance(value, Tensor) and not isinstance(value, Tracked) and before.get((module, name)) != id(value)
-    ]
 
 
 def _leaves(output: Any) -> Iterable[Tensor]:

@@ -87,3 +87,19 @@ def plain_calls(configs: Iterable[Any]) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
         for config in caching:
             config.use_cache = True
+
+
+_WHOLE_ONLY = ("use_cache", "output_hidden_states", "output_attentions")
+
+
+def check_call(target: nn.Module, configs: Iterable[Any], kwargs: Mapping[str, Any]) -> None:
+    """Raise a ValueError if a call, or a config, asks Hugging Face networks for what they collect from all layers."""
+    for name in _WHOLE_ONLY:
+        asked = kwargs.get(name)
+        if asked is None and name != "use_cache":
+            asked = any(getattr(config, name, None) is True for config in configs)
+        if asked is not None and asked is not False:
+            raise ValueError(
+                f"{name}={asked!r} asks {type(target).__name__} for values of all its layers, of which each stage has "
+                f"only its own: set {name}=False in the call and in the network's config."
+            )
