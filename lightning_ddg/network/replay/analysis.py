@@ -1,8 +1,8 @@
 """Where a network may be cut, and what crosses there, by the data flow of its calls in training and evaluation.
 
 A cut at position ``p`` lies before the ``p``-th layer, by the order of their first calls. Every stage runs the code
-between the layers again; whatever it cannot compute must be sent to it. A value can be sent that is seen before the
-next stage begins; if it is not, it can be computed again from what is.
+between the layers again; whatever it cannot compute must be sent to it. A value can be sent that is seen among the
+arguments or in the output of a call before the next stage begins; if it is not, it can be computed again from what is.
 """
 
 from __future__ import annotations
