@@ -83,7 +83,6 @@ def test_gradients_cross_only_with_what_was_computed() -> None:
     assert [tensor.requires_grad for tensor in tensors_of(value)] == [False, False, True]
 
 
-@pytest.mark.xfail(strict=True, reason="what is computed before a cut inside an attention counts again after it")
 def test_each_layer_can_be_costed_by_itself() -> None:
     network = made(gpt2)
     call = language(3, 6)

@@ -141,19 +141,24 @@ def observe(
         trial(target.modules(), gpus_of([target], tensors)),
         torch.no_grad(),
         plain_calls(configs_of(target)),
-        calls_taken(watch.handlers()),
-        parameters_replaced(watch.stands),
-        derivatives_refused(target),
-        functions_noticed(watch),
     ):
         state = OwnState(target, tree)
         inputs = [tensor.detach().clone() for tensor in tensors]
         for index in floating:
             inputs[index] = watch.follow(inputs[index], Value(f"input {index}", 0, input=index))
         args, kwargs = unflatten(form, inputs)
-        with torch.enable_grad(), Draws(watch), Functions(watch):
+        with (
+            calls_taken(watch.handlers()),
+            parameters_replaced(watch.stands),
+            derivatives_refused(target),
+            functions_noticed(watch),
+            torch.enable_grad(),
+            Draws(watch),
+            Functions(watch),
+        ):
             output = forward(*args, **kwargs)
         watch.finished(output)
+        args, kwargs = unflatten(form, [tensor.detach().clone() for tensor in tensors])
         changed = state.changed(lambda: forward(*args, **kwargs))
     return DataFlow(
         form,
