@@ -6,16 +6,21 @@ turn; of any other, every stage runs the code. docs/networks.md has the table.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lightning_ddg.network.layers import Call, Chain, Layers
 from lightning_ddg.network.replay.chain import ReplayedChain
 from lightning_ddg.network.replay.layers import find_tree, has_forward
+from lightning_ddg.network.replay.module_calls import calls_left, calls_taken
+from lightning_ddg.network.restore import gpus_of, trial
 
 #: Given a module and its name, returns the arguments of a call of it, if any is known.
 Example = Callable[[nn.Module, str], Call | None]
@@ -149,10 +154,10 @@ def _leaves(path: str, module: nn.Module, *, outermost: bool = False) -> Iterato
 def _called_network(root: nn.Module, requirer: str, example: Example | None) -> nn.Module:
     """Return the module whose call is the call of the network."""
 
-    def called(module: nn.Module, name: str) -> bool:
+    def call_of(module: nn.Module, name: str) -> Call | None:
         with suppress(Exception):
-            return example is not None and example(module, name) is not None
-        return False
+            return None if example is None else example(module, name)
+        return None
 
     children = {name: child for name, child in root.named_children() if _has_parameters(child)}
     # `self.features` and `self.net = nn.Sequential(self.features, ...)` are one network: the outer one.
@@ -161,11 +166,14 @@ def _called_network(root: nn.Module, requirer: str, example: Example | None) -> 
     own_forward = _overrides_forward(root)
     if len(outer) == 1 and not (own_forward and any(p is not None for p in root._parameters.values())):
         return next(iter(outer.values()))
-    if own_forward and called(root, ""):
-        return root
+    call = call_of(root, "") if own_forward else None
+    if call is not None:
+        # Steps may also call the one child by itself.
+        used = _called_by(root, call, outer.values())
+        return used[0] if len(used) == 1 and not any(p is not None for p in root._parameters.values()) else root
     trained = {name: child for name, child in outer.items() if any(p.requires_grad for p in child.parameters())}
     for kind in (
-        [child for name, child in trained.items() if called(child, name)],
+        [child for name, child in trained.items() if call_of(child, name) is not None],
         [root] if own_forward else [],
         [child for child in outer.values() if isinstance(child, nn.Sequential)],
         list(trained.values()),
@@ -179,6 +187,23 @@ def _called_network(root: nn.Module, requirer: str, example: Example | None) -> 
         f"its own, and the children with parameters are {some} (all children: {shown or 'none'}). Call the network "
         "through `forward`, or return its layers, in the order of the call, from `configure_stages()`."
     )
+
+
+def _called_by(root: nn.Module, call: Call, children: Iterable[nn.Module]) -> list[nn.Module]:
+    """Return which children the root's own forward calls; if it fails, all of them."""
+    found: dict[nn.Module, None] = {}
+
+    def note(child: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        found[child] = None
+        with calls_left(child):
+            return child(*args, **kwargs)
+
+    children = list(children)
+    handlers = {child: partial(note, child) for child in children}
+    with trial(root.modules(), gpus_of([root], ())), torch.no_grad(), calls_taken(handlers), suppress(Exception):
+        root.forward(*call[0], **call[1])
+        return list(found)
+    return children
 
 
 def _overrides_forward(root: nn.Module) -> bool:

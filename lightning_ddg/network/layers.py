@@ -8,7 +8,6 @@ and its simplest form, layers that are called in turn; the others are in :mod:`~
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from typing import Any, Protocol
 
 from torch import nn
@@ -53,8 +52,10 @@ class Layers(Protocol):
         """Run the network uncut and without its hooks, and return of its output what its stages can return."""
         ...
 
-    def at_once(self, bounds: Sequence[int], batch: Batch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the network uncut, with the random draws that stages between these positions would have."""
+    def at_once(
+        self, segments: Sequence[nn.Module], batch: Batch, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run the network uncut, with the random draws of the stages that it is cut into."""
         ...
 
     def watched(self, begins: Callable[[int, Call], None], *args: Any, **kwargs: Any) -> Any:
@@ -122,9 +123,11 @@ class Chain:
         """Run the network's own code; without such code, the layers in turn."""
         return (self._forward or self.segment(0, len(self)))(*args, **kwargs)
 
-    def at_once(self, bounds: Sequence[int], batch: Batch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the layers in turn; see :meth:`Layers.at_once`."""
-        return run_in_turn([self.segment(*span) for span in pairwise(bounds)], batch, args, kwargs)
+    def at_once(
+        self, segments: Sequence[nn.Module], batch: Batch, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run the stages in turn; see :meth:`Layers.at_once`."""
+        return run_in_turn(segments, batch, args, kwargs)
 
     def watched(self, begins: Callable[[int, Call], None], *args: Any, **kwargs: Any) -> Any:
         """Run the layers in turn; see :meth:`Layers.watched`."""

@@ -152,7 +152,8 @@ def build(
     patch_run(site)
     # First, as in Lightning: data that the cut may need can depend on it.
     optimizers = set_up_optimizers()
-    check_same_on_all_ranks(site.ranks.exchange(facts_of_optimizers(site.trainer, site.module, optimizers)))
+    if site.fits:
+        check_same_on_all_ranks(site.ranks.exchange(facts_of_optimizers(site.trainer, site.module, optimizers)))
     first_batch = FirstBatch(site)
     network = find(site, first_batch, step)
     cut = divide(site, network, optimizers, first_batch)
@@ -297,7 +298,7 @@ def make_execution(site: Site, cut: Cut, segments: Sequence[nn.Module], ownershi
         return Pipeline(own, stage, site.num_stages, site.ranks.mailbox, rule.shrink, site.ranks.observers)
     if not rule.stash:
         return Staged(segments, rule, recompute, site.ranks.observers)
-    whole = partial(cut.chain.at_once, cut.bounds)
+    whole = partial(cut.chain.at_once, segments)
     return DelayLine(segments, ownership.parameters_outside, rule, site.ranks.observers, whole)
 
 

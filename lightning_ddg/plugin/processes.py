@@ -65,7 +65,7 @@ class StageProcesses(ParallelStrategy):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the run out where a Trainer is copied or pickled."""
-        return dict(vars(self), _run=None, _undo=ExitStack(), _checkpoints=None, _ranks=LocalRanks(1))
+        return dict(vars(self), _run=None, _undo=ExitStack(), _checkpoints=None, _exchange=None, _ranks=LocalRanks(1))
 
     @classmethod
     @override

@@ -82,7 +82,10 @@ def test_both_executions_train_the_same_weights(num_stages: int) -> None:
             assert loss == pytest.approx(wanted_loss, rel=1e-12)
 
 
-def test_it_cannot_be_compiled() -> None:
-    trainer = quiet_trainer(devices=1, strategy=DDGStrategy(2, compile=True))
-    with pytest.raises(ValueError, match=r"`self.model`\) cannot be traced.*Leave `compile` out.*layer.compile\(\)"):
-        trainer.fit(FineTuned("gpt2"), batches("gpt2"))
+def test_its_blocks_are_compiled() -> None:
+    compiled, plain = FineTuned("gpt2"), FineTuned("gpt2")
+    for module, compile in ((compiled, {"backend": "aot_eager"}), (plain, False)):
+        strategy = DDGStrategy(2, balance="parameters", compile=compile)
+        quiet_trainer(devices=1, max_epochs=1, strategy=strategy).fit(module, batches("gpt2"))
+    assert largest_difference(state_of(compiled), state_of(plain)) <= 1e-9
+    assert all(module._compiled_call_impl is None for module in compiled.modules())

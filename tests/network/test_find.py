@@ -59,7 +59,7 @@ def mlp() -> nn.Sequential:
 
 def test_the_only_sequential_with_parameters_is_the_network() -> None:
     root = Root(augment=nn.Sequential(nn.Dropout()), net=mlp(), loss=nn.CrossEntropyLoss(), extra=nn.Linear(2, 2))
-    network = find_network(root)
+    network = find_network(root, example=lambda _, name: ((torch.ones(1, 4),), {}) if name == "net" else None)
     assert network.target is root.net
     assert network.target_name == "net"
     assert network.chain.names == ["net.0", "net.1", "net.2"]
@@ -76,13 +76,16 @@ def with_parameter(module: nn.Module) -> None:
 
 
 CALL_DOES_MORE: list[Callable[[nn.Module], Any]] = [
-    lambda m: m.register_forward_hook(lambda *_: None),
-    lambda m: m.register_forward_pre_hook(lambda *_: None),
     lambda m: m.register_full_backward_hook(lambda *_: None),
     lambda m: m.register_full_backward_pre_hook(lambda *_: None),
     lambda m: m.compile(backend="eager"),
 ]
-HOLDS_MORE: list[Callable[[nn.Module], Any]] = [lambda m: m.register_buffer("mean", torch.zeros(())), with_parameter]
+HOLDS_MORE: list[Callable[[nn.Module], Any]] = [
+    lambda m: m.register_buffer("mean", torch.zeros(())),
+    with_parameter,
+    lambda m: m.register_forward_hook(lambda *_: None),
+    lambda m: m.register_forward_pre_hook(lambda *_: None),
+]
 
 
 @pytest.mark.parametrize("change", CALL_DOES_MORE)

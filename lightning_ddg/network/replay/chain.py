@@ -6,8 +6,7 @@ import copy
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from functools import partial
-from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -85,7 +84,9 @@ class ReplayedChain:
         """Run all the layers as one part, which leaves out what no stage could return, such as caches of all layers."""
         return self.segment(0, len(self))(*args, **kwargs)
 
-    def at_once(self, bounds: Sequence[int], batch: Batch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def at_once(
+        self, segments: Sequence[nn.Module], batch: Batch, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         """Run the network's own code; see :meth:`Layers.at_once`."""
         streams, inside = Streams(batch), False
         self.release()
@@ -103,8 +104,8 @@ class ReplayedChain:
 
         handlers = {
             module: partial(call, stage, module)
-            for stage, (start, stop) in enumerate(pairwise(bounds), start=1)
-            for module in self.segment(start, stop).called
+            for stage, segment in enumerate(segments, start=1)
+            for module in cast(ReplayedSegment, segment).called
         }
         again: dict[nn.Module, Handler] = {}
         with untouched(batch.device), plain_calls(configs_of(self._target)), calls_taken(handlers):
