@@ -159,18 +159,19 @@ def _called_network(root: nn.Module, requirer: str, example: Example | None) -> 
             return None if example is None else example(module, name)
         return None
 
-    children = {name: child for name, child in root.named_children() if _has_parameters(child)}
+    children = dict(_that_can_be_called(root, ""))
     # `self.features` and `self.net = nn.Sequential(self.features, ...)` are one network: the outer one.
     inner = {id(part) for child in children.values() for part in child.modules() if part is not child}
     outer = {name: child for name, child in children.items() if id(child) not in inner}
     own_forward = _overrides_forward(root)
-    if len(outer) == 1 and not (own_forward and any(p is not None for p in root._parameters.values())):
+    # Steps may call the one child by itself, even if the root's forward does too.
+    alone = not (own_forward and any(p is not None for p in root._parameters.values()))
+    if len(outer) == 1 and alone:
         return next(iter(outer.values()))
     call = call_of(root, "") if own_forward else None
     if call is not None:
-        # Steps may also call the one child by itself.
         used = _called_by(root, call, outer.values())
-        return used[0] if len(used) == 1 and not any(p is not None for p in root._parameters.values()) else root
+        return used[0] if len(used) == 1 and alone else root
     trained = {name: child for name, child in outer.items() if any(p.requires_grad for p in child.parameters())}
     for kind in (
         [child for name, child in trained.items() if call_of(child, name) is not None],
@@ -187,6 +188,16 @@ def _called_network(root: nn.Module, requirer: str, example: Example | None) -> 
         f"its own, and the children with parameters are {some} (all children: {shown or 'none'}). Call the network "
         "through `forward`, or return its layers, in the order of the call, from `configure_stages()`."
     )
+
+
+def _that_can_be_called(root: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the children with parameters and their names; for a list or a dictionary of modules, what it holds."""
+    for name, child in root.named_children():
+        if _has_parameters(child):
+            if has_forward(child):
+                yield f"{prefix}{name}", child
+            else:
+                yield from _that_can_be_called(child, f"{prefix}{name}.")
 
 
 def _called_by(root: nn.Module, call: Call, children: Iterable[nn.Module]) -> list[nn.Module]:

@@ -1,8 +1,7 @@
 """A network as an ordered list of layers, and the modules that run a part of it.
 
 However the layers were found, :class:`Layers` is all that the rest of the package knows of them. Here are the protocol
-and its simplest form, layers that are called in turn; the others are in :mod:`~lightning_ddg.network.trace` and
-:mod:`~lightning_ddg.network.replay`.
+and its simplest form, layers that are called in turn; the other is in :mod:`~lightning_ddg.network.replay`.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ class DDGMixin:
     def configure_stages(self) -> Sequence[nn.Module] | None:
         """The ordered layers of the network, between any two of which it may be cut.
 
-        Each layer takes what the one before it returns. Override it where the network cannot be traced; its ``forward``
+        Each layer takes what the one before it returns. Override it where the network's code cannot be run in parts; its ``forward``
         must do the same as calling the layers one after the other.
 
         Returns:

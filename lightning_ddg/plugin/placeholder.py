@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -12,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_ddg.core.pytree import flatten, map_tensors
 from lightning_ddg.core.tensors import spec_of
+from lightning_ddg.network.replay.shapes import copy_on_meta
 from lightning_ddg.plugin.redirection import StepDone
 
 #: From what a stage has sent on to what the user's step gets as the network's output.
@@ -45,7 +44,7 @@ def zeros_like_output(rest: nn.Module) -> Placeholder:
             device = next((tensor.device for tensor in tensors), torch.device("cpu"))
             try:
                 if not copies:
-                    copies.append(_copy_on_meta(rest))
+                    copies.append(copy_on_meta(rest))
                 with torch.no_grad():
                     shapes = copies[0](map_tensors(lambda tensor: tensor.detach().to("meta"), activation))
             except Exception as error:
@@ -76,17 +75,3 @@ def or_end_step(placeholder: Placeholder) -> Placeholder:
 def _zeros(like: Tensor, device: torch.device) -> Tensor:
     floating = like.is_floating_point() or like.is_complex()
     return torch.zeros(like.shape, dtype=like.dtype, device=device, requires_grad=floating)
-
-
-def _copy_on_meta(module: nn.Module) -> nn.Module:
-    memo: dict[int, Any] = {}
-    for parameter in module.parameters():
-        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
-    for buffer in module.buffers():
-        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
-    for child in module.modules():
-        # A hook may be a method of anything, the Trainer included, which must not be copied with it.
-        for name, value in vars(child).items():
-            if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")):
-                memo[id(value)] = OrderedDict()
-    return copy.deepcopy(module, memo)

@@ -179,6 +179,8 @@ class NoForward(Root):
         (OwnParameter(body=Body()), ""),
         (OwnParameter(body=Body(), teacher=mlp()), ""),
         (NoForward(a=Body(), b=mlp()), "b"),
+        (NoForward(a=nn.ModuleDict({"only": mlp()}), b=nn.ModuleList([nn.ReLU()])), "a.only"),
+        (TwoParts(blocks=nn.ModuleList([mlp(), mlp()])), ""),
         (NoForward(a=Body(), b=Body().requires_grad_(False)), "a"),
     ],
 )
