@@ -38,8 +38,8 @@ class DDGMixin:
     def configure_stages(self) -> Sequence[nn.Module] | None:
         """The ordered layers of the network, between any two of which it may be cut.
 
-        Each layer takes what the one before it returns. Override it where the network's code cannot be run in parts; its ``forward``
-        must do the same as calling the layers one after the other.
+        Each layer takes what the one before it returns. Override it where the code cannot be run in parts; its
+        ``forward`` must do the same as calling the layers one after the other.
 
         Returns:
             The layers, or ``None`` to let the strategy find them.

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils.checkpoint import checkpoint
 
 from lightning_ddg.network.replay.analysis import analyse
@@ -401,6 +402,21 @@ class Head(nn.Module):
         return self.two(self.drop(torch.tanh(self.one(self.drop(x)))))  # type: ignore[no-any-return]
 
 
+class Packs(nn.Module):
+    """Packs its sequences by lengths that come with them: the code between the layers needs values at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.mid, self.head = nn.LSTM(1, 4, batch_first=True), nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        lengths = torch.arange(len(x)) % 4 + 1
+        packed = pack_padded_sequence(x.unsqueeze(2), lengths, batch_first=True, enforce_sorted=False)
+        output, (last, _) = self.lstm(packed)
+        padded, _ = pad_packed_sequence(output, batch_first=True)
+        return self.head(torch.tanh(self.mid(last[-1] + padded.mean(1))))
+
+
 class Drops(Net):
     def __init__(self) -> None:
         super().__init__()
@@ -436,6 +452,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "functional use": (Functional, 2),
     "random masks": (Masks, 3),
     "drops in a head": (Drops, 3),
+    "packed sequences": (Packs, 2),
 }
 
 

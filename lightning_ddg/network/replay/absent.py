@@ -88,7 +88,7 @@ class Absent:
             f"{self._stage!r}. {REMEDY}"
         )
 
-    def compute(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def compute(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], operands: Sequence[Tracked]) -> Any:
         """Look up what an operation has returned on the meta device, which takes a hundred times as long to run it."""
         key = (func, _key(args), _key(kwargs))
         try:

@@ -37,7 +37,7 @@ from lightning_ddg.network.replay.noticing import (
     held_tensors,
     new_tensors,
 )
-from lightning_ddg.network.replay.tracked import Tracked, content_of, replaced
+from lightning_ddg.network.replay.tracked import Tracked, content_of, on_meta, replaced
 from lightning_ddg.network.restore import gpus_of, in_mode, trial
 
 NEVER = sys.maxsize
@@ -192,6 +192,8 @@ class _Watch:
         self.output: list[Value] = []
         self.stands: list[tuple[Slot, Tracked]] = []
         self._tree = tree
+        #: Whether operations can be done without values.
+        self._on_meta: dict[Any, bool] = {}
         self._numbers = {module: number for number, module in enumerate(target.modules())}
         self._path: Path = ()
         self._called: Counter[Path] = Counter()
@@ -228,8 +230,18 @@ class _Watch:
     def read(self, tensor: Tracked, operation: str) -> None:
         self.reads.append((self.now, self._path, tensor.origin, operation))
 
-    def compute(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def compute(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], operands: Sequence[Tracked]) -> Any:
         with torch.no_grad():
+            if func not in self._on_meta:
+                try:
+                    func(*replaced(on_meta, args), **replaced(on_meta, kwargs))
+                    self._on_meta[func] = True
+                except Exception:  # noqa: BLE001 - each operation says in its own way that it cannot
+                    self._on_meta[func] = False
+            if not self._on_meta[func]:
+                # Without values, not even the shape of the result is known.
+                for tensor in operands:
+                    self.read(tensor, str(func).removeprefix("aten."))
             return func(*args, **kwargs)
 
     def made(self, func: Any, operands: Sequence[Tracked]) -> Value:

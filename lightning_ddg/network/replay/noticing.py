@@ -171,7 +171,7 @@ _EMPTY = {
 
 def draws(func: Any) -> bool:
     """Return whether an operation draws random numbers."""
-    return func is not None and torch.Tag.nondeterministic_seeded in func.tags
+    return torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
 
 
 def held_tensors(layer: nn.Module) -> dict[tuple[nn.Module, str], int]:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
@@ -22,8 +23,8 @@ class Ledger(Protocol):
     def read(self, tensor: Tracked, operation: str) -> None:
         """Called when an operation needs the tensor's values at once, to branch on them or to write them elsewhere."""
 
-    def compute(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return what an operation returns that writes into none of its arguments."""
+    def compute(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], operands: Sequence[Tracked]) -> Any:
+        """Return what an operation returns that writes into none of its arguments, the contents of the operands."""
 
     def made(self, func: Any, operands: Sequence[Tracked]) -> Any:
         """Return the origin of a tensor that an operation makes of others."""
@@ -83,7 +84,19 @@ class Tracked(Tensor):
             args[0].ledger.read(args[0], func.__name__)
             return func(args[0].content, *args[1:], **kwargs)
         with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **kwargs)
+            try:
+                return func(*args, **kwargs)
+            except RuntimeError as error:
+                if "data is not allocated" not in str(error):
+                    raise
+        # It looks into memory past the dispatcher.
+        operands = followed((args, kwargs))
+        for tensor in operands:
+            tensor.ledger.read(tensor, func.__name__)
+        first = operands[0]
+        with _disable_current_modes():
+            result = func(*replaced(content_of, args), **replaced(content_of, kwargs))
+        return _followed_too(func, result, first, operands)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -150,7 +163,7 @@ def _operate(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if first.content.is_meta:
         if kwargs.get("device") is not None:
             device, kwargs = torch.device(kwargs["device"]), {**kwargs, "device": "meta"}
-        args, kwargs = replaced(_on_meta, (args, kwargs))
+        args, kwargs = replaced(on_meta, (args, kwargs))
     else:
         args, kwargs = replaced(content_of, (args, kwargs))
     if written:
@@ -158,12 +171,20 @@ def _operate(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             func(*args, **kwargs)
         first.ledger.written(func, tracked, written)
         return written[0] if len(written) == 1 else tuple(written)
-    result = first.ledger.compute(func, args, kwargs)
+    result = first.ledger.compute(func, args, kwargs, tracked)
+
+    return _followed_too(func, result, first, tracked, device)
+
+
+def _followed_too(
+    func: Any, result: Any, first: Tracked, operands: Sequence[Tracked], device: torch.device | None = None
+) -> Any:
+    """Follow what an operation has made of operands."""
 
     def follow(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
-        return Tracked(leaf, device, first.ledger, first.ledger.made(func, tracked))
+        return Tracked(leaf, device or leaf.device, first.ledger, first.ledger.made(func, operands))
 
     return replaced(follow, result)
 
@@ -200,7 +221,8 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[A
     return found
 
 
-def _on_meta(leaf: Any) -> Any:
+def on_meta(leaf: Any) -> Any:
+    """Return a tensor on the meta device in a tensor's place."""
     if isinstance(leaf, Tracked):
         return leaf.content
     if isinstance(leaf, Tensor):
