@@ -174,7 +174,8 @@ def _called_network(root: nn.Module, requirer: str, example: Example | None) -> 
         return used[0] if len(used) == 1 and alone else root
     trained = {name: child for name, child in outer.items() if any(p.requires_grad for p in child.parameters())}
     for kind in (
-        [child for name, child in trained.items() if call_of(child, name) is not None],
+        # Of several, the others come after the first, and are trained by the last stage.
+        [child for name, child in trained.items() if call_of(child, name) is not None][:1],
         [root] if own_forward else [],
         [child for child in outer.values() if isinstance(child, nn.Sequential)],
         list(trained.values()),

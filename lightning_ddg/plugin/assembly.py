@@ -197,7 +197,8 @@ def find(site: Site, first_batch: FirstBatch, step: Callable[[], object] | None)
     points = site.options.split_points or site.recorded_cut or ()
     requirer = type(site.trainer.strategy).__name__
     example = partial(_example, site, first_batch) if step is None else partial(_evaluated, site, step)
-    return find_network(site.module, layers, requirer=requirer, example=example, points=points)
+    with site.precision.train_step_context():
+        return find_network(site.module, layers, requirer=requirer, example=example, points=points)
 
 
 def _example(site: Site, first_batch: FirstBatch, target: nn.Module, name: str) -> Any:

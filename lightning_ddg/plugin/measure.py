@@ -153,6 +153,9 @@ def call_in_step(
     """Return what a step of a module passes to the network: see :func:`call_of_network`."""
 
     def capture(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not torch.is_grad_enabled():
+            # A teacher's call, say: nothing is trained by it.
+            return target.forward(*args, **kwargs)
         raise StepDone((args, kwargs))
 
     redirection = Redirection(target)

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
@@ -32,15 +33,20 @@ def train(name: str, devices: int) -> tuple[dict[str, Tensor], list[str], dict[s
     precision, _, make = CASES[name]
     module = make()
     computed: list[torch.dtype] = []
-    hook = module.net[-1].register_forward_hook(lambda layer, args, output: computed.append(output.dtype))
+
+    class Notes(pl.Callback):
+        # What finds and measures the layers, before, runs on every rank.
+        def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            self.hook = module.net[-1].register_forward_hook(lambda layer, args, output: computed.append(output.dtype))
+
     flags: dict[str, Any] = {"gradient_clip_val": 0.1} if name.endswith("clipped") else {}
-    strategy = DDGStrategy(num_stages=3, split_points=["net.2", "net.5"])
-    trainer = quiet_trainer(devices=devices, strategy=strategy, precision=precision, **flags)
+    strategy, notes = DDGStrategy(num_stages=3, split_points=["net.2", "net.5"]), Notes()
+    trainer = quiet_trainer(devices=devices, strategy=strategy, precision=precision, callbacks=[notes], **flags)
     data = loader("transformer" if module.net[0].__class__ is torch.nn.Embedding else "mlp")
     tensors = data.dataset.tensors  # type: ignore[attr-defined]
     data.dataset.tensors = tuple(t.float() if t.is_floating_point() else t for t in tensors)  # type: ignore[attr-defined]
     trainer.fit(module, data, data)
-    hook.remove()
+    notes.hook.remove()
     metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
     return state_of(module), sorted({str(dtype) for dtype in computed}), metrics
 
