@@ -31,6 +31,7 @@ from lightning_ddg.core.rng import Batch
 from lightning_ddg.network.find import Network
 from lightning_ddg.plugin import compat
 from lightning_ddg.plugin.collectives import collectives_refused
+from lightning_ddg.plugin.feedback import Feedback
 from lightning_ddg.plugin.host import LightningModule
 from lightning_ddg.plugin.placeholder import Placeholder, end_step
 from lightning_ddg.plugin.redirection import Redirection, StepDone
@@ -179,7 +180,7 @@ class StepRunner:
         proof: Proof | None,
     ) -> None:
         self.step = TrainingStep(site.module, network)
-        self._network_name = network.target_name
+        self._network_name, self._feedback = network.target_name, Feedback(site)
         self._site, self._execution, self._redirection = site, execution, redirection
         self._placeholder, self._proof = placeholder, proof
         self._alone = nullcontext if site.one_process else collectives_refused
@@ -270,6 +271,7 @@ class StepRunner:
                     " or know alike."
                 )
             raise StepDone
+        self._feedback.check(describe(self._network_name), args, kwargs)
         if isinstance(output, Sent):
             output = self._placeholder(output.activation)
         self.step.answered()
