@@ -123,7 +123,7 @@ class NotCut(DigitsModule):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (words("NotCut"), "The network 'net' .Winding. cannot be followed to find its layers"),
+        (words("NotCut"), "The network 'net' .Winding. cannot be run in parts: The forward of Winding failed"),
         (words("LoudModule", "NoData"), "The training data has no batch, and a batch is what is measured"),
         (words("LoudModule")[:-2], r"No `configure_optimizers\(\)` method defined"),
         ([*words("LoudModule"), "--picture=plan.jpg"], "'plan.jpg' is of no known kind"),

@@ -39,9 +39,8 @@ from lightning_ddg.core import rng
 from lightning_ddg.core.pipeline import Pipeline
 from lightning_ddg.core.schedule import delay, stage_of_rank
 from lightning_ddg.core.stage import Stage
-from lightning_ddg.network.find import find_network
 from recipes.benchmarks.workers import TIMEOUT
-from recipes.benchmarks.works import Batch, Cuts, Work, make, positional_segments, segments, sgd
+from recipes.benchmarks.works import Batch, Cuts, Work, make, network_of, positional_segments, segments, sgd
 
 # Before torch 2.9 the option does not exist, and would be taken for an argument of the network.
 _NO_OUTPUTS = {"return_outputs": False} if "return_outputs" in inspect.signature(ScheduleGPipe.step).parameters else {}
@@ -192,7 +191,7 @@ def _on_device(job: Job) -> tuple[Any, Batch]:
 def own_stage(job: Job, number: int) -> tuple[nn.Module, Batch]:
     """The module of one stage, 1 for the first, and the batch; the other stages are not kept if they need not be."""
     training, batch = _on_device(job)
-    module = segments(find_network(training), job.cuts[dist.get_world_size()])[number - 1].to(job.device)
+    module = segments(network_of(training, job.work), job.cuts[dist.get_world_size()])[number - 1].to(job.device)
     del training
     # LightningModules are parts of cycles.
     gc.collect()
@@ -241,7 +240,7 @@ def flushing(schedule_class: Any, chunks: int = 1) -> Run:
         rank, size = dist.get_rank(), dist.get_world_size()
         total = chunks * size
         piece = job.work.batch()[0][: len(inputs) // job.microbatches]
-        parts = positional_segments(find_network(training), job.cuts[total], piece, schedule_class in _SPLIT)
+        parts = positional_segments(network_of(training, job.work), job.cuts[total], piece, schedule_class in _SPLIT)
         v_shaped = schedule_class is ScheduleZBVZeroBubble
         mine = [rank, total - 1 - rank] if v_shaped else [rank + size * chunk for chunk in range(chunks)]
         own = nn.ModuleList(parts[number].to(job.device) for number in mine)

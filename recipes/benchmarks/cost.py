@@ -25,11 +25,10 @@ from torch.nn.functional import cross_entropy
 
 from lightning_ddg.core.schedule import delay, stage_of_rank
 from lightning_ddg.network.cut import CostModel
-from lightning_ddg.network.find import find_network
 from lightning_ddg.network.profile import measure_profile
 from recipes.benchmarks.contenders import KINDS, Job, Laps, own_stage, run
 from recipes.benchmarks.workers import Crew, WorkerError
-from recipes.benchmarks.works import Batch, Work, make, random_values, segments, sgd
+from recipes.benchmarks.works import Batch, Work, make, network_of, random_values, segments, sgd
 
 TENSORS = (2, 16, 64, 256, 1024)
 MESSAGE_BYTES = (1 << 12, 1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 24)
@@ -179,7 +178,7 @@ def fullest(job: Job) -> dict[str, float]:
     size = dist.get_world_size()
     number = stage_of_rank(dist.get_rank(), size)
     training, (inputs, _) = make(job.work)
-    network = find_network(training)
+    network = network_of(training, job.work)
     profile = measure_profile(network.chain, (inputs,), {}, repeats=1)
     names = list(network.chain.names)
     starts = [names.index(name) for name in job.cuts[size]]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from lightning_ddg.core.pytree import flatten, tensors_of, unflatten
+from lightning_ddg.core.rng import untouched
 from lightning_ddg.network.balance import cut_at, forbidden_cuts
 from lightning_ddg.network.cut import CostModel
 from lightning_ddg.network.find import Network, find_network
@@ -130,6 +131,13 @@ def positional_segments(network: Network, points: Sequence[str], piece: Tensor, 
     return parts
 
 
+def network_of(training: LightningModule, work: Work) -> Network:
+    """Find the network of a work, by a call with a batch of it."""
+    with untouched(torch.device("cpu")):
+        inputs, _ = work.batch()
+    return find_network(training, example=lambda target, name: ((inputs,), {}))
+
+
 def measure_cuts(work: Work, counts: Sequence[int], repeats: int) -> dict[str, Any]:
     """Cuts a work as the package does: into the stages whose slowest, its messages included, is fastest.
 
@@ -144,7 +152,7 @@ def measure_cuts(work: Work, counts: Sequence[int], repeats: int) -> dict[str, A
     """
     torch.set_num_threads(1)
     training, (inputs, _) = make(work)
-    network = find_network(training)
+    network = network_of(training, work)
     chain = network.chain
     profile = measure_profile(chain, (inputs,), {}, repeats=repeats)
     model = CostModel(profile, seconds_per_byte=SECONDS_PER_BYTE)

@@ -6,6 +6,7 @@ import copy
 import random
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,10 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins.precision import Precision
 from torch import Tensor, nn
 
+from lightning_ddg.core.pytree import map_tensors
 from lightning_ddg.network.find import find_network
 from lightning_ddg.network.profile import NotTheSame
-from lightning_ddg.plugin.measure import copies_kept, measured_costs
+from lightning_ddg.plugin.measure import call_of_network, copies_kept, measured_costs
 from tests.networks import Classifier, loader, state_of
 
 CPU = torch.device("cpu")
@@ -30,7 +32,10 @@ def first(loader: Any) -> Any:
 def measure(
     module: LightningModule, batch: Any, balance: str = "time", device: torch.device = CPU
 ) -> list[float] | None:
-    costs = measured_costs(module, find_network(module), batch, balance, Precision(), device)
+    def example(target: nn.Module, name: str) -> Any:
+        return call_of_network(module, target, name, map_tensors(torch.clone, batch), nullcontext)
+
+    costs = measured_costs(module, find_network(module, example=example), batch, balance, Precision(), device)
     if costs.unit == "parameters":
         return None
     assert costs.unit == {"time": "measured time", "flops": "FLOPs"}[balance]

@@ -209,16 +209,6 @@ def test_memory_that_is_too_small() -> None:
     assert "as the whole module fits neither cpu nor the host's memory" in said
 
 
-def test_the_copys_step_waits_for_no_other_process() -> None:
-    before = torch.distributed.all_reduce
-    with mock.patch.object(torch.distributed, "is_initialized", return_value=True), backprop._alone():
-        with pytest.raises(RuntimeError, match="torch.distributed.all_reduce would wait for processes"):
-            torch.distributed.all_reduce(torch.ones(1))
-        with pytest.raises(RuntimeError, match="torch.distributed.barrier would wait for processes"):
-            torch.distributed.barrier()
-    assert torch.distributed.all_reduce is before
-
-
 def test_compiled_draws_are_others() -> None:
     class Compiled:
         compile_options: dict[str, Any] = {}
