@@ -57,6 +57,10 @@ class Layers(Protocol):
         """Run the network uncut, with the random draws of the stages that it is cut into."""
         ...
 
+    def release(self) -> None:
+        """Leave the network's modules as they were before :meth:`at_once`: no backward of it will follow."""
+        ...
+
     def watched(self, begins: Callable[[int, Call], None], *args: Any, **kwargs: Any) -> Any:
         """Run the network uncut; call ``begins`` with a layer's position and arguments when one begins.
 
@@ -127,6 +131,9 @@ class Chain:
     ) -> Any:
         """Run the stages in turn; see :meth:`Layers.at_once`."""
         return run_in_turn(segments, batch, args, kwargs)
+
+    def release(self) -> None:
+        """Do nothing: the modules are as they were."""
 
     def watched(self, begins: Callable[[int, Call], None], *args: Any, **kwargs: Any) -> Any:
         """Run the layers in turn; see :meth:`Layers.watched`."""

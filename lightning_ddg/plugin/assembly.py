@@ -300,6 +300,7 @@ def make_execution(site: Site, cut: Cut, segments: Sequence[nn.Module], ownershi
     if not rule.stash:
         return Staged(segments, rule, recompute, site.ranks.observers)
     whole = partial(cut.chain.at_once, segments)
+    site.undo.callback(cut.chain.release)
     return DelayLine(segments, ownership.parameters_outside, rule, site.ranks.observers, whole)
 
 

@@ -115,7 +115,7 @@ class ReplayedChain:
         return output
 
     def release(self) -> None:
-        """Leave the calls of modules as they are: no backward will follow."""
+        """Leave the calls of modules as they were; see :meth:`Layers.release`."""
         self._again.close()
 
     def _draw_again(self, module: nn.Module, draws: Generators, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from lightning_ddg.core.pytree import flatten, tensors_of
+from lightning_ddg.core.pytree import flatten
 from lightning_ddg.core.tensors import TensorSpec
 
 #: The numbers of the modules called, outermost first, each with how often it was called there before.
@@ -59,11 +59,6 @@ def arguments_of(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, Mapping):
         for item in value.values():
             yield from arguments_of(item)
-
-
-def outputs_of(value: Any) -> list[Tensor]:
-    """Return the tensors in a call's output, whatever holds them."""
-    return tensors_of(value)
 
 
 def form_of(output: Any) -> tuple[bytes | None, list[Tensor]]:

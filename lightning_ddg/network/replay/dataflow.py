@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_ddg.core.pytree import flatten, unflatten
+from lightning_ddg.core.pytree import flatten, tensors_of, unflatten
 from lightning_ddg.core.tensors import Slot, parameters_replaced
 from lightning_ddg.network.layers import Call
-from lightning_ddg.network.replay.crossing import ARGUMENT, OUTPUT, RESULT, Path, Sight, arguments_of, outputs_of
+from lightning_ddg.network.replay.crossing import ARGUMENT, OUTPUT, RESULT, Path, Sight, arguments_of
 from lightning_ddg.network.replay.frames import in_checkpoint
 from lightning_ddg.network.replay.layers import Place, Tree
 from lightning_ddg.network.replay.module_calls import calls_left, calls_taken, configs_of, plain_calls
@@ -335,7 +335,7 @@ class _Watch:
     def _end(self, outer: Path, module: nn.Module, output: Any) -> Any:
         self.now += 1
         try:
-            self._see(outputs_of(output), OUTPUT)
+            self._see(tensors_of(output), OUTPUT)
         except Exception:  # noqa: BLE001 - whatever pickling says
             self.unpicklable.add(module)
         self._path = outer
@@ -399,6 +399,6 @@ def _library_state() -> Any:
 
 def _leaves(output: Any) -> Iterable[Tensor]:
     try:
-        return outputs_of(output)
+        return tensors_of(output)
     except Exception:  # noqa: BLE001 - whatever pickling says
         return arguments_of(output)
