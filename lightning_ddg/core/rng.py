@@ -106,10 +106,16 @@ class Streams:
 
     Args:
         batch: Says how each stage's begins.
+        watched: Whether it shall be known if anything is drawn.
+
+    Attributes:
+        drew: Whether anything was drawn from a stream that was left.
     """
 
-    def __init__(self, batch: Batch) -> None:
-        self._batch = batch
+    def __init__(self, batch: Batch, watched: bool = False) -> None:
+        self._batch, self._watched = batch, watched
+        self._entered: Generators | None = None
+        self.drew = False
         self._left: dict[int, Generators] = {}
         self._stage: int | None = None
 
@@ -117,14 +123,21 @@ class Streams:
         """Draw a stage's numbers from here on; return whether another's were drawn before."""
         if stage == self._stage or self._batch.seed is None:
             return False
-        if self._stage is not None:
-            self._left[self._stage] = Generators(self._batch.device)
+        self.leave()
         if stage in self._left:
             self._left[stage].restore()
         else:
             self._batch.begin_draws(stage)
+        self._entered = Generators(self._batch.device) if self._watched else None
         self._stage = stage
         return True
+
+    def leave(self) -> None:
+        """Draw no stage's numbers from here on."""
+        if self._stage is not None:
+            self._left[self._stage] = Generators(self._batch.device)
+            self.drew |= self._entered is not None and not self._entered.unchanged()
+            self._stage = None
 
 
 def _same(one: Any, other: Any) -> bool:

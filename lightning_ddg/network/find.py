@@ -73,7 +73,7 @@ def find_network(
     for name, module in root.named_modules(remove_duplicate=False):
         names.setdefault(id(module), []).append(name)
     if layers is None:
-        target = _called_network(root, requirer, example)
+        target = called_network(root, requirer, example)
         target_name = names[id(target)][0]
         return Network(_layers_of(root, target, target_name, example, points), target, target_name)
     items = list(_items(_entries(layers, names), names))
@@ -151,7 +151,7 @@ def _leaves(path: str, module: nn.Module, *, outermost: bool = False) -> Iterato
         yield path, module
 
 
-def _called_network(root: nn.Module, requirer: str, example: Example | None) -> nn.Module:
+def called_network(root: nn.Module, requirer: str, example: Example | None) -> nn.Module:
     """Return the module whose call is the call of the network."""
 
     def call_of(module: nn.Module, name: str) -> Call | None:

@@ -8,25 +8,24 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from lightning_ddg.comm.ranks import Ranks
 from lightning_ddg.core.delay_line import DelayLine
 from lightning_ddg.core.execution import Execution, Observers
 from lightning_ddg.core.pipeline import Pipeline
-from lightning_ddg.core.pytree import map_tensors
 from lightning_ddg.core.schedule import delay
 from lightning_ddg.core.stage import Stage
 from lightning_ddg.core.staged import Staged
 from lightning_ddg.network.cut import Costs, Cut, decide_cut
-from lightning_ddg.network.find import Network, find_network
+from lightning_ddg.network.find import Network
 from lightning_ddg.planning.report import print_cut
 from lightning_ddg.planning.simulate import SECONDS_PER_BYTE
 from lightning_ddg.plugin import compat
@@ -36,14 +35,17 @@ from lightning_ddg.plugin.compiling import compile_stage
 from lightning_ddg.plugin.data import share_generators
 from lightning_ddg.plugin.drain import Drain
 from lightning_ddg.plugin.evaluation import Evaluation
+from lightning_ddg.plugin.finding import find
 from lightning_ddg.plugin.first_batch import FirstBatch
 from lightning_ddg.plugin.hooks import FitHooks
-from lightning_ddg.plugin.measure import call_in_step, copies_kept, first_call, measured_costs
+from lightning_ddg.plugin.measure import copies_kept, first_call, measured_costs
 from lightning_ddg.plugin.options import Options
 from lightning_ddg.plugin.ownership import OptimizerGroups, Ownership
 from lightning_ddg.plugin.patches import patch_fit, patch_run, watch_steps
 from lightning_ddg.plugin.placeholder import Placeholder, end_step, or_end_step, zeros_like_output
+from lightning_ddg.plugin.program import Program, ProgramRunner
 from lightning_ddg.plugin.redirection import Redirection
+from lightning_ddg.plugin.relay import Relay
 from lightning_ddg.plugin.sameness import check_same_on_all_ranks, facts_of_optimizers, facts_of_run
 from lightning_ddg.plugin.sharing import Sharing
 from lightning_ddg.plugin.site import Site
@@ -155,15 +157,15 @@ def build(
     if site.fits:
         check_same_on_all_ranks(site.ranks.exchange(facts_of_optimizers(site.trainer, site.module, optimizers)))
     first_batch = FirstBatch(site)
-    network = find(site, first_batch, step)
-    cut = divide(site, network, optimizers, first_batch)
+    network, program = find(site, first_batch, step)
+    cut = divide(site, network, program, optimizers, first_batch)
     move_all_but(foreign_layers(cut, site.ranks.stage), site.module, site.device)
     segments = segments_in_place(site, cut)
     ownership = ownership_of(site, cut, segments)
     groups = [] if site.one_process else [OptimizerGroups(one, ownership) for one in optimizers]
     execution = make_execution(site, cut, segments, ownership)
     redirection = Redirection(
-        network.target,
+        network.target if program is None else None,
         ownership.foreign_layers,
         lambda: not site.weights.readable,
         partial(compat.current_hook, site.module),
@@ -171,9 +173,10 @@ def build(
     site.undo.callback(redirection.remove)
     proof = Proof(site, cut, ownership, redirection) if site.fits and site.options.verify else None
     execution = execution if proof is None else proof.witness(execution)
-    runner = make_step(site, network, cut, ownership, execution, redirection, proof)
+    runner = make_step(site, network, program, cut, ownership, execution, redirection, proof)
     sharing = Sharing(site, ownership)
-    evaluation = Evaluation(site, execution, redirection, ownership)
+    relay = None if program is None else Relay(site, ownership.owners)
+    evaluation = Evaluation(site, execution, redirection, ownership, relay)
     agreements = Agreements(site.trainer, site.ranks, site.num_stages)
     drain = make_drain(site, execution, optimizers)
     copies = StaleCopies(network.target, ownership)
@@ -190,35 +193,9 @@ def build(
     return Run(site, cut, ownership, groups, execution, runner, evaluation, sharing, drain, agreements, hooks, proof)
 
 
-def find(site: Site, first_batch: FirstBatch, step: Callable[[], object] | None) -> Network:
-    """Find the network in the module; every rank must find the same layers."""
-    configure = getattr(site.module, "configure_stages", None)
-    layers = configure() if callable(configure) else None
-    points = site.options.split_points or site.recorded_cut or ()
-    requirer = type(site.trainer.strategy).__name__
-    example = partial(_example, site, first_batch) if step is None else partial(_evaluated, site, step)
-    with site.precision.train_step_context():
-        return find_network(site.module, layers, requirer=requirer, example=example, points=points)
-
-
-def _example(site: Site, first_batch: FirstBatch, target: nn.Module, name: str) -> Any:
-    """How the training step calls the network, on the CPU."""
-    call = None
-    for batch in first_batch.read():
-        # Where the step fails, training will say so.
-        with suppress(Exception), site.first_draws():
-            call = first_call(site.module, target, name, batch, site.precision, torch.device("cpu"))
-            call = map_tensors(Tensor.detach, call)
-    return site.ranks.broadcast(call, site.ranks.reading_rank)
-
-
-def _evaluated(site: Site, step: Callable[[], object], target: nn.Module, name: str) -> Any:
-    """How an evaluation step calls the network, on the CPU; every rank runs it."""
-    with suppress(Exception), site.first_draws():
-        return map_tensors(Tensor.detach, call_in_step(site.module, target, name, step))
-
-
-def divide(site: Site, network: Network, optimizers: Sequence[Optimizer], first_batch: FirstBatch) -> Cut:
+def divide(
+    site: Site, network: Network, program: Program | None, optimizers: Sequence[Optimizer], first_batch: FirstBatch
+) -> Cut:
     """Cut the network; rank 0 prints where."""
     options = site.options
     cut = decide_cut(
@@ -226,7 +203,7 @@ def divide(site: Site, network: Network, optimizers: Sequence[Optimizer], first_
         site.num_stages,
         options.split_points,
         site.recorded_cut,
-        partial(_measure, site, network, optimizers, first_batch),
+        partial(_measure, site, network, program, optimizers, first_batch),
         options.max_memory if site.fits else None,
     )
     if site.fits and site.trainer.is_global_zero and not site.trainer.barebones:
@@ -235,14 +212,17 @@ def divide(site: Site, network: Network, optimizers: Sequence[Optimizer], first_
     return cut
 
 
-def _measure(site: Site, network: Network, optimizers: Sequence[Optimizer], first_batch: FirstBatch) -> Costs:
+def _measure(
+    site: Site, network: Network, program: Program | None, optimizers: Sequence[Optimizer], first_batch: FirstBatch
+) -> Costs:
     """What to even out, the same on every rank."""
     costs = Costs.by_parameters(network.chain)
     if site.options.balance == "parameters" or not site.fits:
         return costs
     for batch in first_batch.read():
         with site.first_draws():
-            costs = measured_costs(site.module, network, batch, site.options.balance, site.precision, site.device)
+            call = partial(_call_of, site, network, program, batch)
+            costs = measured_costs(site.module, network, call, site.options.balance, site.precision, site.device)
     costs = site.ranks.broadcast(costs, site.ranks.reading_rank)
     if costs.model is None:
         return costs
@@ -254,6 +234,15 @@ def _measure(site: Site, network: Network, optimizers: Sequence[Optimizer], firs
         seconds_per_byte=site.ranks.seconds_per_byte(SECONDS_PER_BYTE),
     )
     return replace(costs, model=model)
+
+
+def _call_of(
+    site: Site, network: Network, program: Program | None, batch: Any, device: torch.device
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """How stage 1 is called for a batch, on a device."""
+    if program is None:
+        return first_call(site.module, network.target, network.target_name, batch, site.precision, device)
+    return program.first_call(batch, site.precision, device), {}
 
 
 def foreign_layers(cut: Cut, stage: int | None) -> list[nn.Module]:
@@ -307,6 +296,7 @@ def make_execution(site: Site, cut: Cut, segments: Sequence[nn.Module], ownershi
 def make_step(
     site: Site,
     network: Network,
+    program: Program | None,
     cut: Cut,
     ownership: Ownership,
     execution: Execution,
@@ -319,14 +309,15 @@ def make_step(
     first_forward: Callable[[], None] = _nothing
     if stage is not None and not site.has_loss:
         first_forward = partial(warn_of_kept_tensors, ownership.segments[stage - 1], stage)
-        if not module.automatic_optimization or compat.uses_step_outputs(module):
+        if program is None and (not module.automatic_optimization or compat.uses_step_outputs(module)):
             placeholder = zeros_like_output(cut.chain.segment(cut.bounds[stage], len(cut.chain)))
             if module.automatic_optimization:
                 placeholder = or_end_step(placeholder)
     # A delay line has all gradients of a batch at once, also those that a loss takes past the network.
     at_once = stage is None and site.options.staleness.stash
     first_backward = _nothing if at_once else ownership.check_foreign_grads
-    return StepRunner(site, network, execution, redirection, placeholder, first_forward, first_backward, proof)
+    parts = (site, network, execution, redirection, placeholder, first_forward, first_backward, proof)
+    return StepRunner(*parts) if program is None else ProgramRunner(program, *parts)
 
 
 def make_drain(site: Site, execution: Execution, optimizers: Sequence[Optimizer]) -> Drain:

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from lightning_ddg.core.pytree import map_tensors
 from lightning_ddg.core.rng import Batch, Generators, untouched
 from lightning_ddg.network.cut import Cut
+from lightning_ddg.network.replay.chain import ReplayedChain, stages_called
+from lightning_ddg.network.replay.turns import Turns
 from lightning_ddg.network.restore import trial
 from lightning_ddg.plugin.collectives import collectives_refused
 from lightning_ddg.plugin.host import LightningModule
@@ -115,8 +117,9 @@ def _run(
         named[name].detach().copy_(weights[name])
     if here != site.device:
         args, kwargs = map_tensors(lambda tensor: tensor.to(here), (args, kwargs))
-    draws = _Draws(cut, copies, batch)
-    draws.watch(copies[id(redirection.target)])
+    draws = _Turns(cut, copies, batch) if isinstance(cut.chain, ReplayedChain) else _Draws(cut, copies, batch)
+    whole_step = redirection.target is None
+    draws.watch(replica if whole_step else copies[id(redirection.target)], "training_step" if whole_step else "forward")
     with site.precision.train_step_context(), batch.draws(0), torch.enable_grad():
         before = Generators(here)
         loss, ran = _loss_of(replica, args, kwargs)
@@ -147,8 +150,34 @@ def _loss_of(replica: LightningModule, args: Sequence[Any], kwargs: dict[str, An
     return loss, False
 
 
+class _Turns:
+    """Lets an uncut network, or step, draw as the stages do that run its code.
+
+    Attributes:
+        drew: Whether anything has been drawn.
+    """
+
+    def __init__(self, cut: Cut, copies: dict[int, Any], batch: Batch) -> None:
+        self.drew = False
+        self._batch, self._turns = batch, Turns()
+        self._called = {copies[id(part)]: stage for part, stage in stages_called(cut.segments()).items()}
+
+    def watch(self, target: nn.Module, name: str) -> None:
+        """Take part in the calls of a method."""
+        original = getattr(target, name)
+
+        @functools.wraps(original)
+        def method(*args: Any, **kwargs: Any) -> Any:
+            with self._turns.taken(self._called, self._batch, watched=True) as streams:
+                output = original(*args, **kwargs)
+            self.drew |= streams.drew
+            return output
+
+        vars(target)[name] = method
+
+
 class _Draws:
-    """Lets an uncut network draw as its stages do: the generators are seeded where each begins.
+    """Lets layers that are called in turn draw as their stages do: the generators are seeded where each begins.
 
     Attributes:
         drew: Whether anything has been drawn.
@@ -167,9 +196,9 @@ class _Draws:
             before = sum(module is first for module in cut.chain.modules(0, start))
             self._begins.setdefault(copies[id(first)], {})[before] = stage
 
-    def watch(self, target: nn.Module) -> None:
-        """Take part in the calls of a network."""
-        original = target.forward
+    def watch(self, target: nn.Module, name: str) -> None:
+        """Take part in the calls of a method."""
+        original = getattr(target, name)
 
         @functools.wraps(original)
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -182,7 +211,7 @@ class _Draws:
                     self._look()
                     self._inside = False
 
-        vars(target)["forward"] = forward
+        vars(target)[name] = forward
         for module in self._begins:
             module.register_forward_pre_hook(self._called, prepend=True)
 

@@ -118,6 +118,15 @@ def mute_training_logs(trainer: Trainer, module: LightningModule) -> Undo:
     return replaced(module, "log", log_unless_training)
 
 
+def forget_in_metrics(module: LightningModule, unknown: Callable[[Any], bool]) -> None:
+    """Reset the metrics that have kept values of which a process does not know what they are."""
+    for metric in module.modules():
+        if isinstance(metric, Metric):
+            states = [getattr(metric, name) for name in metric._defaults]
+            if any(unknown(item) for state in states for item in (state if isinstance(state, list) else [state])):
+                metric.reset()
+
+
 def uses_step_outputs(module: LightningModule) -> bool:
     """Return whether hooks may use what a training step has returned or collected, so that every rank must have it.
 

@@ -13,6 +13,7 @@ from lightning_ddg.core.execution import Execution
 from lightning_ddg.plugin.data import share_generators
 from lightning_ddg.plugin.ownership import Ownership
 from lightning_ddg.plugin.redirection import Redirection
+from lightning_ddg.plugin.relay import Relay
 from lightning_ddg.plugin.site import Site
 
 
@@ -31,8 +32,10 @@ class Evaluation:
     their average, in between.
     """
 
-    def __init__(self, site: Site, execution: Execution, redirection: Redirection, ownership: Ownership) -> None:
-        self._site, self._execution = site, execution
+    def __init__(
+        self, site: Site, execution: Execution, redirection: Redirection, ownership: Ownership, relay: Relay | None
+    ) -> None:
+        self._site, self._execution, self._relay = site, execution, relay
         self._redirection, self._ownership = redirection, ownership
         self._outside = Outside.SHARED
 
@@ -41,6 +44,9 @@ class Evaluation:
         names = self._ownership.names_outside(wanted) if self._site.ranks.others else []
         if names:
             self._site.ranks.share(self._site.module, names, [0])
+        if self._relay is not None and self._site.ranks.others:
+            names = self._ownership.own_names_between
+            self._site.ranks.share(self._site.module, names, range(self._site.ranks.size))
 
     def begin(self) -> None:
         """Called when a validation starts; every rank must."""
@@ -60,7 +66,12 @@ class Evaluation:
         if self._outside is Outside.TRAINED:
             self.share_outside(_trained_or_buffer)
             self._outside = Outside.SHARED
-        with self._site.evaluated_batch().draws(0), self._redirection.handled_by(self._answer):
+        batch = self._site.evaluated_batch()
+        if self._relay is not None:
+            with self._redirection.running(), self._relay.step(batch):
+                yield
+            return
+        with batch.draws(0), self._redirection.handled_by(self._answer):
             yield
 
     def _answer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from lightning_ddg.core.pytree import map_tensors
 from lightning_ddg.network.cut import CostModel, Costs
 from lightning_ddg.network.find import Network, find_network
+from lightning_ddg.network.layers import Call
 from lightning_ddg.network.profile import NotTheSame, check_same, flop_costs, measure_profile
 from lightning_ddg.network.restore import in_mode, trainability_kept, untouched
 from lightning_ddg.planning.plan import NUM_STAGES, Plan, make_plan
@@ -28,7 +29,12 @@ from lightning_ddg.plugin.step import no_call_of
 
 
 def measured_costs(
-    module: LightningModule, network: Network, batch: Any, balance: str, precision: Precision, device: torch.device
+    module: LightningModule,
+    network: Network,
+    call: Callable[[torch.device], Call],
+    balance: str,
+    precision: Precision,
+    device: torch.device,
 ) -> Costs:
     """Return what each layer costs for the first batch, by ``balance``; leave the module as it was.
 
@@ -38,7 +44,7 @@ def measured_costs(
     Args:
         module: The LightningModule.
         network: Its network.
-        batch: The first training batch; the step may change it in place.
+        call: Returns the arguments of the network's call for the first batch, on a device.
         balance: ``"time"`` or ``"flops"``.
         precision: Whose context the forward runs in.
         device: Where to measure.
@@ -46,10 +52,11 @@ def measured_costs(
     Raises:
         NotTheSame: The layers one after the other compute something else than the network.
     """
+    unmute = compat.mute_logging(module)
     try:
-        with trainability_kept(module):
+        with trainability_kept(module), untouched(module.modules()):
             module.to(device)
-            args, kwargs = first_call(module, network.target, network.target_name, batch, precision, device)
+            args, kwargs = call(device)
             check_same(network.chain, args, kwargs, precision.train_step_context)
             if balance == "flops":
                 return Costs(flop_costs(network.chain, args, kwargs), "FLOPs")
@@ -67,6 +74,7 @@ def measured_costs(
         )
         return Costs.by_parameters(network.chain)
     finally:
+        unmute()
         if device.type != "cpu":
             module.to("cpu")
         if device.type == "cuda":
@@ -109,12 +117,17 @@ def first_call(
         NotCalled: The step does not call the network.
     """
 
+    batch = transferred(module, batch, precision, device)
+    return call_of_network(module, target, target_name, batch, precision.train_step_context)
+
+
+def transferred(module: LightningModule, batch: Any, precision: Precision, device: torch.device) -> Any:
+    """Return a batch as the training step gets it."""
     unmute = compat.mute_logging(module)
     try:
-        batch = compat.transfer_batch(module, precision.convert_input(batch), device)
+        return compat.transfer_batch(module, precision.convert_input(batch), device)
     finally:
         unmute()
-    return call_of_network(module, target, target_name, batch, precision.train_step_context)
 
 
 def call_of_network(

@@ -137,6 +137,23 @@ class Options:
                 " '32-true'."
             )
 
+    def check_kept(self, *, one_process: bool) -> None:
+        """Refuse what runs a step more than once a batch, where the step leaves something for its next run.
+
+        Raises:
+            ValueError: Naming the option.
+        """
+        if one_process and not self.staleness.stash:
+            option = "stash=False in one process"
+        elif self.recompute and not one_process:
+            option = "recompute=True"
+        else:
+            return
+        raise ValueError(
+            f"{option} runs the training step more than once a batch, but the step leaves something in attributes for"
+            " the next batch, such as a hidden state. Keep that inside the network, or leave the option out."
+        )
+
     def check_recurrent(self, segments: Iterable[nn.Module], device: torch.device) -> None:
         """Refuse today's weights in a backward of layers that keep their weights in a form of their own.
 

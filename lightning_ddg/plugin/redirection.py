@@ -37,7 +37,7 @@ class Redirection:
     """Redirects the network's call.
 
     Args:
-        target: The module whose call is the call of the network.
+        target: The module whose call is the call of the network; ``None`` where the step is more than that.
         foreign: Layers whose weights live on another rank, with the number of their stage.
         outdated: Says whether this process's copies of these weights are not the current ones.
         where: Names what the user's code does at the moment, for messages; empty if that is not known.
@@ -45,18 +45,19 @@ class Redirection:
 
     def __init__(
         self,
-        target: nn.Module,
+        target: nn.Module | None,
         foreign: Mapping[nn.Module, int] | None = None,
         outdated: Callable[[], bool] = lambda: False,
         where: Callable[[], str] = lambda: "",
     ) -> None:
         self.target = target
-        self._original = target.forward
         self._outdated, self._where = outdated, where
         self._handler: Handler | None = None
         self._running = False
         self._undo = ExitStack()
-        self._undo.callback(replaced(target, "forward", stand_in(target, "forward", self._forward)))
+        if target is not None:
+            self._original = target.forward
+            self._undo.callback(replaced(target, "forward", stand_in(target, "forward", self._forward)))
         for layer, stage in (foreign or {}).items():
             self._guard(layer, stage)
 
@@ -69,6 +70,15 @@ class Redirection:
         finally:
             self._handler = None
 
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Let what runs inside copy layers without their values."""
+        self._running = True
+        try:
+            yield
+        finally:
+            self._running = False
+
     def remove(self) -> None:
         """Give the network its own ``forward`` back."""
         self._undo.close()
@@ -76,11 +86,8 @@ class Redirection:
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         if self._handler is None or self._running:
             return self._original(*args, **kwargs)
-        self._running = True
-        try:
+        with self.running():
             return self._handler(args, kwargs)
-        finally:
-            self._running = False
 
     def _guard(self, layer: nn.Module, stage: int) -> None:
         name, forward = type(layer).__name__, layer.forward

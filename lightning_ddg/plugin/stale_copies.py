@@ -40,17 +40,20 @@ class StaleCopies:
     """The copies of layers that other processes train, on the rank whose training step may use them.
 
     Args:
-        target: The network inside the LightningModule.
+        target: The network inside the LightningModule, or that itself.
         ownership: Whose tensor is whose.
     """
 
     def __init__(self, target: nn.Module, ownership: Ownership) -> None:
-        inside = {parameter: f".{name}" for name, parameter in target.named_parameters()}
         named = list(ownership.root.named_parameters())
+        inside = {parameter: f".{name}" for name, parameter in target.named_parameters()}
+        if target is ownership.root:
+            # What has a name of its own before the same name may be a copy.
+            inside = {parameter: f".{name.partition('.')[2]}" for name, parameter in named if parameter.requires_grad}
         self._watched = [
             (copy, copy_name, name, ownership.stage_of(original))
             for copy_name, copy in named
-            if ownership.stage == ownership.last and copy not in inside
+            if ownership.stage in (None, ownership.stage_of(copy)) and copy not in inside
             for name, original in named
             if original in inside and ownership.stage_of(original) != ownership.stage
             if copy_name.endswith(inside[original]) and copy.shape == original.shape

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_ddg.network.replay.analysis import analyse
 from lightning_ddg.network.replay.chain import ReplayedChain
+from lightning_ddg.network.replay.code import forward_of
 from tests.network.uncut import Call, assert_same, assert_same_step, cuts_of, made, run_parts
 
 pytestmark = pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
@@ -607,7 +608,7 @@ class Around(Net):
 @pytest.mark.parametrize(("how", "name"), [("in place", "scale"), ("anew", "scale"), ("counts", "count")])
 def test_code_that_changes_what_it_keeps_is_not_cut(how: str, name: str) -> None:
     network = made(lambda: Updates(how))
-    found = analyse(network, network.forward, batch(3))
+    found = analyse(network, forward_of(network), batch(3))
     assert set(found.forbidden.values()) == {f"its own code changes {name!r}, in each stage again"}
     assert set(found.forbidden) == {1, 2, 3}
     # A block that does so is a layer.
@@ -631,7 +632,7 @@ class LayerDrop(PlainList):
 
 def test_layers_dropped_by_random_numbers_of_python_are_not_cut() -> None:
     network = made(LayerDrop)
-    found = analyse(network, network.forward, batch(3))
+    found = analyse(network, forward_of(network), batch(3))
     assert len(found.layers) > 1
     assert set(found.forbidden) == set(range(1, len(found.layers)))
     assert all("draws random numbers from Python or NumPy before" in reason for reason in found.forbidden.values())

@@ -19,6 +19,7 @@ from lightning_ddg.network.balance import cut_at, forbidden_cuts
 from lightning_ddg.network.profile import flop_costs
 from lightning_ddg.network.replay.analysis import analyse
 from lightning_ddg.network.replay.chain import ReplayedChain
+from lightning_ddg.network.replay.code import forward_of
 from lightning_ddg.plugin.placeholder import zeros_like_output
 from tests.network.test_replay_families import BEFORE_5_23, FAMILIES, Handmade, batch_of_ids, gpt2, language
 from tests.network.uncut import Call, assert_same, assert_same_step, cuts_of, doubled, grads_of, made, run_parts
@@ -346,7 +347,7 @@ def test_what_cannot_be_cut_off_is_found_and_named(mode: str) -> None:
     x = torch.randn(2, 4, dtype=torch.float64)
     chain = ReplayedChain(network, "", ((x,), {}))
     names, reason = REASONS[mode]
-    found = analyse(network, network.forward, ((x,), {}))
+    found = analyse(network, forward_of(network), ((x,), {}))
     assert {found.layers[position][1] for position in found.forbidden} == names
     assert names.isdisjoint(chain.names)
     assert set(found.forbidden.values()) == {reason}
@@ -383,7 +384,7 @@ def test_an_output_of_a_layer_may_skip_over_stages() -> None:
     network.mode = "output"
     x = torch.randn(2, 4, dtype=torch.float64)
     chain = ReplayedChain(network, "", ((x,), {}))
-    assert not analyse(network, network.forward, ((x,), {})).forbidden
+    assert not analyse(network, forward_of(network), ((x,), {})).forbidden
     assert_same_step(chain, [1, 2, 3, 4], ((x,), {}), network, copy.deepcopy(network))
     assert_same_step(chain, [2, 3], ((x,), {}), network, copy.deepcopy(network))
     # Where it is an argument, it crosses once.

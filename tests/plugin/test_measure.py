@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lightning_ddg.core.pytree import map_tensors
 from lightning_ddg.network.find import find_network
 from lightning_ddg.network.profile import NotTheSame
-from lightning_ddg.plugin.measure import call_of_network, copies_kept, measured_costs
+from lightning_ddg.plugin.measure import call_of_network, copies_kept, first_call, measured_costs
 from tests.networks import Classifier, loader, state_of
 
 CPU = torch.device("cpu")
@@ -35,7 +35,12 @@ def measure(
     def example(target: nn.Module, name: str) -> Any:
         return call_of_network(module, target, name, map_tensors(torch.clone, batch), nullcontext)
 
-    costs = measured_costs(module, find_network(module, example=example), batch, balance, Precision(), device)
+    network = find_network(module, example=example)
+
+    def call(device: torch.device) -> Any:
+        return first_call(module, network.target, network.target_name, batch, Precision(), device)
+
+    costs = measured_costs(module, network, call, balance, Precision(), device)
     if costs.unit == "parameters":
         return None
     assert costs.unit == {"time": "measured time", "flops": "FLOPs"}[balance]

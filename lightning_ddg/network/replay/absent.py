@@ -37,12 +37,18 @@ class StageOver(BaseException):
 class Absent:
     """Makes tensors without values, and refuses what would need these; the ledger of them.
 
-    The network goes by the name of its class, the stage by that of its first layer.
+    Args:
+        code: What runs, for messages.
+        stage: The name of the stage's first layer.
+
+    Attributes:
+        over: Whether the stage's own calls are all made, so that what needs a value now ends its run.
     """
 
-    def __init__(self, network: str, stage: str) -> None:
-        self._network = network
+    def __init__(self, code: str, stage: str) -> None:
+        self._code = code
         self._stage = stage
+        self.over = False
         self._inside: str | None = None
         self._shapes: dict[Any, Any] = {}
 
@@ -81,7 +87,7 @@ class Absent:
 
     def read(self, tensor: Tracked, operation: str) -> None:
         """See :class:`~lightning_ddg.network.replay.tracked.Ledger`."""
-        if tensor.origin.later:
+        if tensor.origin.later or self.over:
             raise StageOver(self)
         raise self.error(
             f"goes on by the values of {tensor.origin} ({operation}), which is not in the stage of "
@@ -104,7 +110,7 @@ class Absent:
 
     def error(self, what: str) -> RuntimeError:
         """Return the error that the network does something."""
-        return RuntimeError(f"The forward of {self._network} {what}")
+        return RuntimeError(f"{self._code} {what}")
 
     def diverges(self, layer: str) -> RuntimeError:
         """Return the error that the network calls a layer, but did not in the stage before."""

@@ -8,7 +8,7 @@ arguments or in the output of a call before the next stage begins; if it is not,
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from lightning_ddg.network.layers import Call
+from lightning_ddg.network.replay.code import Code
 from lightning_ddg.network.replay.crossing import ARGUMENT, OUTPUT, RESULT, Path, Sight
 from lightning_ddg.network.replay.dataflow import NEVER, DataFlow, LayerCall, Value, observe
 from lightning_ddg.network.replay.layers import Place, Tree, find_tree, inside, loose_parameters
@@ -42,6 +43,7 @@ class Analysis:
     """What is known of a network. Layers are given by their positions.
 
     Attributes:
+        code: What its code is, for messages.
         layers: Its layers with their names, in the order of their first calls.
         blocks: The modules that hold layers, and the positions of the first and the last.
         loose: For each parameter that belongs to no layer, the layer whose stage has it.
@@ -50,8 +52,11 @@ class Analysis:
         open: For each position, the modules whose own code has to be run again after it.
         crossing: For each form of the network's call, in evaluation and in training: what crosses at each position.
         draws: Whether the code between the layers draws random numbers.
+        keeps: Whether the code leaves something in attributes for its next run.
+        runs_on: Whether each stage goes on to the end of the code, without the values of later ones.
     """
 
+    code: str
     layers: list[tuple[nn.Module, str]]
     blocks: dict[nn.Module, tuple[int, int]]
     loose: dict[Place, int]
@@ -60,6 +65,8 @@ class Analysis:
     open: list[frozenset[nn.Module]] = field(default_factory=list)
     crossing: dict[tuple[bytes, bool], list[Crosses]] = field(default_factory=dict)
     draws: bool = True
+    keeps: bool = False
+    runs_on: bool = False
 
     def crosses(self, form: bytes, training: bool, cut: int) -> Crosses:
         """Return what :attr:`crossing` says, or, for a form that was not seen, all that may be of use.
@@ -74,7 +81,7 @@ class Analysis:
         return Crosses(frozenset(sights), aliases=aliases)
 
 
-def without_call(target: nn.Module, points: Collection[nn.Module] = ()) -> Analysis:
+def without_call(target: nn.Module, code: Code, points: Collection[nn.Module] = ()) -> Analysis:
     """Return what can be said without a call: the layers in the order in which the network's modules hold them."""
     tree = find_tree(target, points)
     layers = list(tree.layers.items())
@@ -85,12 +92,12 @@ def without_call(target: nn.Module, points: Collection[nn.Module] = ()) -> Analy
         blocks[block] = (min(held), max(held))
     loose = dict.fromkeys(loose_parameters(target, tree.layers), 0)
     nothing = [frozenset[Any]()] * len(layers)
-    return Analysis(layers, blocks, loose, ([], []), open=nothing)
+    return Analysis(code.label, layers, blocks, loose, ([], []), open=nothing)
 
 
 def analyse(
     target: nn.Module,
-    forward: Callable[..., Any],
+    code: Code,
     call: Call,
     points: Collection[nn.Module] = (),
     whole: frozenset[nn.Module] = frozenset(),
@@ -103,28 +110,28 @@ def analyse(
         RuntimeError: The network's code failed.
     """
     tree = find_tree(target, points, whole)
-    flows = tuple(_observed(target, tree, forward, call, mode) for mode in (True, False))
+    flows = tuple(_observed(target, tree, code, call, mode) for mode in (True, False))
     closed = frozenset[nn.Module]().union(*(_to_be_closed(target, tree, flow) for flow in flows))
     if closed - whole:
-        return analyse(target, forward, call, points, whole | closed)
-    found = _combined(target, tree, *flows)
+        return analyse(target, code, call, points, whole | closed)
+    found = _combined(target, tree, code, *flows)
     stuck = _never_cut_inside(found)
     if stuck - whole:
-        return analyse(target, forward, call, points, whole | stuck)
+        return analyse(target, code, call, points, whole | stuck)
     for position, reason in found.forbidden.items():
         _log.debug("%s: no stage can begin with %r: %s", type(target).__name__, found.layers[position][1], reason)
     return found
 
 
-def _observed(target: nn.Module, tree: Tree, forward: Callable[..., Any], call: Call, training: bool) -> DataFlow:
+def _observed(target: nn.Module, tree: Tree, code: Code, call: Call, training: bool) -> DataFlow:
     try:
-        return observe(target, tree, forward, call, training)
+        return observe(target, tree, code.observed, call, training)
     except Exception:  # noqa: BLE001 - code that does not bear such inputs; they are always sent then
         try:
-            return observe(target, tree, forward, call, training, follow_inputs=False)
+            return observe(target, tree, code.observed, call, training, follow_inputs=False)
         except Exception as error:
             raise RuntimeError(
-                f"The forward of {type(target).__name__} failed when its layers were looked for "
+                f"{code.label} failed when its layers were looked for "
                 f"({type(error).__name__}: {error}). If it runs otherwise, return its layers from `configure_stages()`."
             ) from error
 
@@ -145,7 +152,7 @@ def _to_be_closed(target: nn.Module, tree: Tree, flow: DataFlow) -> Iterator[nn.
             yield modules[path[-1][0]]
 
 
-def _combined(target: nn.Module, tree: Tree, training: DataFlow, evaluation: DataFlow) -> Analysis:
+def _combined(target: nn.Module, tree: Tree, code: Code, training: DataFlow, evaluation: DataFlow) -> Analysis:
     order = list(dict.fromkeys(call.layer for call in training.calls))
     position = {layer: place for place, layer in enumerate(order)}
     loose = _loose(target, position, training, evaluation)
@@ -160,6 +167,7 @@ def _combined(target: nn.Module, tree: Tree, training: DataFlow, evaluation: Dat
     observed = ((training, True), (evaluation, False))
     flows = [_Cuts(flow, position, loose, blocks, modules) for flow, _ in observed]
     found = Analysis(
+        code.label,
         [(layer, tree.layers[layer]) for layer in order],
         blocks,
         loose,
@@ -167,6 +175,8 @@ def _combined(target: nn.Module, tree: Tree, training: DataFlow, evaluation: Dat
         open=[frozenset()],
     )
     crossings = [found.crossing.setdefault((flow.form, mode), [Crosses()]) for flow, mode in observed]
+    found.keeps = code.keeps and (training.rebound or bool(training.changed))
+    found.runs_on = code.runs_on or found.keeps
     found.draws = training.draws_torch or evaluation.draws_torch
     closed = training.unpicklable | evaluation.unpicklable
     changes = next(
@@ -174,6 +184,7 @@ def _combined(target: nn.Module, tree: Tree, training: DataFlow, evaluation: Dat
             f"its own code changes {name!r}, in each stage again"
             for flow in (training, evaluation)
             for _, name in flow.changed
+            if not code.keeps
         ),
         None,
     )

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import copy
+from bisect import bisect_right
 from collections.abc import Callable, Collection, Sequence
-from contextlib import ExitStack
 from functools import partial
 from typing import Any, cast
 
-import torch
 from torch import nn
 
-from lightning_ddg.core.rng import Batch, Generators, Streams, untouched
+from lightning_ddg.core.rng import Batch
 from lightning_ddg.core.tensors import parameters_replaced
 from lightning_ddg.network.layers import Call, check_range, namespace
 from lightning_ddg.network.replay.analysis import analyse, without_call
-from lightning_ddg.network.replay.frames import in_checkpoint
+from lightning_ddg.network.replay.code import Code, forward_of
 from lightning_ddg.network.replay.module_calls import (
-    Handler,
     calls_left,
     calls_taken,
     check_call,
@@ -26,6 +24,7 @@ from lightning_ddg.network.replay.module_calls import (
 )
 from lightning_ddg.network.replay.part import Part
 from lightning_ddg.network.replay.roles import Role
+from lightning_ddg.network.replay.turns import Turns
 
 
 class ReplayedChain:
@@ -42,24 +41,32 @@ class ReplayedChain:
             once in training and once in evaluation, to see in which order the layers are called and between which of
             them a cut is possible; the network is left as it was. Without it, the layers are in the order in which the
             network's modules hold them, and what is impossible is said when it is met.
+        points: Modules that are layers though they have no parameters.
+        code: What is run, if it is not the network's forward.
     """
 
     def __init__(
-        self, target: nn.Module, target_name: str, call: Call | None = None, points: Collection[nn.Module] = ()
+        self,
+        target: nn.Module,
+        target_name: str,
+        call: Call | None = None,
+        points: Collection[nn.Module] = (),
+        code: Code | None = None,
     ) -> None:
         self._target = target
         self._prefix = f"{target_name}." if target_name else ""
-        self._forward = target.forward
+        self._code = code or forward_of(target)
         if call is not None:
             check_call(target, configs_of(target), call[1])
-        self._found = without_call(target, points) if call is None else analyse(target, self._forward, call, points)
+        known = without_call(target, self._code, points) if call is None else None
+        self._found = known or analyse(target, self._code, call or ((), {}), points)
         if not self._found.layers:
             raise ValueError(
                 f"The network {type(target).__name__} calls no module with parameters: there is nothing to cut. Return "
                 "its layers from `configure_stages()`."
             )
         self._parts: dict[tuple[int, int], Part] = {}
-        self._again = ExitStack()
+        self._turns = Turns()
         # A module that cannot begin a stage belongs to the layer before.
         modules = len(self._found.layers)
         self._bounds = [*(place for place in range(modules) if place not in self._found.forbidden), modules]
@@ -68,12 +75,17 @@ class ReplayedChain:
     def __len__(self) -> int:
         return len(self.names)
 
+    @property
+    def keeps(self) -> bool:
+        """Whether the code leaves something in attributes for its next run, so that each stage needs its own."""
+        return self._found.keeps
+
     def segment(self, start: int, stop: int) -> ReplayedSegment:
         """Return a :class:`ReplayedSegment`; see :meth:`Layers.segment`."""
         check_range(self, start, stop)
         bounds = self._bounds[start], self._bounds[stop]
         if bounds not in self._parts:
-            self._parts[bounds] = Part(self._target, self._forward, self._found, *bounds)
+            self._parts[bounds] = Part(self._target, self._code, self._found, *bounds)
         return ReplayedSegment(self._parts[bounds], self._prefix)
 
     def modules(self, start: int, stop: int) -> list[nn.Module]:
@@ -88,42 +100,22 @@ class ReplayedChain:
         self, segments: Sequence[nn.Module], batch: Batch, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Run the network's own code; see :meth:`Layers.at_once`."""
-        streams, inside = Streams(batch), False
-        self.release()
-
-        def call(stage: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            nonlocal inside
-            outer, inside = inside, True
-            if not outer and streams.enter(stage) and in_checkpoint():
-                again[module] = partial(self._draw_again, module, Generators(batch.device))
-            try:
-                with calls_left(module):
-                    return nn.Module.__call__(module, *args, **kwargs)
-            finally:
-                inside = outer
-
-        handlers = {
-            module: partial(call, stage, module)
-            for stage, segment in enumerate(segments, start=1)
-            for module in cast(ReplayedSegment, segment).called
-        }
-        again: dict[nn.Module, Handler] = {}
-        with untouched(batch.device), plain_calls(configs_of(self._target)), calls_taken(handlers):
-            streams.enter(1)
-            output = self._forward(*args, **kwargs)
-        self._again.enter_context(calls_taken(again))
-        return output
+        called = stages_called(segments)
+        with plain_calls(configs_of(self._target)), self._turns.taken(called, batch):
+            return self._code.whole(*args, **kwargs)
 
     def release(self) -> None:
         """Leave the calls of modules as they were; see :meth:`Layers.release`."""
-        self._again.close()
+        self._turns.release()
 
-    def _draw_again(self, module: nn.Module, draws: Generators, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call a module of a checkpoint; when that runs it again, it would not know that a stage began here."""
-        if torch._C._current_autograd_node() is not None:
-            draws.restore()
-        with calls_left(module):
-            return nn.Module.__call__(module, *args, **kwargs)
+    def owners(self, starts: Sequence[int]) -> dict[nn.Module, int]:
+        """Return the stage of each layer, and of each block that lies in one stage, where stages ``2..K`` begin."""
+        bounds = [self._bounds[start] for start in starts]
+        spans = {layer: (place, place) for place, (layer, _) in enumerate(self._found.layers)} | self._found.blocks
+        stages = {
+            module: (bisect_right(bounds, first), bisect_right(bounds, last)) for module, (first, last) in spans.items()
+        }
+        return {module: first + 1 for module, (first, last) in stages.items() if first == last}
 
     def watched(self, begins: Callable[[int, Call], None], *args: Any, **kwargs: Any) -> Any:
         """Run the network's own code; see :meth:`Layers.watched`."""
@@ -143,7 +135,13 @@ class ReplayedChain:
             for module in self.modules(position, position + 1)
         }
         with plain_calls(configs_of(self._target)), calls_taken(handlers):
-            return self._forward(*args, **kwargs)
+            return self._code.whole(*args, **kwargs)
+
+
+def stages_called(segments: Sequence[nn.Module]) -> dict[nn.Module, int]:
+    """Return the modules that the code between the layers calls in replayed segments, with their stages."""
+    numbered = enumerate(segments, start=1)
+    return {module: stage for stage, segment in numbered for module in cast(ReplayedSegment, segment).called}
 
 
 class ReplayedSegment(nn.Module):

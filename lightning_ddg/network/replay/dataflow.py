@@ -104,6 +104,7 @@ class DataFlow:
         end: When the call was over.
         unpicklable: Blocks whose output cannot be described in a message.
         changed: Buffers and numbers of modules outside the layers that each call changes.
+        rebound: Whether it has bound attributes of these to something else, or made lists and dictionaries there grow.
     """
 
     form: bytes
@@ -117,6 +118,7 @@ class DataFlow:
     end: int
     unpicklable: frozenset[nn.Module]
     changed: list[Place]
+    rebound: bool
 
 
 def observe(
@@ -158,6 +160,7 @@ def observe(
         ):
             output = forward(*args, **kwargs)
         watch.finished(output)
+        rebound = state.rebound()
         args, kwargs = unflatten(form, [tensor.detach().clone() for tensor in tensors])
         changed = state.changed(lambda: forward(*args, **kwargs))
     return DataFlow(
@@ -172,6 +175,7 @@ def observe(
         watch.now,
         frozenset(watch.unpicklable),
         changed,
+        rebound,
     )
 
 

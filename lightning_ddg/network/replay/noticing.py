@@ -5,6 +5,7 @@ That is autograd functions and torch functions, random numbers, and what modules
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -83,18 +84,22 @@ def functions_noticed(watch: Watch) -> Iterator[None]:
 
 
 class OwnState:
-    """The buffers and numbers of modules outside the layers: every stage that runs the code there would change them."""
+    """What modules outside the layers keep: every stage that runs the code there would change it."""
 
     def __init__(self, target: nn.Module, tree: Tree) -> None:
         held = {part for layer in tree.layers for part in layer.modules()}
-        self._modules = [module for module in target.modules() if module not in held]
+        self._modules = [module for module in target.modules() if module not in held and not _is_metric(module)]
         self._buffers = [
             (module, name, buffer, buffer._version)
             for module in self._modules
             for name, buffer in module._buffers.items()
             if buffer is not None
         ]
-        self._before = self._numbers()
+        self._before, self._others = self._numbers(), self._things()
+
+    def rebound(self) -> bool:
+        """Return whether attributes were bound to something else, or lists and dictionaries among them have grown."""
+        return self._things() != self._others
 
     def changed(self, again: Callable[[], object]) -> list[Place]:
         """Return what has changed, and would change once more if the network were called ``again``."""
@@ -112,6 +117,18 @@ class OwnState:
             for name, value in vars(module).items()
             if type(value) in (int, float)
         }
+
+    def _things(self) -> dict[Place, tuple[int, int]]:
+        return {
+            (module, name): (id(value), len(value) if type(value) in (list, dict, set, deque) else 0)
+            for module in self._modules
+            for name, value in vars(module).items()
+        }
+
+
+def _is_metric(module: nn.Module) -> bool:
+    """Whether a module is a metric, which counts what it is given, in the process that logs it."""
+    return any(kind.__module__.partition(".")[0] == "torchmetrics" for kind in type(module).__mro__)
 
 
 def _rewritten(module: nn.Module, name: str, before: Tensor, version: int) -> bool:

@@ -6,7 +6,8 @@ too, as long as a call of the stage's own is to come; then the run ends.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,21 +18,22 @@ from lightning_ddg.core.pytree import flatten, unflatten
 from lightning_ddg.core.tensors import Slot, parameters_replaced, spec_of
 from lightning_ddg.network.replay.absent import StageOver
 from lightning_ddg.network.replay.analysis import Analysis
-from lightning_ddg.network.replay.crossing import (
-    Crossing,
-)
+from lightning_ddg.network.replay.code import Code
+from lightning_ddg.network.replay.crossing import Crossing
 from lightning_ddg.network.replay.module_calls import calls_taken, check_call, configs_of, plain_calls
 from lightning_ddg.network.replay.roles import Roles
 from lightning_ddg.network.replay.run import StageRun, version_of
 from lightning_ddg.network.replay.tracked import Tracked
 
+_log = logging.getLogger(__name__)
+
 
 class Part(Roles):
     """The layers ``start`` to ``stop - 1`` of a network, as they are called by its forward."""
 
-    def __init__(self, target: nn.Module, forward: Callable[..., Any], found: Analysis, start: int, stop: int) -> None:
+    def __init__(self, target: nn.Module, code: Code, found: Analysis, start: int, stop: int) -> None:
         super().__init__(target, found, start, stop)
-        self._forward = forward
+        self._forward = code.whole if self.ends_network else code.part
         self._configs = configs_of(target)
         self._stands: list[tuple[Slot, Tracked]] = []
 
@@ -64,6 +66,7 @@ class Part(Roles):
             args, kwargs = unflatten(form, inputs)
         run = StageRun(self, self._counterparts(own), given, device, form)
         versions = [version_of(tensor) for tensor in inputs]
+        self.absent.over = False
         try:
             with (
                 plain_calls(self._configs),
@@ -76,6 +79,11 @@ class Part(Roles):
         except StageOver as over:
             if over.absent is not self.absent:
                 raise
+        except Exception:
+            # What follows the stage's own calls is run for what it leaves in attributes, and may not bear such tensors.
+            if not self.absent.over:
+                raise
+            _log.debug("what follows the stage of %r has failed", self.names[self.first], exc_info=True)
         else:
             if self.ends_network:
                 return run.output(output)

@@ -57,7 +57,7 @@ class Roles:
         ended = [block for block, (_, last) in found.blocks.items() if last < stop < len(found.layers)]
         self.closed = frozenset(block for block in ended if self.is_closed(block, stop))
         self.expected = [self._visible_calls(calls) for calls in found.calls]
-        self.absent = Absent(type(target).__name__, self.names[self.first])
+        self.absent = Absent(found.code, self.names[self.first])
         self.shapes = Shapes()
         self.target = target
 

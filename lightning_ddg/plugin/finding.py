@@ -1,0 +1,130 @@
+"""What is cut: the network that the step calls once, or, where it does something else, the step itself."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_ddg.core.pytree import map_tensors
+from lightning_ddg.network.find import Example, Network, called_network, find_network
+from lightning_ddg.network.replay.chain import ReplayedChain
+from lightning_ddg.plugin.first_batch import FirstBatch
+from lightning_ddg.plugin.measure import call_in_step, first_call, transferred
+from lightning_ddg.plugin.program import Program, StepCalls, calls_in_step, layers_of_step, step_on
+from lightning_ddg.plugin.site import Site
+
+_log = logging.getLogger(__name__)
+_CPU = torch.device("cpu")
+
+Found = tuple[Network, Program | None]
+
+
+def find(site: Site, first_batch: FirstBatch, step: Callable[[], object] | None) -> Found:
+    """Find the network in the module, or take the whole step for it; every rank must find the same layers.
+
+    Args:
+        site: What is given.
+        first_batch: The first training batch.
+        step: Where nothing is trained, in several processes: runs an evaluation step.
+
+    Raises:
+        TypeError: There is neither.
+        ValueError: What is found cannot be trained so.
+    """
+    configure = getattr(site.module, "configure_stages", None)
+    layers = configure() if callable(configure) else None
+    points = site.options.split_points or site.recorded_cut or ()
+    requirer = type(site.trainer.strategy).__name__
+    example: Example = partial(_example, site, first_batch) if step is None else partial(_evaluated, site, step)
+    with site.precision.train_step_context():
+        network = partial(find_network, site.module, layers, requirer=requirer, example=example, points=points)
+        if layers is not None or not site.module.automatic_optimization:
+            return network(), None
+        target = _target(site, requirer, example)
+        calls = _calls(site, first_batch, step, target)
+        name = next((name for name, part in site.module.named_modules() if part is target), None)
+        if calls is None or calls == StepCalls([name or ""], keeps=False):
+            return network(), None
+        once = calls.names.count(name or "") == 1
+        program = Program(site.module)
+        try:
+            chain = _layers_of_step(site, program, first_batch, points)
+        except (RuntimeError, ValueError) as error:
+            if once:
+                _log.debug("the step cannot be run in parts, but the network %r may be", name, exc_info=True)
+                return network(), None
+            raise TypeError(_refusal(site, calls, str(error))) from error
+        if len(chain) < site.num_stages:
+            if once:
+                return network(), None
+            reason = f"it can be cut into {len(chain)} parts at most, but there are {site.num_stages} stages."
+            raise TypeError(_refusal(site, calls, reason))
+        if chain.keeps:
+            site.options.check_kept(one_process=site.one_process)
+        return Network(chain, site.module, ""), program
+
+
+def _refusal(site: Site, calls: StepCalls, reason: str) -> str:
+    called = ", ".join(map(repr, calls.names[:6])) or "no module with trained parameters"
+    return (
+        f"`{type(site.module).__name__}.training_step` does not call one network once (it calls {called}), and cannot"
+        f" be run in parts as a whole: {reason} Call one network once in it, or return its layers, in the order of the"
+        " call, from `configure_stages()`."
+    )
+
+
+def _target(site: Site, requirer: str, example: Example) -> nn.Module | None:
+    """The module that may be the network, if there is one."""
+    try:
+        return called_network(site.module, requirer, example)
+    except TypeError:
+        return None
+
+
+def _calls(
+    site: Site, first_batch: FirstBatch, step: Callable[[], object] | None, target: nn.Module | None
+) -> StepCalls | None:
+    """Which modules the step calls; ``None`` if that is not known."""
+    calls: StepCalls | None = None
+    if step is not None:
+        with suppress(Exception), site.first_draws():
+            calls = calls_in_step(site.module, target, step)
+        return calls
+    for batch in first_batch.read():
+        # Where the step fails, training will say so.
+        with suppress(Exception), site.first_draws():
+            batch = transferred(site.module, batch, site.precision, _CPU)
+            calls = calls_in_step(site.module, target, step_on(site.module, batch))
+    return site.ranks.broadcast(calls, site.ranks.reading_rank)
+
+
+def _layers_of_step(site: Site, program: Program, first_batch: FirstBatch, points: Collection[str]) -> ReplayedChain:
+    call: tuple[Any, ...] | None = None
+    for batch in first_batch.read():
+        with site.first_draws():
+            call = map_tensors(Tensor.detach, program.first_call(batch, site.precision, _CPU))
+    call = site.ranks.broadcast(call, site.ranks.reading_rank)
+    return layers_of_step(site.module, program, call, points)
+
+
+def _example(site: Site, first_batch: FirstBatch, target: nn.Module, name: str) -> Any:
+    """How the training step calls the network, on the CPU."""
+    call = None
+    for batch in first_batch.read():
+        # Where the step fails, training will say so.
+        with suppress(Exception), site.first_draws():
+            call = first_call(site.module, target, name, batch, site.precision, _CPU)
+            call = map_tensors(Tensor.detach, call)
+    return site.ranks.broadcast(call, site.ranks.reading_rank)
+
+
+def _evaluated(site: Site, step: Callable[[], object], target: nn.Module, name: str) -> Any:
+    """How an evaluation step calls the network, on the CPU; every rank runs it."""
+    with suppress(Exception), site.first_draws():
+        return map_tensors(Tensor.detach, call_in_step(site.module, target, name, step))
