@@ -171,6 +171,12 @@ class Cut:
         """Return the stages as modules, sharing the layers."""
         return [self.chain.segment(start, stop) for start, stop in pairwise(self.bounds)]
 
+    @property
+    def owners(self) -> dict[nn.Module, int]:
+        """The stages of the modules with parameters or buffers that lie in one."""
+        stages = self.chain.owners(self.starts)
+        return {module: stage for module, stage in stages.items() if [*module.parameters(), *module.buffers()]}
+
     def layers_of(self, stage: int) -> Sequence[nn.Module]:
         """Return the layers of stage ``1..K``."""
         return self.chain.modules(self.bounds[stage - 1], self.bounds[stage])

@@ -6,6 +6,7 @@ and its simplest form, layers that are called in turn; the other is in :mod:`~li
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -45,6 +46,10 @@ class Layers(Protocol):
 
     def modules(self, start: int, stop: int) -> list[nn.Module]:
         """Return the user's modules that are called in the layers ``start`` to ``stop - 1``."""
+        ...
+
+    def owners(self, starts: Sequence[int]) -> dict[nn.Module, int]:
+        """Return the stage of each module that lies in one, where stages ``2..K`` begin at these positions."""
         ...
 
     def whole(self, *args: Any, **kwargs: Any) -> Any:
@@ -121,6 +126,10 @@ class Chain:
     def modules(self, start: int, stop: int) -> list[nn.Module]:
         """Return some of the layers."""
         return self.layers[start:stop]
+
+    def owners(self, starts: Sequence[int]) -> dict[nn.Module, int]:
+        """Return the stage of each layer; of one that comes twice, the later."""
+        return {layer: bisect_right(starts, position) + 1 for position, layer in enumerate(self.layers)}
 
     def whole(self, *args: Any, **kwargs: Any) -> Any:
         """Run the network's own code; without such code, the layers in turn."""

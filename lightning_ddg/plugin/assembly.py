@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -26,6 +26,7 @@ from lightning_ddg.core.stage import Stage
 from lightning_ddg.core.staged import Staged
 from lightning_ddg.network.cut import Costs, Cut, decide_cut
 from lightning_ddg.network.find import Network
+from lightning_ddg.network.replay.chain import ReplayedSegment
 from lightning_ddg.planning.report import print_cut
 from lightning_ddg.planning.simulate import SECONDS_PER_BYTE
 from lightning_ddg.plugin import compat
@@ -35,6 +36,7 @@ from lightning_ddg.plugin.compiling import compile_stage
 from lightning_ddg.plugin.data import share_generators
 from lightning_ddg.plugin.drain import Drain
 from lightning_ddg.plugin.evaluation import Evaluation
+from lightning_ddg.plugin.feedback import StepFeedback
 from lightning_ddg.plugin.finding import find
 from lightning_ddg.plugin.first_batch import FirstBatch
 from lightning_ddg.plugin.hooks import FitHooks
@@ -45,7 +47,6 @@ from lightning_ddg.plugin.patches import patch_fit, patch_run, watch_steps
 from lightning_ddg.plugin.placeholder import Placeholder, end_step, or_end_step, zeros_like_output
 from lightning_ddg.plugin.program import Program, ProgramRunner
 from lightning_ddg.plugin.redirection import Redirection
-from lightning_ddg.plugin.relay import Relay
 from lightning_ddg.plugin.sameness import check_same_on_all_ranks, facts_of_optimizers, facts_of_run
 from lightning_ddg.plugin.sharing import Sharing
 from lightning_ddg.plugin.site import Site
@@ -175,8 +176,7 @@ def build(
     execution = execution if proof is None else proof.witness(execution)
     runner = make_step(site, network, program, cut, ownership, execution, redirection, proof)
     sharing = Sharing(site, ownership)
-    relay = None if program is None else Relay(site, ownership.owners)
-    evaluation = Evaluation(site, execution, redirection, ownership, relay)
+    evaluation = Evaluation(site, cut, execution, redirection, ownership)
     agreements = Agreements(site.trainer, site.ranks, site.num_stages)
     drain = make_drain(site, execution, optimizers)
     copies = StaleCopies(network.target, ownership)
@@ -317,7 +317,10 @@ def make_step(
     at_once = stage is None and site.options.staleness.stash
     first_backward = _nothing if at_once else ownership.check_foreign_grads
     parts = (site, network, execution, redirection, placeholder, first_forward, first_backward, proof)
-    return StepRunner(*parts) if program is None else ProgramRunner(program, *parts)
+    if program is None:
+        return StepRunner(*parts)
+    own = None if stage is None else cast(ReplayedSegment, ownership.segments[stage - 1])
+    return ProgramRunner(program, None if own is None else StepFeedback(site, own), *parts)
 
 
 def make_drain(site: Site, execution: Execution, optimizers: Sequence[Optimizer]) -> Drain:

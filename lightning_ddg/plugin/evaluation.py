@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_ddg.core.execution import Execution
+from lightning_ddg.network.cut import Cut
 from lightning_ddg.plugin.data import share_generators
 from lightning_ddg.plugin.ownership import Ownership
 from lightning_ddg.plugin.redirection import Redirection
@@ -33,9 +34,10 @@ class Evaluation:
     """
 
     def __init__(
-        self, site: Site, execution: Execution, redirection: Redirection, ownership: Ownership, relay: Relay | None
+        self, site: Site, cut: Cut, execution: Execution, redirection: Redirection, ownership: Ownership
     ) -> None:
-        self._site, self._execution, self._relay = site, execution, relay
+        self._site, self._execution = site, execution
+        self._relay = Relay(site, cut.owners, lambda: redirection.answers)
         self._redirection, self._ownership = redirection, ownership
         self._outside = Outside.SHARED
 
@@ -44,9 +46,9 @@ class Evaluation:
         names = self._ownership.names_outside(wanted) if self._site.ranks.others else []
         if names:
             self._site.ranks.share(self._site.module, names, [0])
-        if self._relay is not None and self._site.ranks.others:
-            names = self._ownership.own_names_between
-            self._site.ranks.share(self._site.module, names, range(self._site.ranks.size))
+        if self._site.ranks.others and self._ownership.names_between:
+            own = set(self._ownership.own_names).intersection(self._ownership.names_between)
+            self._site.ranks.share(self._site.module, own, range(self._site.ranks.size))
 
     def begin(self) -> None:
         """Called when a validation starts; every rank must."""
@@ -66,12 +68,7 @@ class Evaluation:
         if self._outside is Outside.TRAINED:
             self.share_outside(_trained_or_buffer)
             self._outside = Outside.SHARED
-        batch = self._site.evaluated_batch()
-        if self._relay is not None:
-            with self._redirection.running(), self._relay.step(batch):
-                yield
-            return
-        with batch.draws(0), self._redirection.handled_by(self._answer):
+        with self._relay.step(self._site.evaluated_batch()), self._redirection.handled_by(self._answer):
             yield
 
     def _answer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

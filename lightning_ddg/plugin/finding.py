@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_ddg.core.pytree import map_tensors
 from lightning_ddg.network.find import Example, Network, called_network, find_network
 from lightning_ddg.network.replay.chain import ReplayedChain
+from lightning_ddg.plugin.collectives import collectives_refused
 from lightning_ddg.plugin.first_batch import FirstBatch
 from lightning_ddg.plugin.measure import call_in_step, first_call, transferred
 from lightning_ddg.plugin.program import Program, StepCalls, calls_in_step, layers_of_step, step_on
@@ -49,6 +50,9 @@ def find(site: Site, first_batch: FirstBatch, step: Callable[[], object] | None)
         target = _target(site, requirer, example)
         calls = _calls(site, first_batch, step, target)
         name = next((name for name, part in site.module.named_modules() if part is target), None)
+        if calls is None and target is None and site.one_process and not site.fits:
+            # Evaluation steps run as they are.
+            calls = StepCalls([], keeps=False)
         if calls is None or calls == StepCalls([name or ""], keeps=False):
             return network(), None
         once = calls.names.count(name or "") == 1
@@ -63,7 +67,8 @@ def find(site: Site, first_batch: FirstBatch, step: Callable[[], object] | None)
         if len(chain) < site.num_stages:
             if once:
                 return network(), None
-            reason = f"it can be cut into {len(chain)} parts at most, but there are {site.num_stages} stages."
+            why = f" ({chain.reasons[0]})" if chain.reasons else ""
+            reason = f"it can be cut into {len(chain)} parts at most{why}, but there are {site.num_stages} stages."
             raise TypeError(_refusal(site, calls, reason))
         if chain.keeps:
             site.options.check_kept(one_process=site.one_process)
@@ -98,10 +103,15 @@ def _calls(
         return calls
     for batch in first_batch.read():
         # Where the step fails, training will say so.
-        with suppress(Exception), site.first_draws():
+        with suppress(Exception), site.first_draws(), _alone(site):
             batch = transferred(site.module, batch, site.precision, _CPU)
             calls = calls_in_step(site.module, target, step_on(site.module, batch))
     return site.ranks.broadcast(calls, site.ranks.reading_rank)
+
+
+def _alone(site: Site) -> AbstractContextManager[object]:
+    """Processes that do not take part would be waited for."""
+    return nullcontext() if site.one_process else collectives_refused()
 
 
 def _layers_of_step(site: Site, program: Program, first_batch: FirstBatch, points: Collection[str]) -> ReplayedChain:
@@ -110,7 +120,8 @@ def _layers_of_step(site: Site, program: Program, first_batch: FirstBatch, point
         with site.first_draws():
             call = map_tensors(Tensor.detach, program.first_call(batch, site.precision, _CPU))
     call = site.ranks.broadcast(call, site.ranks.reading_rank)
-    return layers_of_step(site.module, program, call, points)
+    with _alone(site):
+        return layers_of_step(site.module, program, call, points)
 
 
 def _example(site: Site, first_batch: FirstBatch, target: nn.Module, name: str) -> Any:

@@ -123,17 +123,11 @@ class Ownership:
         return [name for name, tensor in named if name not in self._inside and wanted(tensor)]
 
     @property
-    def own_names_between(self) -> list[str]:
-        """The names of this process's parameters that the code between layers uses."""
-        held = {tensor for layers in self._layers for layer in layers for tensor in layer.parameters()}
-        named = dict(self.root.named_parameters())
-        return [name for name in self.own_names if name in named and named[name] not in held]
-
-    @property
-    def owners(self) -> dict[nn.Module, int]:
-        """The stage of each layer that has parameters or buffers."""
-        numbered = list(enumerate(self._layers, start=1))
-        return {layer: stage for stage, of in numbered for layer in of if any(True for _ in _tensors(layer))}
+    def names_between(self) -> list[str]:
+        """The names of the stages' parameters and buffers that are no layer's, but used between the layers."""
+        held = {tensor for layers in self._layers for layer in layers for tensor in _tensors(layer)}
+        named = (*self.root.named_parameters(), *self.root.named_buffers())
+        return [name for name, tensor in named if name in self._inside and tensor not in held]
 
     @property
     def foreign_layers(self) -> dict[nn.Module, int]:

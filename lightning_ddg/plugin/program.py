@@ -28,10 +28,16 @@ from lightning_ddg.network.replay.tracked import Tracked
 from lightning_ddg.network.restore import untouched
 from lightning_ddg.plugin import compat
 from lightning_ddg.plugin.attached import replaced
+from lightning_ddg.plugin.feedback import StepFeedback
 from lightning_ddg.plugin.host import LightningModule, Precision
 from lightning_ddg.plugin.measure import transferred
 from lightning_ddg.plugin.redirection import Redirection
 from lightning_ddg.plugin.step import StepRunner
+
+_REMEDY = (
+    "Cut elsewhere (`split_points`); keep what goes from batch to batch in the layer that makes it and uses it; or"
+    " train in one process (`devices=1`)."
+)
 
 
 class Program:
@@ -55,7 +61,7 @@ class Program:
         """What stages run."""
         label = f"The training step of {type(self._module).__name__}"
         runs_on = compat.uses_step_outputs(self._module)
-        return Code(label, self._whole, self._part, self._observed, keeps=True, runs_on=runs_on)
+        return Code(label, self._whole, self._part, self._observed, _REMEDY, keeps=True, runs_on=runs_on)
 
     @staticmethod
     def call(args: Sequence[Any]) -> tuple[Any, Tensor]:
@@ -113,14 +119,15 @@ def _zeros(like: Tensor) -> Tensor:
 class ProgramRunner(StepRunner):
     """Runs training steps of which each stage runs a part; see :class:`~lightning_ddg.plugin.step.StepRunner`."""
 
-    def __init__(self, program: Program, *args: Any) -> None:
+    def __init__(self, program: Program, feedback: StepFeedback | None, *args: Any) -> None:
         super().__init__(*args)
-        self._program = program
+        self._program, self._watched = program, nullcontext if feedback is None else feedback.watched
+        self._runs_step = True
         program.rehearses = False
 
     @override
     def _run_step(self, batch: Batch, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        with batch.draws(0), self._redirection.running():
+        with batch.draws(0), self._redirection.running(), self._watched():
             loss = self._execution.train(batch, self._program.call(args), {})
         output = self._program.returned
         if isinstance(loss, Sent):
@@ -186,7 +193,7 @@ def calls_in_step(module: LightningModule, target: nn.Module | None, step: Calla
     parts = [
         (part, name)
         for name, part in module.named_modules()
-        if part is not target and has_forward(part) and _is_trained(part)
+        if part not in (target, module) and has_forward(part) and _is_trained(part)
     ]
     before = {**vars(type(module)), **vars(module)}
     unmute = compat.mute_logging(module)

@@ -70,6 +70,11 @@ class Redirection:
         finally:
             self._handler = None
 
+    @property
+    def answers(self) -> bool:
+        """Whether a call of the network is being answered."""
+        return self._running
+
     @contextmanager
     def running(self) -> Iterator[None]:
         """Let what runs inside copy layers without their values."""

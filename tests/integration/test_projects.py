@@ -23,6 +23,7 @@ from torchmetrics import Accuracy, MeanMetric, MetricCollection
 
 from lightning_ddg import DDGStrategy
 from tests.harness import run_ranks
+from tests.integration.steps import STEPS
 from tests.networks import quiet_trainer, state_of
 
 # ---- data
@@ -617,6 +618,7 @@ PROJECTS: dict[str, tuple[Callable[[], pl.LightningModule], type[ImageData]]] = 
     "two heads": (TwoHeads, ImageData),
     "built late": (BuiltLate, ImageData),
     "manual": (lambda: Manual(small_convnet()), ImageData),
+    **{name: (make, ImageData) for name, make in STEPS.items()},
 }
 
 # Their schedule has moved on when the gradient of an epoch's last batch is applied.

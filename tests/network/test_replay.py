@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_ddg.core.pytree import tensors_of
+from lightning_ddg.core.rng import Batch
 from lightning_ddg.core.stage import Stage
 from lightning_ddg.network.balance import cut_at, forbidden_cuts
 from lightning_ddg.network.profile import flop_costs
@@ -634,3 +635,31 @@ def test_a_copied_segment_runs_its_own_weights() -> None:
     assert {parameter.device.type for parameter in network.parameters()} == {"cpu"}
     (value,) = copied(torch.zeros(2, 4, dtype=torch.float64, device="meta")).values.values()
     assert value.device.type == "meta"
+
+
+class DrawsForAll(nn.Module):
+    """Numbers that the code draws are given to a layer as they are, and used again at the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.table, self.last = nn.Linear(4, 4), nn.Embedding(3, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, scale: float | None = None) -> Tensor:
+        chosen = torch.randint(0, 3, (len(x),))
+        h = self.first(x) + self.table(chosen)
+        return self.last(h) * (chosen + 1).unsqueeze(1) * (scale or 1)  # type: ignore[no-any-return]
+
+
+def test_what_is_drawn_for_several_stages_is_drawn_once() -> None:
+    network, x = DrawsForAll(), torch.randn(5, 4)
+    chain = ReplayedChain(network, "net", ((x,), {}))
+    assert chain.names == ["net.first", "net.table", "net.last"]
+    segments = [chain.segment(position, position + 1) for position in range(3)]
+    batch = Batch(0, seed=3)
+    value: tuple[Any, ...] = (x,)
+    for stage, segment in enumerate(segments, start=1):
+        with batch.draws(stage):
+            value = (segment(*value),)
+    assert torch.equal(value[0], chain.at_once(segments, batch, (x,), {}))
+    with pytest.raises(RuntimeError, match="called in another form than in the first batch, and draws random numbers"):
+        segments[0](x, 2.0)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from lightning_ddg.core.tensors import TensorSpec, allocate
+from lightning_ddg.network.replay.code import Code
 from lightning_ddg.network.replay.tracked import Tracked
 
-REMEDY = "Cut elsewhere (`split_points`), or return the network's layers from `configure_stages()`."
 _MOST_SHAPES = 4096
 
 
@@ -42,13 +42,16 @@ class Absent:
         stage: The name of the stage's first layer.
 
     Attributes:
+        remedy: What to do about what no stage can know, for messages.
+        running: Whether the stage runs.
         over: Whether the stage's own calls are all made, so that what needs a value now ends its run.
     """
 
-    def __init__(self, code: str, stage: str) -> None:
-        self._code = code
+    def __init__(self, code: Code, stage: str) -> None:
+        self._code = code.label
+        self.remedy = code.remedy
         self._stage = stage
-        self.over = False
+        self.running = self.over = False
         self._inside: str | None = None
         self._shapes: dict[Any, Any] = {}
 
@@ -87,11 +90,11 @@ class Absent:
 
     def read(self, tensor: Tracked, operation: str) -> None:
         """See :class:`~lightning_ddg.network.replay.tracked.Ledger`."""
-        if tensor.origin.later or self.over:
+        if self.running and (tensor.origin.later or self.over):
             raise StageOver(self)
         raise self.error(
             f"goes on by the values of {tensor.origin} ({operation}), which is not in the stage of "
-            f"{self._stage!r}. {REMEDY}"
+            f"{self._stage!r}. {self.remedy}"
         )
 
     def compute(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], operands: Sequence[Tracked]) -> Any:
@@ -117,21 +120,21 @@ class Absent:
         return self.error(
             f"took another way in the stage of {self._stage!r} than in the one before, at the call of {layer!r}: "
             "between its layers it must not draw random numbers, count its calls, or go by what only one process "
-            f"knows. {REMEDY}"
+            f"knows. {self.remedy}"
         )
 
     def refuse_gradient(self, grad: Tensor) -> None:
         """Called when a gradient arrives at an absent tensor, and could go no further."""
         raise self.error(
             f"passes an argument of {self._stage!r} to an autograd function outside of its layers, through which no "
-            f"gradient can be sent to the stage before. {REMEDY}"
+            f"gradient can be sent to the stage before. {self.remedy}"
         )
 
     def _unknown(self, tensor: Tracked, where: str) -> RuntimeError:
         return self.error(
             f"passes on a value that the stage of {self._stage!r} does not have: in {where}, a tensor of "
             f"shape {tuple(tensor.shape)} comes from {tensor.origin}, which is in another stage, and is no "
-            f"argument of {self._stage!r}. {REMEDY}"
+            f"argument of {self._stage!r}. {self.remedy}"
         )
 
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from lightning_ddg.network.layers import Call
 from lightning_ddg.network.replay.code import Code
-from lightning_ddg.network.replay.crossing import ARGUMENT, OUTPUT, RESULT, Path, Sight
+from lightning_ddg.network.replay.crossing import ARGUMENT, OUTPUT, RESULT, Path, Sight, around
 from lightning_ddg.network.replay.dataflow import NEVER, DataFlow, LayerCall, Value, observe
 from lightning_ddg.network.replay.layers import Place, Tree, find_tree, inside, loose_parameters
 
@@ -31,11 +31,13 @@ class Crosses(NamedTuple):
         sights: Which values computed before the cut are needed after it.
         unneeded: Which inputs are not.
         aliases: Outputs of calls that are such a value too, each with the sight that it is sent by.
+        draws: Whether there are random numbers among the values, of which no layer has a part.
     """
 
     sights: frozenset[Sight] = frozenset()
     unneeded: frozenset[int] = frozenset()
     aliases: Mapping[Sight, Sight] = MappingProxyType({})
+    draws: bool = False
 
 
 @dataclass
@@ -43,7 +45,7 @@ class Analysis:
     """What is known of a network. Layers are given by their positions.
 
     Attributes:
-        code: What its code is, for messages.
+        code: Its code.
         layers: Its layers with their names, in the order of their first calls.
         blocks: The modules that hold layers, and the positions of the first and the last.
         loose: For each parameter that belongs to no layer, the layer whose stage has it.
@@ -56,7 +58,7 @@ class Analysis:
         runs_on: Whether each stage goes on to the end of the code, without the values of later ones.
     """
 
-    code: str
+    code: Code
     layers: list[tuple[nn.Module, str]]
     blocks: dict[nn.Module, tuple[int, int]]
     loose: dict[Place, int]
@@ -72,9 +74,17 @@ class Analysis:
         """Return what :attr:`crossing` says, or, for a form that was not seen, all that may be of use.
 
         How many functions are called is then not known, and so nothing is named by that.
+
+        Raises:
+            RuntimeError: Random numbers that several stages use could then not be sent.
         """
         if (form, training) in self.crossing:
             return self.crossing[form, training][cut]
+        if training and any(cuts[cut].draws for (_, mode), cuts in self.crossing.items() if mode):
+            raise RuntimeError(
+                f"{self.code.label} is called in another form than in the first batch, and draws random numbers between"
+                " its layers, which it can then not send from stage to stage. Call it in one form."
+            )
         known = [cuts[cut] for cuts in self.crossing.values()]
         sights = {sight for crosses in known for sight in crosses.sights if sight[1] < RESULT}
         aliases = {alias: sight for crosses in known for alias, sight in crosses.aliases.items() if sight in sights}
@@ -92,7 +102,7 @@ def without_call(target: nn.Module, code: Code, points: Collection[nn.Module] = 
         blocks[block] = (min(held), max(held))
     loose = dict.fromkeys(loose_parameters(target, tree.layers), 0)
     nothing = [frozenset[Any]()] * len(layers)
-    return Analysis(code.label, layers, blocks, loose, ([], []), open=nothing)
+    return Analysis(code, layers, blocks, loose, ([], []), open=nothing)
 
 
 def analyse(
@@ -125,10 +135,10 @@ def analyse(
 
 def _observed(target: nn.Module, tree: Tree, code: Code, call: Call, training: bool) -> DataFlow:
     try:
-        return observe(target, tree, code.observed, call, training)
+        return observe(target, tree, code, call, training)
     except Exception:  # noqa: BLE001 - code that does not bear such inputs; they are always sent then
         try:
-            return observe(target, tree, code.observed, call, training, follow_inputs=False)
+            return observe(target, tree, code, call, training, follow_inputs=False)
         except Exception as error:
             raise RuntimeError(
                 f"{code.label} failed when its layers were looked for "
@@ -167,7 +177,7 @@ def _combined(target: nn.Module, tree: Tree, code: Code, training: DataFlow, eva
     observed = ((training, True), (evaluation, False))
     flows = [_Cuts(flow, position, loose, blocks, modules) for flow, _ in observed]
     found = Analysis(
-        code.label,
+        code,
         [(layer, tree.layers[layer]) for layer in order],
         blocks,
         loose,
@@ -195,7 +205,7 @@ def _combined(target: nn.Module, tree: Tree, code: Code, training: DataFlow, eva
             found.forbidden[cut] = reason
         found.open.append(closed.union(*(need.open for need in needs)))
         for crossing, need, (flow, _) in zip(crossings, needs, observed, strict=True):
-            crossing.append(Crosses(frozenset(need.sights), flow.followed - need.inputs, need.aliases))
+            crossing.append(Crosses(frozenset(need.sights), flow.followed - need.inputs, need.aliases, need.draws))
     return found
 
 
@@ -241,12 +251,6 @@ def ancestors(values: Iterable[Value]) -> list[Value]:
     return list(seen.values())
 
 
-def around(sight: Sight) -> Path:
-    """Return the calls whose code has to be run to see a value there."""
-    path, where, _ = sight
-    return path if where >= RESULT else path[:-1]
-
-
 def _never_cut_inside(found: Analysis) -> frozenset[nn.Module]:
     """Blocks of several layers between none of which a cut is possible."""
     return frozenset(
@@ -264,6 +268,7 @@ class _Needs:
     aliases: dict[Sight, Sight] = field(default_factory=dict)
     open: set[nn.Module] = field(default_factory=set)
     inputs: set[int] = field(default_factory=set)
+    draws: bool = False
     reason: str | None = None
 
 
@@ -339,6 +344,7 @@ class _Cuts:
             sight = self._sight(value, time, cut, end)
             if sight is not None:
                 found.sights.add(sight)
+                found.draws |= value.drawn and first == NEVER
                 outputs = (other for _, other, _ in value.sights if other[1] == OUTPUT and other != sight)
                 found.aliases.update((other, sight) for other in outputs)
                 found.open.update(self._inside_done(around(sight), cut))
@@ -368,11 +374,12 @@ class _Cuts:
     def _sight(self, value: Value, time: int, cut: int, end: int) -> Sight | None:
         """Choose where a value is seen in time, before it is written into; rather not inside what is over by then.
 
-        Among arguments, something stands for it, through which an autograd function sends no gradient.
+        Among arguments, something stands for it, through which an autograd function sends no gradient; and what every
+        stage draws for itself is not exchanged there.
         """
         usable = [
             (
-                value.applied and sight[1] == ARGUMENT,
+                (value.applied or value.drawn) and sight[1] == ARGUMENT,
                 bool(self._inside_done(around(sight), cut)),
                 sight[1] >= RESULT,
                 when,
@@ -381,7 +388,8 @@ class _Cuts:
             for when, sight, blind in value.sights
             if when <= min(time, end) and value.changed > end and not blind and self._begun(around(sight), cut)
         ]
-        return min(usable)[-1] if usable else None
+        best = min(usable)[-1] if usable else None
+        return None if value.drawn and best is not None and best[1] == ARGUMENT else best
 
     def _inside_done(self, path: Path, cut: int) -> list[nn.Module]:
         """Which of the calls in a path are of modules that need not be looked into after a cut."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from bisect import bisect_right
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
 
@@ -23,7 +24,7 @@ from lightning_ddg.network.replay.module_calls import (
     plain_calls,
 )
 from lightning_ddg.network.replay.part import Part
-from lightning_ddg.network.replay.roles import Role
+from lightning_ddg.network.replay.roles import Role, Watch
 from lightning_ddg.network.replay.turns import Turns
 
 
@@ -79,6 +80,11 @@ class ReplayedChain:
     def keeps(self) -> bool:
         """Whether the code leaves something in attributes for its next run, so that each stage needs its own."""
         return self._found.keeps
+
+    @property
+    def reasons(self) -> list[str]:
+        """Why the network cannot be cut where it cannot."""
+        return list(dict.fromkeys(self._found.forbidden.values()))
 
     def segment(self, start: int, stop: int) -> ReplayedSegment:
         """Return a :class:`ReplayedSegment`; see :meth:`Layers.segment`."""
@@ -176,6 +182,15 @@ class ReplayedSegment(nn.Module):
         ]
         with parameters_replaced(own):
             return self._part.run(self._own, args, kwargs)
+
+    @contextmanager
+    def watched(self, watch: Watch) -> Iterator[None]:
+        """Tell of calls inside; see :data:`~lightning_ddg.network.replay.roles.Watch`."""
+        self._part.watch = watch
+        try:
+            yield
+        finally:
+            self._part.watch = None
 
     def _space(self, path: str) -> nn.Module:
         """The module here that has the name of one of the network's."""

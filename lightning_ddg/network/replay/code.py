@@ -20,6 +20,7 @@ class Code:
         whole: Runs all of it, or its last part.
         part: Runs it where it ends before its last part, so that what it says to the outside is of no use.
         observed: Runs it to be watched; what it says to the outside is part of what it returns.
+        remedy: What to do about what no stage can know.
         keeps: Whether it may leave something in attributes for its next run, as every stage's process then does.
         runs_on: Whether every stage shall go on to the end.
     """
@@ -28,6 +29,7 @@ class Code:
     whole: Function
     part: Function
     observed: Function
+    remedy: str = "Cut elsewhere (`split_points`), or return the network's layers from `configure_stages()`."
     keeps: bool = False
     runs_on: bool = False
 

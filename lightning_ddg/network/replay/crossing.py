@@ -25,6 +25,12 @@ ARGUMENT, OUTPUT, RESULT = 0, 1, 2
 Sight = tuple[Path, int, int]
 
 
+def around(sight: Sight) -> Path:
+    """Return the calls whose code has to be run to see a value there."""
+    path, where, _ = sight
+    return path if where >= RESULT else path[:-1]
+
+
 class Done(NamedTuple):
     """A call that is over: its name, the form of its output (``None`` for a tensor), and the tensors' descriptions."""
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from lightning_ddg.core.pytree import flatten, tensors_of, unflatten
 from lightning_ddg.core.tensors import Slot, parameters_replaced
 from lightning_ddg.network.layers import Call
+from lightning_ddg.network.replay.code import Code
 from lightning_ddg.network.replay.crossing import ARGUMENT, OUTPUT, RESULT, Path, Sight, arguments_of
 from lightning_ddg.network.replay.frames import in_checkpoint
 from lightning_ddg.network.replay.layers import Place, Tree
@@ -124,7 +125,7 @@ class DataFlow:
 def observe(
     target: nn.Module,
     tree: Tree,
-    forward: Callable[..., Any],
+    code: Code,
     call: Call,
     training: bool,
     *,
@@ -158,11 +159,11 @@ def observe(
             Draws(watch),
             Functions(watch),
         ):
-            output = forward(*args, **kwargs)
+            output = code.observed(*args, **kwargs)
         watch.finished(output)
         rebound = state.rebound()
         args, kwargs = unflatten(form, [tensor.detach().clone() for tensor in tensors])
-        changed = state.changed(lambda: forward(*args, **kwargs))
+        changed = state.changed(None if code.keeps else lambda: code.observed(*args, **kwargs))
     return DataFlow(
         form,
         frozenset(floating),

@@ -101,11 +101,13 @@ class OwnState:
         """Return whether attributes were bound to something else, or lists and dictionaries among them have grown."""
         return self._things() != self._others
 
-    def changed(self, again: Callable[[], object]) -> list[Place]:
-        """Return what has changed, and would change once more if the network were called ``again``."""
+    def changed(self, again: Callable[[], object] | None) -> list[Place]:
+        """Return what has changed, and would change once more if the network were called ``again``, if it may be."""
         found: list[Place] = [(at[0], at[1]) for at in self._buffers if _rewritten(*at)]
         after = self._numbers()
-        if after != self._before:
+        if again is None:
+            found += [place for place, value in after.items() if value != self._before.get(place, value)]
+        elif after != self._before:
             again()
             found += [place for place, value in self._numbers().items() if value != after.get(place, value)]
         return found

@@ -66,7 +66,7 @@ class Part(Roles):
             args, kwargs = unflatten(form, inputs)
         run = StageRun(self, self._counterparts(own), given, device, form)
         versions = [version_of(tensor) for tensor in inputs]
-        self.absent.over = False
+        self.absent.running, self.absent.over = True, False
         try:
             with (
                 plain_calls(self._configs),
@@ -87,6 +87,8 @@ class Part(Roles):
         else:
             if self.ends_network:
                 return run.output(output)
+        finally:
+            self.absent.running = False
         if versions != [version_of(tensor) for tensor in inputs]:
             raise self.absent.error(
                 "changes one of its arguments in place, and every stage would do so again. Let it work on a copy"

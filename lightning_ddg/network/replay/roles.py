@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from enum import Enum
+from typing import Any
 
 from torch import nn
 
@@ -22,6 +23,10 @@ class Role(Enum):
     OPEN = "open"
 
 
+#: The name of a module, its call, whether it is the stage's own, and the arguments.
+Watch = Callable[[str, Path, bool, Any], None]
+
+
 class Roles:
     """The modules of a network in the stage of the layers ``start`` to ``stop - 1``.
 
@@ -35,6 +40,7 @@ class Roles:
         expected: How many calls of its own modules the stage meets, in evaluation and in training.
         absent: Makes what stands for values of other stages.
         shapes: Says what modules of later stages return.
+        watch: Is told of the calls of own and earlier modules.
     """
 
     def __init__(self, target: nn.Module, found: Analysis, start: int, stop: int) -> None:
@@ -60,6 +66,7 @@ class Roles:
         self.absent = Absent(found.code, self.names[self.first])
         self.shapes = Shapes()
         self.target = target
+        self.watch: Watch | None = None
 
     def _all_roles(self) -> dict[nn.Module, Role]:
         found = self.found

@@ -18,7 +18,7 @@ from lightning_ddg.core.pytree import map_tensors, tensors_of, unflatten
 from lightning_ddg.core.rng import Generators
 from lightning_ddg.core.tensors import spec_of
 from lightning_ddg.network.layers import Call
-from lightning_ddg.network.replay.absent import REMEDY, StageOver
+from lightning_ddg.network.replay.absent import StageOver
 from lightning_ddg.network.replay.analysis import Crosses
 from lightning_ddg.network.replay.crossing import (
     ARGUMENT,
@@ -93,6 +93,8 @@ class StageRun:
             self._arrive(path, (args, kwargs))
         if (path, ARGUMENT) in self._wanted_calls:
             self._see(path, ARGUMENT, arguments_of((args, kwargs)))
+        if part.watch is not None and role in (Role.OWN, Role.EARLIER):
+            part.watch(part.names[module], path, role is Role.OWN, (args, kwargs))
         if role is Role.OWN:
             output = self._run(module, path, args, kwargs)
         elif role is Role.EARLIER:
@@ -163,7 +165,7 @@ class StageRun:
                 if version_of(tensor) != version:
                     raise part.absent.error(
                         f"writes into a tensor that a later stage than that of {part.names[part.first]!r} needs as it"
-                        f" was. {REMEDY}"
+                        f" was. {part.absent.remedy}"
                     )
             if isinstance(tensor, Tracked):
                 tensor = tensor.value
@@ -266,7 +268,7 @@ class StageRun:
                 if self._wants_grad and not torch.is_grad_enabled():
                     raise absent.error(
                         f"calls {name!r} with gradients switched off, as a reentrant checkpoint does, so that no"
-                        f" gradient would be sent to the stage before. Use `use_reentrant=False`. {REMEDY}"
+                        f" gradient would be sent to the stage before. Use `use_reentrant=False`. {absent.remedy}"
                     )
                 # Whatever takes it past `__torch_function__` would end the gradient here, unseen.
                 tensor.requires_grad_().register_hook(absent.refuse_gradient)  # type: ignore[no-untyped-call]
