@@ -32,7 +32,8 @@ class DelayLine(Execution):
     """The execution of all stages in one process.
 
     Args:
-        segments: The stages' modules, input side first; stage ``k`` of ``K`` has the delay ``K - k``.
+        segments: The stages' modules, input side first; stage ``k`` of ``K`` has the delay ``K - k``. A parameter that
+            several of them have belongs to the first.
         others: Parameters outside the network: they have no delay.
         rule: How updates are applied; one with ``stash``.
         observers: Look on.
@@ -49,7 +50,11 @@ class DelayLine(Execution):
     ) -> None:
         self.stages = range(1, len(segments) + 1)
         self._forward = forward or partial(run_in_turn, segments)
-        parameters = [list(segment.parameters()) for segment in segments]
+        first: dict[nn.Parameter, int] = {}
+        for stage, segment in enumerate(segments):
+            for parameter in segment.parameters():
+                first.setdefault(parameter, stage)
+        parameters = [[parameter for parameter, its in first.items() if its == stage] for stage in range(len(segments))]
         parameters[-1].extend(others)
         self._lines = [GradientQueue(own, len(segments) - stage, rule) for stage, own in enumerate(parameters, start=1)]
         self._observers = observers or Observers()

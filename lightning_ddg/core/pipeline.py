@@ -10,7 +10,7 @@ Keep it so: a stage that waited for anything more would wait for backpropagation
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,12 +21,13 @@ from lightning_ddg.core.rng import Batch
 from lightning_ddg.core.schedule import rank_of_stage
 from lightning_ddg.core.stage import Stage
 from lightning_ddg.core.staleness import shrunk
+from lightning_ddg.core.ties import Tie, Ties
 
 
 class Pipeline(Execution):
     """The execution of stage ``number`` among ``num_stages`` ranks.
 
-    Gradients are multiplied by ``shrink`` when they are sent upstream.
+    Gradients are multiplied by ``shrink`` when they are sent upstream; ``ties`` are parameters that stages share.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class Pipeline(Execution):
         mailbox: Mailbox,
         shrink: float = 1.0,
         observers: Observers | None = None,
+        ties: Sequence[Tie] = (),
     ) -> None:
         self.stage = stage
         self.number = number
@@ -44,6 +46,7 @@ class Pipeline(Execution):
         self._mailbox = mailbox
         self._shrink = shrink
         self._observers = observers or Observers()
+        self._ties = Ties(ties, number, num_stages, mailbox, shrink)
         self._upstream = None if number == 1 else rank_of_stage(number - 1, num_stages)
         self._downstream = None if number == num_stages else rank_of_stage(number + 1, num_stages)
         self._last = rank_of_stage(num_stages, num_stages)
@@ -56,6 +59,7 @@ class Pipeline(Execution):
         self.stage.begin(step)
 
     def train(self, batch: Batch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._ties.refresh()
         args, kwargs = self._received(args, kwargs)
         if self._upstream is not None and args[0] is Nothing.NOTHING:
             return self._forward_nothing()
@@ -70,6 +74,7 @@ class Pipeline(Execution):
 
     def pass_over(self, batch: Batch) -> None:
         if self._upstream is None:
+            self._ties.refresh()
             self._forward_nothing()
         else:
             self.train(batch, (), {})
@@ -81,6 +86,7 @@ class Pipeline(Execution):
         return Sent(Nothing.NOTHING)
 
     def evaluate(self, batch: Batch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._ties.refresh()
         args, kwargs = self._received(args, kwargs)
         with batch.draws(self.number), torch.no_grad():
             output = self.stage.module(*args, **kwargs)
@@ -96,9 +102,11 @@ class Pipeline(Execution):
         if self._downstream is None:
             if loss is not None:
                 self._observers.before_backward(self.number)
-                loss()
+                self._ties.backward(loss)
                 self._observers.after_backward(self.number)
                 self._pending = True
+            else:
+                self._ties.nothing()
             self._send(self.stage.backward_done())
         elif len(self.stage) > self.stage.delay:
             self._backward_of_oldest(self._downstream)
@@ -107,6 +115,7 @@ class Pipeline(Execution):
 
     def before_step(self) -> None:
         self.stage.before_step()
+        self._ties.before_step()
 
     def after_step(self) -> None:
         self.stage.after_step(self._drained)
@@ -139,6 +148,7 @@ class Pipeline(Execution):
             if self._downstream is not None:
                 self._mailbox.take(self._downstream, GRADIENT)
             self._send([])
+            self._ties.discard()
         self.stage.clear()
 
     def _received(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -147,10 +157,11 @@ class Pipeline(Execution):
     def _backward_of_oldest(self, downstream: int) -> None:
         grads = self._mailbox.take(downstream, GRADIENT)
         self._observers.before_backward(self.number)
-        grads = self.stage.backward(grads)
+        received: list[Tensor | None] = []
+        self._ties.backward(lambda: received.extend(self.stage.backward(grads)))
         self._observers.after_backward(self.number)
         self._pending = True
-        self._send(grads)
+        self._send(received)
 
     def _send(self, grads: list[Tensor | None]) -> None:
         if self._upstream is not None:

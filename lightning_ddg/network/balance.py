@@ -136,8 +136,8 @@ def _position(chain: Layers, name: str) -> int:
     )
 
 
-def forbidden_cuts(chain: Layers) -> dict[int, tuple[str, str, str]]:
-    """Find the positions where a cut would separate layers that share a parameter or a buffer.
+def forbidden_cuts(chain: Layers, ties: bool = True) -> dict[int, tuple[str, str, str]]:
+    """Find the positions where a cut would separate layers that share a buffer, or, without ``ties``, a parameter.
 
     Sharing is by identity of the tensor object. Each such position comes with the name of a shared tensor, and the
     labels of two layers that use it, one on each side.
@@ -146,7 +146,7 @@ def forbidden_cuts(chain: Layers) -> dict[int, tuple[str, str, str]]:
     forbidden: dict[int, tuple[str, str, str]] = {}
     for position, label in enumerate(chain.names):
         layer = chain.segment(position, position + 1)
-        for name, tensor in joined(layer.named_parameters(), layer.named_buffers()):
+        for name, tensor in joined(() if ties else layer.named_parameters(), layer.named_buffers()):
             if id(tensor) in last_use:
                 earlier, first_name = last_use[id(tensor)]
                 for between in range(earlier + 1, position + 1):
@@ -163,8 +163,9 @@ def check_cut(starts: Sequence[int], forbidden: Mapping[int, tuple[str, str, str
             tensor, before, after = forbidden[start]
             raise ValueError(
                 f"Stage {stage} cannot start at position {start}: {tensor!r} is used by {before!r} and by {after!r}, "
-                "on both sides of the cut, and each stage updates its own. Move the split point so that both are in "
-                "one stage, or give each its own."
+                "on both sides of the cut, which is possible for a parameter of the paper's rule alone: not for a "
+                "buffer, nor with `stash=False` in one process or `predict=True` in several. Move the split point so "
+                "that both are in one stage, or give each its own."
             )
 
 

@@ -189,6 +189,7 @@ def decide_cut(
     recorded: list[str] | None,
     measure: Callable[[], Costs],
     max_memory: int | None = None,
+    ties: bool = True,
 ) -> Cut:
     """Cut where the user says, else where an earlier run did, else evenly.
 
@@ -199,8 +200,9 @@ def decide_cut(
         recorded: An earlier run's choice, if any; ignored where it does not fit the network, or ``max_memory``.
         measure: Returns what to even out, the same on every rank; called only if needed, and then on every rank.
         max_memory: Bytes that no stage may need.
+        ties: Whether stages may share parameters.
     """
-    forbidden = forbidden_cuts(chain)
+    forbidden = forbidden_cuts(chain, ties)
     parameters = Costs.by_parameters(chain)
     if split_points is not None:
         starts = cut_at(chain, split_points, num_stages)

@@ -205,6 +205,7 @@ def divide(
         site.recorded_cut,
         partial(_measure, site, network, program, optimizers, first_batch),
         options.max_memory if site.fits else None,
+        options.allow_ties(one_process=site.one_process),
     )
     if site.fits and site.trainer.is_global_zero and not site.trainer.barebones:
         print_cut(cut)
@@ -285,7 +286,8 @@ def make_execution(site: Site, cut: Cut, segments: Sequence[nn.Module], ownershi
     rule, recompute, stage = site.options.staleness, site.options.recompute, site.ranks.stage
     if stage is not None:
         own = Stage(segments[stage - 1], delay(stage, site.num_stages), rule, recompute)
-        return Pipeline(own, stage, site.num_stages, site.ranks.mailbox, rule.shrink, site.ranks.observers)
+        ties, ranks = ownership.ties, site.ranks
+        return Pipeline(own, stage, site.num_stages, ranks.mailbox, rule.shrink, ranks.observers, ties)
     if not rule.stash:
         return Staged(segments, rule, recompute, site.ranks.observers)
     whole = partial(cut.chain.at_once, segments)

@@ -137,6 +137,14 @@ class Options:
                 " '32-true'."
             )
 
+    def allow_ties(self, *, one_process: bool) -> bool:
+        """Return whether stages may share parameters.
+
+        In one process several backwards at once would add to one ``p.grad``; in several, a stage cannot know where
+        another's parameter will be.
+        """
+        return self.staleness.stash if one_process else not self.staleness.predict
+
     def check_kept(self, *, one_process: bool) -> None:
         """Refuse what runs a step more than once a batch, where the step leaves something for its next run.
 

@@ -13,6 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
+from lightning_ddg.core.ties import Tie
+
 
 @dataclass
 class Weights:
@@ -74,7 +76,11 @@ class Ownership:
     ) -> None:
         self.root, self.stage = root, stage
         self.segments, self._layers = segments, layers
-        self._stages = {id(tensor): number for number, segment in self._numbered for tensor in _tensors(segment)}
+        self._stages: dict[int, int] = {}
+        for number, segment in self._numbered:
+            for tensor in _tensors(segment):
+                # What several stages use is the first one's.
+                self._stages.setdefault(id(tensor), number)
         named = (*root.named_parameters(remove_duplicate=False), *root.named_buffers(remove_duplicate=False))
         self.by_name = {name: self.stage_of(tensor) for name, tensor in named}
         self._inside = {name for name, tensor in named if id(tensor) in self._stages}
@@ -124,8 +130,12 @@ class Ownership:
 
     @property
     def names_between(self) -> list[str]:
-        """The names of the stages' parameters and buffers that are no layer's, but used between the layers."""
+        """The names of the stages' parameters and buffers that other stages' processes use in an evaluation.
+
+        They are no layer's, but used between the layers, or tied.
+        """
         held = {tensor for layers in self._layers for layer in layers for tensor in _tensors(layer)}
+        held -= {tie.parameter for tie in self.ties}
         named = (*self.root.named_parameters(), *self.root.named_buffers())
         return [name for name, tensor in named if name in self._inside and tensor not in held]
 
@@ -163,7 +173,16 @@ class Ownership:
 
         return [key for key, value in state_dict.items() if (owner(key, value) or self.last) == self.stage]
 
-    # ---- what may not be shared
+    # ---- what is shared
+
+    @property
+    def ties(self) -> list[Tie]:
+        """The parameters that several stages use."""
+        users: dict[nn.Parameter, list[int]] = {}
+        for number, segment in self._numbered:
+            for parameter in segment.parameters():
+                users.setdefault(parameter, []).append(number)
+        return [Tie(parameter, tuple(stages)) for parameter, stages in users.items() if len(stages) > 1]
 
     def check_ties(self) -> None:
         """Refuse a parameter that a module outside the network shares with a stage before the last.
@@ -191,8 +210,9 @@ class Ownership:
         Raises:
             RuntimeError: Naming the parameter and its stage.
         """
+        tied = {tie.parameter for tie in self.ties if self.last in tie.stages}
         for name, parameter in self.root.named_parameters():
-            if self.by_name[name] != self.last and parameter.grad is not None:
+            if self.by_name[name] != self.last and parameter.grad is not None and parameter not in tied:
                 raise RuntimeError(
                     f"The loss uses the parameter {name!r} directly, but its weights live on stage"
                     f" {self.by_name[name]}, in another process. For an L2 penalty use the optimizer's `weight_decay`."

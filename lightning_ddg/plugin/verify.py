@@ -146,7 +146,8 @@ class Proof:
         """The parameters of each stage by name, from the input side; those outside the network come last."""
         names = {parameter: name for name, parameter in self._site.module.named_parameters()}
         segments = enumerate(self._ownership.segments, start=1)
-        stages = {stage: [p for p in segment.parameters() if p in names] for stage, segment in segments}
+        stage_of = self._ownership.stage_of
+        stages = {n: [p for p in segment.parameters() if p in names and stage_of(p) == n] for n, segment in segments}
         stages[self._site.num_stages] += self._ownership.parameters_outside
         return {stage: {names[p]: p for p in parameters} for stage, parameters in stages.items()}
 

@@ -228,14 +228,6 @@ class TwoBackwards(ManualClassifier):
         self.manual_backward(output.sum())
 
 
-class TiedAcross(Classifier):
-    def __init__(self) -> None:
-        super().__init__()
-        self.net[5] = nn.Linear(10, 10).double()
-        self.net[6] = nn.Linear(10, 3).double()
-        self.net[5].weight = self.net[3].weight
-
-
 class TiedOutside(Classifier):
     def __init__(self) -> None:
         super().__init__()
@@ -282,7 +274,6 @@ EVERYWHERE: dict[str, Case] = {
     ),
     "no backward": (NoBackward, {}, {}, "NoBackward.training_step` ended without `self.manual_backward"),
     "two backwards": (TwoBackwards, {}, {}, "`manual_backward` was called more than once.*Add the losses up"),
-    "tied across a cut": (TiedAcross, {"split_points": ["net.4"]}, {}, "net.3.*net.5|net.5.*net.3"),
     "tied outside": (TiedOutside, {}, {}, "'head.weight' is tied to one of stage 1.*Untie it"),
     "not sequential": (NotSequential, {}, {}, "configure_stages"),
     "sync_batchnorm": (Classifier, {}, {"sync_batchnorm": True}, "sync_batchnorm=True.*Remove sync_batchnorm=True"),

@@ -149,13 +149,14 @@ def test_tied_parameters_forbid_every_cut_between_them() -> None:
     first, last = nn.Linear(2, 2), nn.Linear(2, 2)
     last.weight = first.weight
     chain = labelled(nn.ReLU(), first, nn.ReLU(), last, nn.ReLU())
-    assert forbidden_cuts(chain) == dict.fromkeys([2, 3], ("net.1.weight", "net.1", "net.3"))
+    assert forbidden_cuts(chain, ties=False) == dict.fromkeys([2, 3], ("net.1.weight", "net.1", "net.3"))
+    assert forbidden_cuts(chain) == {}
 
 
 def test_ties_in_a_row_name_the_layers_on_both_sides() -> None:
     a, b, c = (nn.Linear(2, 2, bias=False) for _ in range(3))
     c.weight = b.weight = a.weight
-    assert forbidden_cuts(labelled(a, b, c)) == {
+    assert forbidden_cuts(labelled(a, b, c), ties=False) == {
         1: ("net.0.weight", "net.0", "net.1"),
         2: ("net.0.weight", "net.1", "net.2"),
     }
@@ -289,8 +290,10 @@ def decide(
     split_points: list[str] | None = None,
     recorded: list[str] | None = None,
     measure: Callable[[], Costs] | None = None,
+    ties: bool = True,
 ) -> Cut:
-    return decide_cut(layers, num_stages, split_points, recorded, measure or (lambda: Costs.by_parameters(layers)))
+    by_parameters = measure or (lambda: Costs.by_parameters(layers))
+    return decide_cut(layers, num_stages, split_points, recorded, by_parameters, ties=ties)
 
 
 def test_the_user_comes_first_then_an_earlier_run_then_the_balance() -> None:
@@ -323,7 +326,8 @@ def test_an_earlier_cut_that_is_none_of_this_network_is_ignored(recorded: list[s
 def test_an_earlier_cut_through_what_is_tied_now_is_ignored() -> None:
     layers = chain(1, 1, 1, 9)
     layers.layers[1].weight = layers.layers[2].weight
-    assert decide(layers, 2, recorded=["net.2"]).starts == [3]
+    assert decide(layers, 2, recorded=["net.2"]).starts == [2]
+    assert decide(layers, 2, recorded=["net.2"], ties=False).starts == [3]
 
 
 def test_a_cut_of_the_users_that_is_none_is_refused() -> None:
@@ -331,8 +335,8 @@ def test_a_cut_of_the_users_that_is_none_is_refused() -> None:
     with pytest.raises(ValueError, match="'net.9' names no layer"):
         decide(layers, 2, ["net.9"])
     layers.layers[1].weight = layers.layers[2].weight
-    with pytest.raises(ValueError, match="is used by 'net.1' and by 'net.2'"):
-        decide(layers, 2, ["net.2"])
+    with pytest.raises(ValueError, match="is used by 'net.1' and by 'net.2'.*`predict=True` in several"):
+        decide(layers, 2, ["net.2"], ties=False)
 
 
 def measured_layers() -> Costs:
@@ -358,7 +362,7 @@ def test_an_earlier_cut_is_used_again_if_it_keeps_the_limit(max_memory: int | No
 def test_an_earlier_cut_through_a_tie_is_not_used_again_for_keeping_the_limit() -> None:
     layers = chain(1, 1, 1, 1)
     layers.layers[0].weight = layers.layers[1].weight
-    assert decide_cut(layers, 2, None, ["net.1"], measured_layers, 140).starts == [2]
+    assert decide_cut(layers, 2, None, ["net.1"], measured_layers, 140, ties=False).starts == [2]
 
 
 def test_a_limit_that_nothing_is_known_of_is_refused() -> None:
@@ -390,7 +394,7 @@ def test_a_network_that_ties_leave_in_one_part_names_what_is_tied() -> None:
     chain = Chain([("tokens", first), ("body", nn.Linear(2, 2)), ("head", last)])
     message = r"leave only 1 part .*of 3 layers.*'tokens.weight' is used by 'tokens' and by 'head'.*untie them.*in one"
     with pytest.raises(ValueError, match=message):
-        best_cut([1.0] * 3, 2, forbidden_cuts(chain))
+        best_cut([1.0] * 3, 2, forbidden_cuts(chain, ties=False))
 
 
 def test_one_layer_is_no_network_to_cut() -> None:
