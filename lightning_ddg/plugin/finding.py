@@ -48,11 +48,12 @@ def find(site: Site, first_batch: FirstBatch, step: Callable[[], object] | None)
         if layers is not None or not site.module.automatic_optimization:
             return network(), None
         target = _target(site, requirer, example)
-        calls = _calls(site, first_batch, step, target)
+        if site.fits:
+            calls = _calls(site, first_batch, target)
+        else:
+            # An evaluation may call a network in any form; without one, its steps are run as they are.
+            calls = StepCalls([], keeps=False) if target is None else None
         name = next((name for name, part in site.module.named_modules() if part is target), None)
-        if calls is None and target is None and site.one_process and not site.fits:
-            # Evaluation steps run as they are.
-            calls = StepCalls([], keeps=False)
         if calls is None or calls == StepCalls([name or ""], keeps=False):
             return network(), None
         once = calls.names.count(name or "") == 1
@@ -92,15 +93,9 @@ def _target(site: Site, requirer: str, example: Example) -> nn.Module | None:
         return None
 
 
-def _calls(
-    site: Site, first_batch: FirstBatch, step: Callable[[], object] | None, target: nn.Module | None
-) -> StepCalls | None:
-    """Which modules the step calls; ``None`` if that is not known."""
+def _calls(site: Site, first_batch: FirstBatch, target: nn.Module | None) -> StepCalls | None:
+    """Which modules the training step calls; ``None`` if that is not known."""
     calls: StepCalls | None = None
-    if step is not None:
-        with suppress(Exception), site.first_draws():
-            calls = calls_in_step(site.module, target, step)
-        return calls
     for batch in first_batch.read():
         # Where the step fails, training will say so.
         with suppress(Exception), site.first_draws(), _alone(site):

@@ -141,11 +141,12 @@ class Ownership:
 
     @property
     def foreign_layers(self) -> dict[nn.Module, int]:
-        """The layers whose weights live in another process, with their stage."""
+        """The layers whose parameters or buffers live in another process, with their stage."""
         if self.stage is None:
             return {}
         own = set(self.segments[self.stage - 1].modules())
-        return {layer: stage for stage, of in enumerate(self._layers, start=1) for layer in of if layer not in own}
+        numbered = list(enumerate(self._layers, start=1))
+        return {layer: stage for stage, of in numbered for layer in of if layer not in own and _tensors(layer)}
 
     # ---- the state dict
 

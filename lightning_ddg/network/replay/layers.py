@@ -38,6 +38,8 @@ def find_tree(target: nn.Module, points: Collection[nn.Module] = (), whole: Coll
     def below(prefix: str, module: nn.Module) -> None:
         for name, child in module.named_children():
             path = f"{prefix}{name}"
+            if is_metric(child):
+                continue
             if child in layers or child in blocks:
                 continue
             if not _has_state(child):
@@ -73,6 +75,11 @@ def loose_parameters(target: nn.Module, layers: Collection[nn.Module]) -> list[P
 def inside(module: nn.Module, others: Collection[nn.Module]) -> Sequence[nn.Module]:
     """Return which of some modules are a module, or part of it."""
     return [part for part in module.modules() if part in others]
+
+
+def is_metric(module: nn.Module) -> bool:
+    """Return whether a module is a metric, which counts what it is given, in the process that logs it."""
+    return any(kind.__module__.partition(".")[0] == "torchmetrics" for kind in type(module).__mro__)
 
 
 def _has_state(module: nn.Module) -> bool:

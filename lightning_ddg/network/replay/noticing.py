@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_ddg.network.replay.crossing import arguments_of
-from lightning_ddg.network.replay.layers import Place, Tree
+from lightning_ddg.network.replay.layers import Place, Tree, is_metric
 from lightning_ddg.network.replay.tracked import Tracked
 
 
@@ -88,7 +88,7 @@ class OwnState:
 
     def __init__(self, target: nn.Module, tree: Tree) -> None:
         held = {part for layer in tree.layers for part in layer.modules()}
-        self._modules = [module for module in target.modules() if module not in held and not _is_metric(module)]
+        self._modules = [module for module in target.modules() if module not in held and not is_metric(module)]
         self._buffers = [
             (module, name, buffer, buffer._version)
             for module in self._modules
@@ -126,11 +126,6 @@ class OwnState:
             for module in self._modules
             for name, value in vars(module).items()
         }
-
-
-def _is_metric(module: nn.Module) -> bool:
-    """Whether a module is a metric, which counts what it is given, in the process that logs it."""
-    return any(kind.__module__.partition(".")[0] == "torchmetrics" for kind in type(module).__mro__)
 
 
 def _rewritten(module: nn.Module, name: str, before: Tensor, version: int) -> bool:
