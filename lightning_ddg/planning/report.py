@@ -22,9 +22,9 @@ _UNEVEN = 1.2  # of the mean: what a slowest stage may have without a word
 _WIDTH = 120  # of what is printed elsewhere than on a terminal
 
 
-def print_cut(cut: Cut) -> None:
+def print_cut(cut: Cut, unit: str = "batch") -> None:
     """Print a cut on the standard output: a title, the table, and the ``split_points`` that repeat it."""
-    table = cut_table(cut)
+    table = cut_table(cut, unit)
     table.title = f"Network cut into {count_of_stages(len(cut.starts) + 1)}"
     print_table(table)
     for line in textwrap.wrap(uneven_line(cut) or "", _WIDTH - 20):
@@ -53,8 +53,11 @@ def _loads(cut: Cut) -> list[float]:
     return [sum(cut.costs.of_layers[start:stop]) for start, stop in pairwise(cut.bounds)]
 
 
-def cut_table(cut: Cut) -> Table:
-    """Lay out a cut as a table: stage, layers, parameters, share of the cost, delay; measured: bytes sent, memory."""
+def cut_table(cut: Cut, travels: str = "batch") -> Table:
+    """Lay out a cut as a table: stage, layers, parameters, share of the cost, delay; measured: bytes sent, memory.
+
+    ``travels`` is what was measured, and what the delay counts: a batch, or a micro-batch.
+    """
     model, unit, num_stages = cut.costs.model, cut.costs.unit, len(cut.starts) + 1
     table = Table()
     table.add_column("stage", justify="right")
@@ -68,7 +71,7 @@ def cut_table(cut: Cut) -> Table:
     if model is not None:
         both = zip(model.stage_sends(cut.starts), model.stage_memory(cut.starts), strict=True)
         sizes = [[show_bytes(sends), show_bytes(memory)] for sends, memory in both]
-        table.add_column("sends per batch", justify="right", max_width=len("per batch"))
+        table.add_column(f"sends per {travels}", justify="right", max_width=len(f"per {travels}"))
         table.add_column("memory", justify="right", no_wrap=True)
     rows = zip(pairwise(cut.bounds), cut.segments(), loads, sizes, strict=True)
     for stage, ((start, stop), segment, load, shown) in enumerate(rows, start=1):

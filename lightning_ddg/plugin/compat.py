@@ -48,6 +48,7 @@ reset_seed = host.part("fabric.utilities.seed").reset_seed
 WeightAveraging: type[Callback] | None = getattr(host.part("pytorch.callbacks"), "WeightAveraging", None)
 StochasticWeightAveraging = host.part("pytorch.callbacks").StochasticWeightAveraging
 Closure = host.part("pytorch.loops.optimization.automatic").Closure
+ClosureResult = host.part("pytorch.loops.optimization.automatic").ClosureResult
 
 
 def silence_sigterm_broadcast(trainer: Trainer) -> Undo:
@@ -125,6 +126,26 @@ def forget_in_metrics(module: LightningModule, unknown: Callable[[Any], bool]) -
             states = [getattr(metric, name) for name in metric._defaults]
             if any(unknown(item) for state in states for item in (state if isinstance(state, list) else [state])):
                 metric.reset()
+
+
+def loss_and_extra(output: Any, normalize: int) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Return the loss in what a training step has returned, divided by a number, and what else is there.
+
+    Raises:
+        MisconfigurationException: If there is no loss, as Lightning says it.
+    """
+    result = ClosureResult.from_training_step_output(output, normalize)
+    return result.closure_loss, result.extra
+
+
+def last_value(metric: Metric) -> Any:
+    """Return the value of a metric for the last batch that it has seen, which is logged for the step."""
+    return metric._forward_cache
+
+
+def set_last_value(metric: Metric, value: torch.Tensor) -> None:
+    """Set it."""
+    metric.__dict__["_forward_cache"] = value
 
 
 def uses_step_outputs(module: LightningModule) -> bool:

@@ -102,6 +102,7 @@ def first_call(
     batch: Any,
     precision: Precision,
     device: torch.device,
+    part: Callable[[Any], Any],
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return what the user's training step passes to the network for the first batch.
 
@@ -112,20 +113,23 @@ def first_call(
         batch: The first training batch; the step may change it in place.
         precision: Whose context the step runs in.
         device: Where the batch goes.
+        part: Returns the micro-batch of the batch that the step gets, or all of it.
 
     Raises:
         NotCalled: The step does not call the network.
     """
 
-    batch = transferred(module, batch, precision, device)
+    batch = transferred(module, batch, precision, device, part)
     return call_of_network(module, target, target_name, batch, precision.train_step_context)
 
 
-def transferred(module: LightningModule, batch: Any, precision: Precision, device: torch.device) -> Any:
-    """Return a batch as the training step gets it."""
+def transferred(
+    module: LightningModule, batch: Any, precision: Precision, device: torch.device, part: Callable[[Any], Any]
+) -> Any:
+    """Return a batch, or the part of it that ``part`` returns, as the training step gets it."""
     unmute = compat.mute_logging(module)
     try:
-        return compat.transfer_batch(module, precision.convert_input(batch), device)
+        return part(compat.transfer_batch(module, precision.convert_input(batch), device))
     finally:
         unmute()
 

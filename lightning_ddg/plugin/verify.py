@@ -7,7 +7,8 @@ In one process, and in K through the processes and the messages::
     after the backward of batch 0    every stage sends what was added to p.grad
     in the iteration of batch K      rank 0 takes it, which by then has been sent, and compares
 
-So no stage waits for anything but what others have sent before.
+So no stage waits for anything but what others have sent before. Where batches are split, the micro-batches of the first
+one are proved together, if none of them sees a step: the last one's gradient is there as many iterations later.
 """
 
 from __future__ import annotations
@@ -53,7 +54,9 @@ class Proof:
     def __init__(self, site: Site, cut: Cut, ownership: Ownership, redirection: Redirection) -> None:
         self._site, self._cut, self._ownership, self._redirection = site, cut, ownership, redirection
         self._begun = self._over = False
-        self._backwards = 0
+        # The backwards so far, and how many belong to what is proved.
+        self._backwards, self._proved = 0, 1
+        self._witness: Witness | None = None
         self._parameters: dict[int, dict[str, nn.Parameter]] = {}
         self._plain: Plain | None = None
         self._scale = 0.0
@@ -63,7 +66,8 @@ class Proof:
 
     def witness(self, execution: Execution) -> Execution:
         """Let the proof see what an execution adds to ``p.grad``."""
-        return Witness(execution, self._site.num_stages, self._parameters_of, self._added)
+        self._witness = Witness(execution, self._site.num_stages, self._parameters_of, self._added)
+        return self._witness
 
     # ---- called while training
 
@@ -74,6 +78,9 @@ class Proof:
         self._begun = True
         self._parameters = self._by_stage()
         ranks = self._site.ranks
+        # With today's weights in the backward, only the first micro-batch's gradient is sure to come before any step.
+        if self._witness is not None and self._site.options.staleness.stash:
+            self._proved = self._witness.count = len(self._site.parts(args[0])) if self._site.micro_batches > 1 else 1
         if not ranks.is_rank_zero:
             call = (tuple(args), kwargs) if ranks.reads else None
             ranks.mailbox.send(0, PROOF, (self._own_state(), call), snapshot=True)
@@ -85,7 +92,9 @@ class Proof:
             if call is not None:
                 args, kwargs = _on_devices_of((tuple(args), kwargs), call)
         try:
-            self._plain = plain_backprop(self._site, self._cut, self._redirection, batch, args, kwargs, weights)
+            self._plain = plain_backprop(
+                self._site, self._cut, self._redirection, batch, args, kwargs, weights, self._proved
+            )
         except Unverifiable as reason:
             self._warn(str(reason))
             return
@@ -93,9 +102,9 @@ class Proof:
         self._scale = max((size for size in sizes if isfinite(size)), default=0.0)
 
     def loss(self, loss: Tensor) -> None:
-        """Called with each loss, before its backward; the first is compared."""
+        """Called with each loss, before its backward; that of the first batch is compared."""
         self._backwards += 1
-        if self._backwards > 1 or self._plain is None:
+        if self._backwards != self._proved or self._plain is None:
             return
         got, wanted = loss.detach().to("cpu", torch.float64), self._plain.loss.to(torch.float64)
         allowed = self._rounding(loss.dtype).relative * max(1.0, float(wanted.abs()))
@@ -109,7 +118,7 @@ class Proof:
             WrongGradients: If a gradient, or the loss, is wrong.
         """
         if self._begun and not self._over:
-            self._look(wait=self._backwards > self._site.num_stages)
+            self._look(wait=self._backwards >= self._site.num_stages + self._proved)
 
     def after_epoch(self) -> None:
         """Called when the ranks have met at an epoch's end: what they have sent before is here.
