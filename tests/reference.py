@@ -39,9 +39,9 @@ def train(
 
     Batches whose numbers are ``skipped`` have no gradient: no backward is run, and a step finds none.
 
-    What travels, and what delays count, are micro-batches; of a batch's loss each has the part that it has of its samples.
-    After a batch (or ``accumulate`` batches, or an epoch's last one) each stage steps with the sum of the gradients that
-    have become due since its last step, clipped.
+    What travels, and what delays count, are micro-batches; of a batch's loss each has the part that it has of its
+    samples. After a batch (or ``accumulate`` batches, or an epoch's last one) each stage steps with the sum of the
+    gradients that have become due since its last step, clipped.
     """
     number = count()
     optimizers = [optimizer(parameters) if parameters else None for parameters in stages]

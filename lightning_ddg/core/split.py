@@ -1,8 +1,8 @@
 """A batch split into micro-batches along its first dimension, and what these have given put together again.
 
-The first tensor of a batch says how many samples there are, and each other one has as many. What says nothing of single
-samples goes along whole: what is no tensor, a tensor without dimensions, and one whose first dimension is 1. Lists as
-long as the batch that hold no tensors, tuples of that many texts, and arrays are of samples too, and are split.
+The first tensor of a batch says how many samples there are, and each other one has as many. What says nothing
+of single samples goes along whole: what is no tensor, a tensor without dimensions, and one whose first dimension is 1.
+Lists and arrays as long as the batch are of samples too, and are split, as are tuples of that many texts.
 """
 
 from __future__ import annotations
@@ -191,11 +191,11 @@ def _is_of_samples(value: Any, length: int) -> bool:
 
 
 def _leaves(value: Any, name: str = "batch") -> Iterator[tuple[str, Any]]:
-    """Walk through the usual containers; lists and tuples without tensors are leaves."""
+    """Walk through the usual containers; lists and tuples without tensors that have dimensions are leaves."""
     if isinstance(value, Mapping):
         for key, item in value.items():
             yield from _leaves(item, f"{name}[{key!r}]")
-    elif isinstance(value, list | tuple) and not _holds_no_tensor(value):
+    elif isinstance(value, list | tuple) and not _is_plain(value):
         for at, item in enumerate(value):
             yield from _leaves(item, f"{name}.{value._fields[at]}" if hasattr(value, "_fields") else f"{name}[{at}]")
     elif is_dataclass(value) and not isinstance(value, type):
@@ -205,8 +205,8 @@ def _leaves(value: Any, name: str = "batch") -> Iterator[tuple[str, Any]]:
         yield name, value
 
 
-def _holds_no_tensor(value: Sequence[Any]) -> bool:
-    return all(isinstance(item, _PLAIN) for item in value) or not tensors_of(value)
+def _is_plain(value: Sequence[Any]) -> bool:
+    return all(isinstance(item, _PLAIN) for item in value) or not any(tensor.ndim for tensor in tensors_of(value))
 
 
 def _named_tensors(batch: Any) -> list[tuple[str, Tensor]]:

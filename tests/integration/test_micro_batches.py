@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_ddg import DDGStrategy, Staleness
 from tests import reference
-from tests.harness import run_ranks
+from tests.harness import run_ranks, run_ranks_raw
 from tests.integration.test_exact import STARTS
 from tests.networks import (
     OPTIMIZERS,
@@ -119,3 +119,139 @@ def test_the_oracle_tells_micro_batches_from_batches() -> None:
     whole = expected(4, case)
     for micro in (2, 3, 5):
         assert largest_difference(whole, expected(4, {**case, "micro": micro})) > 1e-6
+
+
+# ---- accumulation over a loader of micro-batches is the same rule
+
+
+class Plain(Classifier):
+    """Without a scheduler, which counts batches."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, step_lr=False, **kwargs)
+
+
+RULES: list[Case] = [
+    {},
+    {"recompute": True},
+    {"staleness": Staleness(stash=False)},
+    {"staleness": Staleness(stash=False), "recompute": True},
+    {"staleness": Staleness(predict=True)},
+    {"staleness": Staleness(shrink=0.7, slow_start=3, predict=True)},
+]
+
+
+def fit_split(num_stages: int, devices: int, micro: int, accumulate: int, options: Case) -> dict[str, Tensor]:
+    warnings.simplefilter("ignore")
+    module = Plain("mlp", "nesterov")
+    points = [f"net.{start}" for start in STARTS[num_stages]]
+    strategy = DDGStrategy(num_stages, points, micro_batches=micro, **options)
+    trainer = quiet_trainer(devices=devices, strategy=strategy, max_epochs=2, accumulate_grad_batches=accumulate)
+    trainer.fit(module, loader("mlp", 24, 6 // accumulate))
+    return state_of(module)
+
+
+def fit_under_all_rules(num_stages: int) -> list[dict[str, Tensor]]:
+    return [fit_split(num_stages, num_stages, 3, 1, options) for options in RULES]
+
+
+@pytest.mark.parametrize("num_stages", [3, 4])
+def test_micro_batches_are_accumulation_over_smaller_batches_under_all_rules(num_stages: int) -> None:
+    wanted = [fit_split(num_stages, 1, 1, 3, options) for options in RULES]
+    alone = [fit_split(num_stages, 1, 3, 1, options) for options in RULES]
+    for states in (alone, *run_ranks(fit_under_all_rules, num_stages, num_stages, timeout=240)):
+        for got, accumulated, options in zip(states, wanted, RULES, strict=True):
+            assert largest_difference(got, accumulated) <= 1e-12, options
+    assert largest_difference(alone[0], alone[1]) == 0.0
+    assert all(largest_difference(alone[0], other) > 1e-9 for other in alone[2:])
+
+
+# ---- random draws, the proof, precision
+
+
+class Noisy(Classifier):
+    """Draws in the step and in the network."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        loss = nn.functional.cross_entropy(self(x + torch.randn_like(x) / 10), y)
+        self.log("train_loss", loss)
+        return loss
+
+
+PROVED: list[Case] = [
+    {"network": "dropout_mlp", "micro": 3, "make": Noisy},
+    {"network": "dropout_mlp", "micro": "auto", "make": Noisy, "accumulate": 2},
+    # BatchNorm cannot do with one sample, which the last batch's micro-batches would have.
+    {"network": "noisy_mlp", "micro": 2, "options": {"recompute": True}, "limit_train_batches": 4},
+    {"network": "dropout_mlp", "micro": 3, "options": {"staleness": Staleness(stash=False)}},
+    {"network": "dropout_mlp", "micro": 3, "options": {"staleness": Staleness(shrink=0.5)}, "max_epochs": 1},
+    {"network": "dropout_mlp", "micro": 5, "drain": "never", "limit_train_batches": 1},
+]
+
+
+def fit_proved(num_stages: int, devices: int) -> list[Any]:
+    states = []
+    for case in PROVED:
+        with warnings.catch_warnings(record=True) as caught:
+            states.append(fit(num_stages, devices, **case))
+        assert [str(one.message) for one in caught if "first batch's gradients" in str(one.message)] == []
+    return states
+
+
+@pytest.mark.parametrize("num_stages", [2, 3])
+def test_draws_are_the_same_in_both_executions_and_in_the_proof(num_stages: int) -> None:
+    (alone,) = run_ranks(fit_proved, 1, num_stages, 1, timeout=240)
+    (again,) = run_ranks(fit_proved, 1, num_stages, 1, timeout=240)
+    for case, got, wanted in zip(PROVED, again, alone, strict=True):
+        assert largest_difference(got, wanted) == 0.0, case
+    for states in run_ranks(fit_proved, num_stages, num_stages, num_stages, timeout=240):
+        for case, got, wanted in zip(PROVED, states, alone, strict=True):
+            assert largest_difference(got, wanted) <= 1e-12, case
+
+
+class Doubled(Classifier):
+    """The backward of the second micro-batch counts twice in the stages alone."""
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        if hasattr(self.trainer.strategy, "run") and self.trainer.strategy.run.step.step._micro == 1:
+            # The copy that is trained for the proof has a Trainer, too.
+            loss = loss * (1 if self._is_copy else 2)
+        super().backward(loss, *args, **kwargs)
+
+    @property
+    def _is_copy(self) -> bool:
+        return self is not self.trainer.lightning_module
+
+
+def fit_doubled(devices: int) -> None:
+    fit(3, devices, micro=3, make=Doubled)
+
+
+@pytest.mark.parametrize("devices", [1, 3])
+def test_the_proof_is_of_all_micro_batches_of_the_first_batch(devices: int) -> None:
+    for result in run_ranks_raw(fit_doubled, devices, devices)[:1]:
+        assert result.error is not None
+        assert "WrongGradients" in result.error
+
+
+def fit_bf16(devices: int, precision: str) -> dict[str, Tensor]:
+    return fit(3, devices, micro=3, network="mlp", precision=precision, make=Single)
+
+
+class Single(Classifier):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.float()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        return nn.functional.cross_entropy(self(x.to(self.dtype)), y)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_half_precision(precision: str) -> None:
+    alone, start = fit_bf16(1, precision), Single("mlp", "nesterov").state_dict()
+    assert 1e-3 < largest_difference(alone, start) < 10
+    for got in run_ranks(fit_bf16, 3, 3, precision):
+        assert largest_difference(got, alone) < 0.02
