@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lightning_ddg.core.schedule import delay
+from lightning_ddg.core.schedule import delay, delay_in_updates
 from lightning_ddg.network.balance import forbidden_cuts
 from lightning_ddg.network.cut import Cut
 from lightning_ddg.planning.stages import CutPlan, work_of
@@ -94,6 +94,30 @@ def print_plan(rows: Mapping[int, CutPlan | str], seconds: float, *, details: bo
             _print_line(split_points_line(cut.split_points))
         else:
             _print_line(f"{split_points_line(cut.split_points)}  # {count_of_stages(num_stages)}")
+
+
+def split_table(rows: Mapping[tuple[int, int], CutPlan], seconds: float) -> Table:
+    """Lay out what micro-batches cost and give: by the numbers of stages and micro-batches, the plan of one of these.
+
+    A batch is all its micro-batches, the smaller ones counted as the largest; the pipeline is not emptied between them.
+    """
+    table = Table(title="A batch in micro-batches, one update for all")
+    for name in (
+        "stages",
+        "micro-batches",
+        "per batch",
+        "speed-up",
+        "efficiency",
+        "delay in updates",
+        "largest memory",
+    ):
+        table.add_column(name, justify="right")
+    for (num_stages, count), cut in rows.items():
+        period, memory = count * cut.steady_state.period, max(stage.memory for stage in cut.stages)
+        speedup, late = seconds / period, delay_in_updates(num_stages, count)
+        figures = show_ms(period), f"{speedup:.2f}x", f"{speedup / num_stages:.0%}", str(late), show_bytes(memory)
+        table.add_row(str(num_stages), str(count), *figures)
+    return table
 
 
 def summary_table(totals: Mapping[int, Tally], waits: bool) -> Table:

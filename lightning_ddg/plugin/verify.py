@@ -80,7 +80,7 @@ class Proof:
         ranks = self._site.ranks
         # With today's weights in the backward, only the first micro-batch's gradient is sure to come before any step.
         if self._witness is not None and self._site.options.staleness.stash:
-            self._proved = self._witness.count = len(self._site.parts(args[0])) if self._site.micro_batches > 1 else 1
+            self._proved = self._witness.count = len(self._site.parts(args[0]))
         if not ranks.is_rank_zero:
             call = (tuple(args), kwargs) if ranks.reads else None
             ranks.mailbox.send(0, PROOF, (self._own_state(), call), snapshot=True)
