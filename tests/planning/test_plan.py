@@ -343,8 +343,8 @@ def test_micro_batches_are_compared_by_time_delay_and_memory(capsys: pytest.Capt
     lines = [" ".join(line.replace("│", " ").split()) for line in capsys.readouterr().out.splitlines()]
     assert "2 1 15.0 ms 1.60x 80% 1 76.1 kB" in lines
     assert "2 3 22.5 ms 1.07x 53% 1 76.1 kB" in lines
-    assert "4 1 12.0 ms 2.00x 50% 3 88.1 kB" in lines
-    assert "4 3 18.0 ms 1.33x 33% 1 88.1 kB" in lines
+    assert "4 1 12.0 ms 2.00x 50% 3 68.7 kB" in lines
+    assert "4 3 18.0 ms 1.33x 33% 1 68.7 kB" in lines
 
 
 def test_without_micro_batches_there_is_no_such_table(capsys: pytest.CaptureFixture[str]) -> None:
