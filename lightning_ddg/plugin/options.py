@@ -209,8 +209,8 @@ class Options:
         if self.micro_batches_for(num_stages) > 1:
             raise ValueError(
                 f"micro_batches={self.micro_batches!r} runs the training step several times a batch, but the step"
-                " leaves something in attributes, such as a hidden state, which the next micro-batch of other samples would"
-                " find. Keep that inside the network, or leave micro_batches out."
+                " leaves something in attributes, such as a hidden state, which the next micro-batch would find, of"
+                " other samples. Keep that inside the network, or leave micro_batches out."
             )
 
     def check_kept(self, *, one_process: bool) -> None:
