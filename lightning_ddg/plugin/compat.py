@@ -160,6 +160,12 @@ def uses_step_outputs(module: LightningModule) -> bool:
     )
 
 
+def looks_before_zeroing(module: LightningModule) -> bool:
+    """Return whether code of the user's may look at the gradients of a step that has been made, or keep them."""
+    hooks = ("optimizer_zero_grad", "on_before_zero_grad")
+    return any(is_overridden(name, module) for name in hooks) or _of_users(module.trainer, "on_before_zero_grad")
+
+
 def _of_users(trainer: Trainer, *names: str) -> bool:
     """Return whether any callback has one of these hooks that is neither Lightning's nor ours."""
     hooks = [getattr(callback, name) for callback in trainer.callbacks for name in names]  # type: ignore[attr-defined]

@@ -42,6 +42,7 @@ class MicroBatches:
         self.step = runner.step
         self._site, self._runner, self._proof = site, runner, proof
         self._uses_outputs = compat.uses_step_outputs(site.module)
+        self._keeps_old = compat.looks_before_zeroing(site.module)
         # Of all micro-batches of this batch but the last.
         self._parameters: list[nn.Parameter] = []
         self._added: Gradients = []
@@ -71,6 +72,9 @@ class MicroBatches:
             self._proof.begin(self._site.training_batch(compat.batch_number(self._site.trainer)), args, kwargs)
         self._parameters = list(self._site.module.parameters())
         before = self._put([None] * len(self._parameters))
+        if self._site.trainer.accumulate_grad_batches == 1 and not self._keeps_old:
+            # They are of the last step, and would take memory until they are zeroed.
+            before = [None] * len(before)
         logs, outputs = OneLog(self._site.module), []
         with logs.collecting():
             for number, part in enumerate(parts):
