@@ -39,11 +39,14 @@ class Plain:
         loss: The loss.
         grads: By the name of each parameter, the gradient w.r.t. it, on the CPU.
         device: Where it was computed.
+        split: Of a batch that is split, in evaluation mode: the loss of the whole batch, and the mean of its
+            micro-batches'. ``None`` if it is not split, or that is not to be had.
     """
 
     loss: Tensor
     grads: dict[str, Tensor | None]
     device: torch.device
+    split: tuple[float, float] | None = None
 
 
 def plain_backprop(
@@ -143,7 +146,24 @@ def _run(
     if drew and site.options.compile_options is not None:
         raise Unverifiable("the network draws random numbers, and what is compiled draws others")
     grads = {name: _on_host(parameter.grad) for name, parameter in replica.named_parameters()}
-    return Plain(total.to("cpu", copy=True), grads, here)
+    split = _split_loss(site, replica, args, kwargs, here)
+    return Plain(total.to("cpu", copy=True), grads, here, split)
+
+
+def _split_loss(
+    site: Site, replica: LightningModule, args: Sequence[Any], kwargs: dict[str, Any], device: torch.device
+) -> tuple[float, float] | None:
+    """The loss of a batch that is split, and the mean of its micro-batches', where nothing random makes them differ."""
+    parts = site.parts(args[0])
+    if len(parts) == 1:
+        return None
+    replica.eval()
+    with contextlib.suppress(Exception), site.precision.train_step_context(), torch.no_grad(), untouched(device):
+        before = Generators(device)
+        whole, _ = _loss_of(replica, args, kwargs)
+        losses = [_loss_of(replica, (part.batch, *args[1:]), kwargs)[0] * part.weight for part in parts]
+        return (float(whole), float(sum(losses))) if before.unchanged() else None
+    return None
 
 
 def _loss_of(replica: LightningModule, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Tensor, bool]:

@@ -34,6 +34,9 @@ from lightning_ddg.plugin.redirection import Redirection
 from lightning_ddg.plugin.rounding import Rounding, difference, largest, rounding_of
 from lightning_ddg.plugin.site import Site
 
+# How far the loss of a batch may be, relatively, from the mean of its micro-batches' without a word.
+_SAME_LOSS = 0.01
+
 PROOF = Channel("proof", on_host=True, varied=True)
 
 
@@ -98,6 +101,7 @@ class Proof:
         except Unverifiable as reason:
             self._warn(str(reason))
             return
+        self._check_mean(self._plain)
         sizes = map(largest, self._plain.grads.values())
         self._scale = max((size for size in sizes if isfinite(size)), default=0.0)
 
@@ -223,6 +227,19 @@ class Proof:
         missing = [stage for stage, found in sorted(self._found.items()) if found is None]
         if missing and plain is not None:
             self._warn(f"the training ended before those of stage {', '.join(map(str, missing))} were due", part=True)
+
+    def _check_mean(self, plain: Plain) -> None:
+        """Warn of a loss that is no mean over samples: micro-batches have another one."""
+        whole, mean = plain.split or (0.0, 0.0)
+        allowed = max(_SAME_LOSS, self._rounding(plain.loss.dtype).relative)
+        if isfinite(whole) and isfinite(mean) and abs(whole - mean) > allowed * max(abs(whole), abs(mean)):
+            warnings.warn(
+                f"micro_batches={self._site.options.micro_batches!r}: the loss of the first batch is {whole:.6g}, but"
+                f" the mean of its micro-batches' is {mean:.6g} (each by its number of samples, in evaluation mode), and"
+                " that is what is trained. It is the same for a loss that is a mean over samples. Make it one (not a"
+                " sum), or leave micro_batches out if the loss compares samples with each other.",
+                stacklevel=2,
+            )
 
     def _warn(self, reason: str, *, part: bool = False) -> None:
         warnings.warn(

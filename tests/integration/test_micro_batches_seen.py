@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import Accuracy, MeanMetric
 
-from lightning_ddg import DDGStrategy
+from lightning_ddg import DDGMonitor, DDGStrategy
 from lightning_ddg.core.execution import InFlight, Observer
 from tests import reference
 from tests.harness import run_ranks, run_ranks_raw
@@ -439,3 +439,90 @@ def test_a_step_may_change_its_micro_batch_in_place() -> None:
     alone = fit_in_place(1, 3)
     for got in run_ranks(fit_in_place, 3, 3, 3):
         assert largest_difference(got, alone) <= 1e-12
+
+
+# ---- losses that are no mean over samples
+
+
+class Sum(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) * len(batch[0])
+
+
+class NoisySum(Sum):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step([batch[0] + torch.randn_like(batch[0]), batch[1]], batch_idx)
+
+
+@pytest.mark.parametrize(
+    ("make", "micro", "warned"), [(Sum, 3, True), (Sum, 1, False), (Classifier, 3, False), (NoisySum, 3, False)]
+)
+def test_a_loss_that_is_no_mean_is_warned_of(make: type[Classifier], micro: int, warned: bool) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        quiet_trainer(devices=1, strategy=strategy(3, micro), max_epochs=1).fit(make("mlp"), loader("mlp"))
+    found = [str(one.message) for one in caught if "mean of its micro-batches" in str(one.message)]
+    assert len(found) == warned
+    if warned:
+        assert "micro_batches=3: the loss of the first batch is" in found[0]
+        assert "Make it one (not a sum)" in found[0]
+
+
+class Carries(Classifier):
+    """A hidden state from one step for the next."""
+
+    def __init__(self) -> None:
+        super().__init__("mlp")
+        self.before: Tensor | None = None
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        logits = self(x) + (0 if self.before is None else self.before.mean())
+        self.before = logits.detach()
+        return nn.functional.cross_entropy(logits, y)
+
+
+def test_a_state_that_is_carried_from_step_to_step_is_refused() -> None:
+    with pytest.raises(ValueError, match="micro_batches=3 runs the training step several times a batch.*hidden state"):
+        quiet_trainer(devices=1, strategy=strategy(3)).fit(Carries(), loader("mlp"))
+
+
+# ---- what is measured and shown
+
+
+def test_the_cut_is_measured_on_a_micro_batch(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = []
+
+    class Sized(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            sizes.append(len(batch[0]))
+            return super().training_step(batch, batch_idx)
+
+    warnings.simplefilter("ignore")
+    measured = DDGStrategy(3, micro_batches=5)
+    quiet_trainer(devices=1, strategy=measured, max_epochs=1).fit(Sized("mlp"), loader("mlp"))
+    assert set(sizes) == {1, 5}, "the whole batch is seen for the comparison of losses only"
+    assert sizes.count(5) == 1
+    assert "micro-batch" in capsys.readouterr().out
+
+
+def monitored(devices: int) -> tuple[dict[int, dict[str, float]], str]:
+    warnings.simplefilter("ignore")
+    monitor = DDGMonitor(timeline=False, every_n_steps=2)
+    trainer = quiet_trainer(devices=devices, strategy=strategy(4, 3), callbacks=[monitor], max_epochs=1)
+    trainer.fit(Classifier("mlp", "sgd", step_lr=False), loader("mlp", 120, 6))
+    return monitor.figures, str(monitor.measured)
+
+
+def test_the_monitor_counts_delays_in_updates(capsys: pytest.CaptureFixture[str]) -> None:
+    figures, text = monitored(1)
+    others, other_text = run_ranks(monitored, 4, 4)[0]
+    # Of 20 batches, the first has no gradient for the first stage yet, and so no update; then three are one update late.
+    assert figures[1]["delay_updates"] == pytest.approx(54 / 57)
+    assert [figures[stage]["delay"] for stage in (1, 4)] == pytest.approx([1.0, 0.0])
+    assert 0 < figures[3]["delay_updates"] < figures[2]["delay_updates"] < 1
+    for stage, row in figures.items():
+        for name in ("delay", "delay_updates", "staleness"):
+            assert others[stage][name] == pytest.approx(row[name], rel=1e-9), (stage, name)
+    assert "ms per micro-batch" in text
+    assert "ms per micro-batch" in other_text
