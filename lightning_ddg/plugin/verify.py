@@ -235,9 +235,9 @@ class Proof:
         if isfinite(whole) and isfinite(mean) and abs(whole - mean) > allowed * max(abs(whole), abs(mean)):
             warnings.warn(
                 f"micro_batches={self._site.options.micro_batches!r}: the loss of the first batch is {whole:.6g}, but"
-                f" the mean of its micro-batches' is {mean:.6g} (each by its number of samples, in evaluation mode), and"
-                " that is what is trained. It is the same for a loss that is a mean over samples. Make it one (not a"
-                " sum), or leave micro_batches out if the loss compares samples with each other.",
+                f" the mean of its micro-batches' is {mean:.6g} (each by its number of samples, in evaluation mode),"
+                " and that is what is trained. It is the same for a loss that is a mean over samples. Make it one (not"
+                " a sum), or leave micro_batches out if the loss compares samples with each other.",
                 stacklevel=2,
             )
 

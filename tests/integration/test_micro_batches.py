@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from torch import Tensor, nn
 
 from lightning_ddg import DDGStrategy, Staleness
@@ -255,3 +256,50 @@ def test_half_precision(precision: str) -> None:
     assert 1e-3 < largest_difference(alone, start) < 10
     for got in run_ranks(fit_bf16, 3, 3, precision):
         assert largest_difference(got, alone) < 0.02
+
+
+# ---- steps that are more than one call, averages of weights
+
+
+class TwoParts(Plain):
+    """Calls two modules in turn, so that the step itself is cut."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.first, self.second = self.net[:3], self.net[3:]
+        del self.net
+
+    def forward(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        loss = nn.functional.cross_entropy(self.second(self.first(x)), y)
+        self.log("train_loss", loss)
+        return loss
+
+
+def fit_parts(devices: int, micro: int, accumulate: int = 1) -> dict[str, Tensor]:
+    warnings.simplefilter("ignore")
+    module = TwoParts("mlp", "nesterov")
+    strategy = DDGStrategy(3, ["first.1", "second.5"], micro_batches=micro)
+    trainer = quiet_trainer(devices=devices, strategy=strategy, max_epochs=2, accumulate_grad_batches=accumulate)
+    trainer.fit(module, loader("mlp", 24, 6 // accumulate))
+    return state_of(module)
+
+
+def test_a_step_that_is_cut_itself() -> None:
+    wanted = fit_parts(1, 1, 3)
+    for got in (fit_parts(1, 3), *run_ranks(fit_parts, 3, 3, 3)):
+        assert largest_difference(got, wanted) <= 1e-12
+
+
+def fit_averaged(devices: int) -> dict[str, Tensor]:
+    averages = StochasticWeightAveraging(swa_lrs=0.02, swa_epoch_start=1)
+    return fit(3, devices, 2, network="convnet", max_epochs=3, callbacks=[averages], limit_train_batches=4)
+
+
+def test_averages_of_weights() -> None:
+    alone = fit_averaged(1)
+    for got in run_ranks(fit_averaged, 3, 3):
+        assert largest_difference(got, alone) <= 1e-12

@@ -517,7 +517,7 @@ def monitored(devices: int) -> tuple[dict[int, dict[str, float]], str]:
 def test_the_monitor_counts_delays_in_updates(capsys: pytest.CaptureFixture[str]) -> None:
     figures, text = monitored(1)
     others, other_text = run_ranks(monitored, 4, 4)[0]
-    # Of 20 batches, the first has no gradient for the first stage yet, and so no update; then three are one update late.
+    # Of 20 batches, the first has no gradient for the first stage, and so no update; then three are one update late.
     assert figures[1]["delay_updates"] == pytest.approx(54 / 57)
     assert [figures[stage]["delay"] for stage in (1, 4)] == pytest.approx([1.0, 0.0])
     assert 0 < figures[3]["delay_updates"] < figures[2]["delay_updates"] < 1
