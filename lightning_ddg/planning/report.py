@@ -65,9 +65,8 @@ def cut_table(cut: Cut, travels: str = "batch") -> Table:
     table.add_column("parameters", justify="right", no_wrap=True)
     # Two lines of header leave the room to the names of the layers.
     table.add_column(f"share of {unit}", justify="right", max_width=max(len("share of"), len(unit)))
-    table.add_column(
-        "delay" if travels == "batch" else "delay in micro-batches", justify="right", max_width=len("delay in micro-")
-    )
+    late = "delay" if travels == "batch" else f"delay in {travels}es"
+    table.add_column(late, justify="right", max_width=max(map(len, late.split())))
     loads = _loads(cut)
     sizes: list[list[str]] = [[] for _ in loads]
     if model is not None:

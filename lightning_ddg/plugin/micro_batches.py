@@ -116,9 +116,8 @@ class MicroBatches:
             self._others_have_loss = True
             weighted = loss * part.weight
             self._runner.backward(weighted, lambda: self._site.precision.backward(weighted, module, optimizers[0]))
-        return (
-            map_tensors(Tensor.detach, output) if self._uses_outputs else compat.loss_and_extra(output, 1)[0].detach()
-        )
+        kept = output if self._uses_outputs else compat.loss_and_extra(output, 1)[0]
+        return map_tensors(Tensor.detach, kept)
 
     def _of_batch(self, outputs: list[Any], parts: list[Part]) -> Any:
         pairs = [compat.loss_and_extra(output, 1) for output in outputs]

@@ -9,9 +9,11 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler
 from lightning.pytorch.loggers.logger import Logger
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchmetrics import Accuracy, MeanMetric
 
 from lightning_ddg import DDGMonitor, DDGStrategy
@@ -526,3 +528,62 @@ def test_the_monitor_counts_delays_in_updates(capsys: pytest.CaptureFixture[str]
             assert others[stage][name] == pytest.approx(row[name], rel=1e-9), (stage, name)
     assert "ms per micro-batch" in text
     assert "ms per micro-batch" in other_text
+
+
+# ---- with what ends, or changes, a fit, and batches of all kinds
+
+
+class Records(Dataset[dict[str, Any]]):
+    """Samples with texts and numbers, as a loader collates them."""
+
+    def __len__(self) -> int:
+        return 22
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        x, y = dataset("mlp")[index]
+        return {"x": x, "y": int(y), "name": f"sample {index}", "pair": (f"tag {index}", float(index))}
+
+
+class OfRecords(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        tags, numbers = batch["pair"]
+        assert len(batch["name"]) == len(tags) == len(numbers) == len(batch["x"])
+        return super().training_step((batch["x"], batch["y"]), batch_idx)
+
+
+class Stops(Callback):
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        trainer.should_stop = trainer.should_stop or trainer.global_step == 2
+
+
+def fit_with(devices: int, kind: str) -> dict[str, Tensor]:
+    warnings.simplefilter("ignore")
+    callbacks: dict[str, list[Callback]] = {
+        "stop": [Stops()],
+        "accumulation": [GradientAccumulationScheduler({0: 3, 1: 1})],
+        "patience": [EarlyStopping("train_loss_epoch", patience=0, min_delta=10)],
+    }
+    module = OfRecords("mlp", "adam") if kind == "records" else Classifier("mlp", "adam")
+    data: Any = DataLoader(Records(), 5) if kind == "records" else loader("mlp", 60)
+    given: dict[str, Any] = {"min_epochs": 0, "min_steps": 1} if kind == "stop" else {}
+    trainer = quiet_trainer(
+        devices=devices, strategy=strategy(3), max_epochs=3, callbacks=callbacks.get(kind, []), **given
+    )
+    trainer.fit(module, data)
+    return {**state_of(module), "steps": torch.tensor(float(trainer.global_step))}
+
+
+KINDS = ["records", "stop", "accumulation", "patience"]
+
+
+def fit_with_all(devices: int) -> list[dict[str, Tensor]]:
+    return [fit_with(devices, kind) for kind in KINDS]
+
+
+def test_both_executions_agree_with_callbacks_and_batches_of_records() -> None:
+    alone = fit_with_all(1)
+    # Asked for after the second batch, a stop takes effect K batches later.
+    assert [int(state["steps"]) for state in alone] == [15, 5, 28, 24]
+    for states in run_ranks(fit_with_all, 3, 3):
+        for kind, got, wanted in zip(KINDS, states, alone, strict=True):
+            assert largest_difference(got, wanted) <= 1e-12, kind
