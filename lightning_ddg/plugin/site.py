@@ -102,7 +102,9 @@ class Site:
             return [Part(batch, 1, 1.0)]
         length = length_of(batch)
         sizes = even_sizes(length, self.options.micro_batches_of(length, self.num_stages))
-        return [Part(part, size, size / max(1, length)) for part, size in zip(split(batch, sizes), sizes, strict=True)]
+        if len(sizes) == 1:
+            return [Part(batch, length, 1.0)]
+        return [Part(part, size, size / length) for part, size in zip(split(batch, sizes), sizes, strict=True)]
 
     def first_part(self, batch: Any) -> Any:
         """Return a training batch's first micro-batch, which is as large as any: what the network is called with."""
