@@ -303,3 +303,35 @@ def test_averages_of_weights() -> None:
     alone = fit_averaged(1)
     for got in run_ranks(fit_averaged, 3, 3):
         assert largest_difference(got, alone) <= 1e-12
+
+
+class AddsUp(Plain):
+    """Zeroes the gradients itself, before every second batch only."""
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:
+        if batch_idx % 2 == 0:
+            optimizer.zero_grad()
+
+
+def fit_adding_up(devices: int, micro: int, accumulate: int) -> dict[str, Tensor]:
+    warnings.simplefilter("ignore")
+    module = AddsUp("mlp", "sgd") if accumulate == 1 else AddsUpInThrees("mlp", "sgd")
+    strategy = DDGStrategy(3, ["net.2", "net.5"], micro_batches=micro)
+    trainer = quiet_trainer(devices=devices, strategy=strategy, max_epochs=2, accumulate_grad_batches=accumulate)
+    trainer.fit(module, loader("mlp", 24, 6 // accumulate))
+    return state_of(module)
+
+
+class AddsUpInThrees(Plain):
+    """The same, where each batch is a third of one."""
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:
+        if batch_idx // 3 % 2 == 0:
+            optimizer.zero_grad()
+
+
+def test_gradients_that_are_not_zeroed_stay() -> None:
+    wanted = fit_adding_up(1, 1, 3)
+    assert largest_difference(wanted, fit_split(3, 1, 1, 3, {})) > 1e-6
+    for got in (fit_adding_up(1, 3, 1), *run_ranks(fit_adding_up, 3, 3, 3, 1)):
+        assert largest_difference(got, wanted) <= 1e-12
