@@ -104,7 +104,7 @@ def first_call(
     batch: Any,
     precision: Precision,
     device: torch.device,
-    part: Callable[[Any], Any],
+    part: Callable[[Any], Any] = lambda batch: batch,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return what the user's training step passes to the network for the first batch.
 
