@@ -11,11 +11,13 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_ddg import DDGStrategy, Staleness
 from tests import reference
 from tests.harness import run_ranks, run_ranks_raw
 from tests.integration.test_exact import STARTS
+from tests.integration.test_ties import Model
 from tests.networks import (
     OPTIMIZERS,
     Classifier,
@@ -335,3 +337,24 @@ def test_gradients_that_are_not_zeroed_stay() -> None:
     assert largest_difference(wanted, fit_split(3, 1, 1, 3, {})) > 1e-6
     for got in (fit_adding_up(1, 3, 1), *run_ranks(fit_adding_up, 3, 3, 3, 1)):
         assert largest_difference(got, wanted) <= 1e-12
+
+
+# ---- tied weights
+
+
+def fit_tied(devices: int, optimizer: str) -> dict[str, Tensor]:
+    warnings.simplefilter("ignore")
+    module = Model(True, optimizer)
+    strategy = DDGStrategy(3, ["net.middle", "net.second"], micro_batches=3)
+    texts = torch.randint(0, 8, (22, 5), generator=torch.Generator().manual_seed(1))
+    module.double()
+    trainer = quiet_trainer(devices=devices, strategy=strategy, max_epochs=2)
+    trainer.fit(module, DataLoader(TensorDataset(texts), 5))
+    return state_of(module)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "skips"])
+def test_tied_weights(optimizer: str) -> None:
+    (alone,) = run_ranks(fit_tied, 1, 1, optimizer)
+    for got in run_ranks(fit_tied, 3, 3, optimizer):
+        assert largest_difference(got, alone) <= 1e-12
