@@ -45,12 +45,15 @@ class _Planned(BaseException):
 class _Planner(Callback):
     """Plan with the first batch of a fit, as its training step would get it."""
 
-    def __init__(self, num_stages: int | list[int], recompute: bool, stash: bool) -> None:
+    def __init__(
+        self, num_stages: int | list[int], recompute: bool, stash: bool, micro_batches: int | list[int]
+    ) -> None:
         self.plan: Plan | None = None
         self.problem: str | None = None
         self._num_stages = num_stages
         self._recompute = recompute
         self._stash = stash
+        self._micro_batches = micro_batches
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         try:
@@ -61,6 +64,7 @@ class _Planner(Callback):
                 optimizer_copies=copies_kept(trainer.optimizers[0] if trainer.optimizers else None),
                 recompute=self._recompute,
                 stash=self._stash,
+                micro_batches=self._micro_batches,
                 context=trainer.precision_plugin.train_step_context,
             )
         except (ImportError, RuntimeError, TypeError, ValueError) as error:
@@ -79,6 +83,7 @@ class _Trainer(Trainer):
         picture: str | None = None,
         recompute: bool = False,
         stash: bool = True,
+        micro_batches: int | list[int] = [],  # noqa: B006
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
     ) -> None:
@@ -91,6 +96,7 @@ class _Trainer(Trainer):
             picture: Where to draw the simulated timelines; the name ends in .png or .svg.
             recompute: As the strategy's argument; the strategy in the config is not looked at.
             stash: As that of the strategy's staleness.
+            micro_batches: One number of micro-batches into which a batch is split, or a list of them, to be compared.
             ckpt_path: Accepted, so that a fit's saved config can be planned; not read.
             weights_only: Accepted, as ckpt_path.
         """
@@ -99,7 +105,7 @@ class _Trainer(Trainer):
                 check_picture(picture)
         except (ImportError, ValueError) as error:
             raise SystemExit(f"lightning-ddg plan: {error}") from error
-        planner = _Planner(num_stages, recompute, stash)
+        planner = _Planner(num_stages, recompute, stash, micro_batches)
         self.callbacks.append(planner)  # type: ignore[attr-defined]
         try:
             with suppress(_Planned):

@@ -31,44 +31,63 @@ def train(
     scheduler: Callable[[torch.optim.Optimizer], Any] | None,
     drain: str,
     skipped: Collection[int] = (),
+    micro_batches: int = 1,
+    accumulate: int = 1,
+    clip: Callable[[list[nn.Parameter]], object] | None = None,
 ) -> None:
     """Trains a network whose parameters are those of the stages; each has an optimizer and a scheduler of its own.
 
     Batches whose numbers are ``skipped`` have no gradient: no backward is run, and a step finds none.
+
+    What travels, and what delays count, are micro-batches; of a batch's loss each has the part that it has of its
+    samples. After a batch (or ``accumulate`` batches, or an epoch's last one) each stage steps with the sum of the
+    gradients that have become due since its last step, clipped.
     """
     number = count()
     optimizers = [optimizer(parameters) if parameters else None for parameters in stages]
     schedulers = [scheduler(o) if scheduler and o is not None else None for o in optimizers]
+    # Of each micro-batch, the gradients of all stages; and of each stage, what has become due since its last step.
     history: list[list[list[Tensor | None]]] = []
+    due: list[list[list[Tensor | None]]] = [[] for _ in stages]
 
-    def update(stage: int, batch: int) -> None:
-        chosen = optimizers[stage]
-        if chosen is None:
-            return
-        for parameter, grad in zip(stages[stage], history[batch][stage], strict=True):
-            parameter.grad = None if grad is None else grad.clone()
-        chosen.step()
+    def step(stage: int) -> None:
+        chosen, gradients = optimizers[stage], due[stage]
+        if chosen is not None and gradients:
+            for at, parameter in enumerate(stages[stage]):
+                there = [grads[at] for grads in gradients if grads[at] is not None]
+                parameter.grad = sum(there[1:], start=there[0].clone()) if there else None  # type: ignore[union-attr]
+            if clip is not None:
+                clip(stages[stage])
+            chosen.step()
+        due[stage] = []
 
     def apply_the_rest() -> None:
-        for ahead in range(1, len(stages)):
-            for stage in range(len(stages)):
-                delay = len(stages) - 1 - stage
-                batch = len(history) - 1 + ahead - delay
-                if ahead <= delay and batch >= 0:
-                    update(stage, batch)
+        for stage in range(len(stages)):
+            late = min(len(stages) - 1 - stage, len(history))
+            rest = [gradients[stage] for gradients in history[len(history) - late :]]
+            for first in range(0, len(rest), micro_batches * accumulate):
+                due[stage] = rest[first : first + micro_batches * accumulate]
+                step(stage)
         history.clear()
 
     for batches in epochs:
-        for x, y in batches:
-            network.zero_grad()
-            loss = nn.functional.cross_entropy(network(x), y)
-            if next(number) not in skipped:
-                loss.backward()
-            history.append([[None if p.grad is None else p.grad.clone() for p in stage] for stage in stages])
+        for index, (x, y) in enumerate(batches):
+            skips = next(number) in skipped
+            parts = min(micro_batches, len(x))
+            for part_x, part_y in zip(x.tensor_split(parts), y.tensor_split(parts), strict=True):
+                network.zero_grad()
+                loss = nn.functional.cross_entropy(network(part_x), part_y)
+                if not skips:
+                    (loss / accumulate * (len(part_x) / len(x))).backward()
+                history.append([[None if p.grad is None else p.grad.clone() for p in stage] for stage in stages])
+                for stage in range(len(stages)):
+                    at = len(history) - 1 - (len(stages) - 1 - stage)
+                    if at >= 0:
+                        due[stage].append(history[at][stage])
+            if (index + 1) % accumulate and index + 1 < len(batches):
+                continue
             for stage in range(len(stages)):
-                batch = len(history) - 1 - (len(stages) - 1 - stage)
-                if batch >= 0:
-                    update(stage, batch)
+                step(stage)
             for chosen in schedulers:
                 if chosen is not None:
                     chosen.step()

@@ -158,3 +158,11 @@ def test_plan_without_a_number_of_stages_is_a_summary(capsys: pytest.CaptureFixt
     printed = capsys.readouterr().out
     assert "in flight" not in printed
     assert re.findall(r"^split_points: .*# (\d) stages$", printed, re.MULTILINE) == list("2345678")
+
+
+def test_plan_compares_numbers_of_micro_batches(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["plan", "--config", CONFIG, "--num_stages", "[4]", "--micro_batches", "[1,3]"])
+    printed = capsys.readouterr().out
+    assert "A batch in micro-batches, one update for all" in printed
+    rows = re.findall(r"│ +4 │ +(\d) │ .* (\d) │ [^│]*│\n", printed)
+    assert rows == [("1", "3"), ("3", "1")]

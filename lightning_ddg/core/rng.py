@@ -19,7 +19,7 @@ _MASK = (1 << 64) - 1
 TRAINING, EVALUATION = 0, 1
 
 
-def seed_of(base: int, stage: int, batch: int, purpose: int = TRAINING) -> int:
+def seed_of(base: int, stage: int, batch: int, purpose: int = TRAINING, micro: int = 0) -> int:
     """Return the seed of the random draws of one stage for one batch, in ``0..2**63 - 1``.
 
     The mixing is the finaliser of splitmix64 (Steele, Lea and Flood, OOPSLA 2014), so that neighbouring batches and
@@ -30,9 +30,10 @@ def seed_of(base: int, stage: int, batch: int, purpose: int = TRAINING) -> int:
         stage: ``1..K``; 0 stands for the user's step outside the network, which every rank must draw alike.
         batch: The batch's number.
         purpose: ``TRAINING`` or ``EVALUATION``.
+        micro: Which micro-batch of the batch; the first one draws what the whole batch would.
     """
     state = base & _MASK
-    for value in (stage, batch, purpose):
+    for value in (stage, batch, purpose, *([micro] if micro else [])):
         state = (state + 0x9E3779B97F4A7C15 * (value + 1)) & _MASK
         state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
@@ -48,12 +49,14 @@ class Batch(NamedTuple):
         purpose: ``TRAINING`` or ``EVALUATION``.
         seed: The run's; ``None`` leaves the generators to whoever seeds them.
         device: The device whose generator is seeded besides the CPU's.
+        micro: Which of its micro-batches, where it is split.
     """
 
     number: int
     purpose: int = TRAINING
     seed: int | None = None
     device: torch.device = torch.device("cpu")
+    micro: int = 0
 
     def draws(self, stage: int) -> AbstractContextManager[None]:
         """Seed the draws of a stage inside, those of Python and NumPy too; see :func:`seeded`."""
@@ -65,7 +68,7 @@ class Batch(NamedTuple):
             _seed(self._seed_of(stage), self.device, libraries=True)
 
     def _seed_of(self, stage: int) -> int:
-        return seed_of(cast(int, self.seed), stage, self.number, self.purpose)
+        return seed_of(cast(int, self.seed), stage, self.number, self.purpose, self.micro)
 
 
 class Generators:

@@ -7,6 +7,9 @@ K = 3, input side first (F4: forward of batch 4; B2: backward of batch 2)::
     stage 1       F0      F1      F2 B0   F3 B1   F4 B2     d = 2
     stage 2       F0      F1 B0   F2 B1   F3 B2   F4 B3     d = 1
     stage 3       F0 B0   F1 B1   F2 B2   F3 B3   F4 B4     d = 0
+
+Where a batch is split into micro-batches, these are what travels, one in each iteration, and d counts them; a step is
+made when all those of a batch have gone.
 """
 
 from __future__ import annotations
@@ -31,3 +34,21 @@ def stage_of_rank(rank: int, num_stages: int) -> int:
 def rank_of_stage(stage: int, num_stages: int) -> int:
     """Return the rank within its pipeline that has a stage; the inverse of :func:`stage_of_rank` in the first one."""
     return num_stages - stage
+
+
+def delay_in_updates(num_stages: int, micro_batches: int) -> int:
+    """Return the greatest delay in updates where a step is made every ``m`` micro-batches: ``ceil((K - 1) / m)``."""
+    return -(-(num_stages - 1) // micro_batches)
+
+
+def enough_micro_batches(length: int, num_stages: int) -> int:
+    """Return into how many micro-batches a batch is split for a delay of at most one update.
+
+    ``K - 1`` are enough; up to twice as many are taken if that splits the batch evenly, and never more than samples.
+
+    >>> [enough_micro_batches(length, 4) for length in (12, 8, 7, 2)]
+    [3, 4, 3, 2]
+    """
+    least = max(1, num_stages - 1)
+    even = (parts for parts in range(least, 2 * least + 1) if length % parts == 0)
+    return max(1, min(length, next(even, least)))

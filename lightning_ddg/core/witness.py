@@ -16,16 +16,21 @@ Gradients = list[Tensor | None]
 
 
 class Witness(Execution):
-    """Passes everything on to an execution, and tells once of each stage what its first backward has added.
+    """Passes everything on to an execution, and tells once of each stage what its first backwards have added.
 
-    That is the backward of the first batch, ``d(k)`` batches after its forward or in the first drain. No step comes
-    before it, so that it is computed on the weights of the first forward whatever the rule.
+    The first is the backward of the first batch, ``d(k)`` batches after its forward or in the first drain. No step
+    comes before it, so that it is computed on the weights of the first forward whatever the rule. Where a batch is
+    split into micro-batches, as many backwards can be watched: they see these weights too if a backward uses the
+    weights of its forward.
 
     Args:
         execution: Trains the stages.
         num_stages: ``K``.
         parameters: Returns the parameters to which the gradients of a stage are added.
         tell: Is told the stage and the gradient w.r.t. each parameter, ``None`` where nothing was added.
+
+    Attributes:
+        count: How many backwards of a stage are added up before it is told of; to be set before the first.
     """
 
     def __init__(
@@ -40,6 +45,8 @@ class Witness(Execution):
         self._delays = {stage: delay(stage, num_stages) for stage in execution.stages}
         self._parameters, self._tell = parameters, tell
         self._batches = 0
+        self.count = 1
+        self._sums: dict[int, tuple[int, Gradients]] = {}
 
     def begin(self, step: int) -> None:
         self._execution.begin(step)
@@ -86,9 +93,20 @@ class Witness(Execution):
         before = {stage: [None if p.grad is None else p.grad.clone() for p in self._parameters(stage)] for stage in due}
         yield
         for stage, old in before.items():
-            del self._delays[stage]
-            self._tell(stage, [_added(p.grad, o) for p, o in zip(self._parameters(stage), old, strict=True)])
+            added = [_added(p.grad, o) for p, o in zip(self._parameters(stage), old, strict=True)]
+            seen, total = self._sums.pop(stage, (0, [None] * len(added)))
+            total = [_sum(one, other) for one, other in zip(total, added, strict=True)]
+            if seen + 1 < self.count:
+                self._sums[stage] = seen + 1, total
+            else:
+                del self._delays[stage]
+                self._tell(stage, total)
 
 
 def _added(after: Tensor | None, before: Tensor | None) -> Tensor | None:
     return after if after is None or before is None else after - before
+
+
+def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    # A copy: gradients are added to in place.
+    return (None if other is None else other.clone()) if one is None else one if other is None else one + other

@@ -116,9 +116,15 @@ class _Track:
         self._in_flight: deque[tuple[int, int]] = deque()
         self._updates = 0
         self._pending = False
-        # By the batch that is read: the weights, as many batches earlier as the delay.
+        # By the iteration that is read: the weights, as many iterations earlier as the delay.
         self.kept: dict[int, list[Tensor]] = {}
+        # Iterations so far, those of this batch, and those that the batch before had: one, or one for a micro-batch.
+        self.iteration, self.within, self.micro_batches = 0, 0, 1
         self.reset()
+
+    def begin(self) -> None:
+        """Note that a batch begins."""
+        self.micro_batches, self.within = max(1, self.within), 0
 
     def reset(self) -> None:
         # Not a tally yet: this is added to in every batch.
@@ -210,6 +216,8 @@ class Gauge(Observer):
     def begin(self, batch: int, counts: bool) -> None:
         """Called when a batch begins; its time ``counts`` once the pipeline has been filled."""
         self._batch, self._in_batch = batch, True
+        for track in self._tracks.values():
+            track.begin()
         if not counts:
             self._mark = None
         elif self._mark is None:
@@ -272,13 +280,18 @@ class Gauge(Observer):
     def in_flight(self, stage: int, batches: InFlight) -> None:
         track, delay, due = self._tracks[stage], batches.delay, len(batches) > batches.delay
         track.backward(self._batch, len(batches), due)
-        if self._is_read(self._batch):
-            then = track.kept.pop(self._batch, None)
+        if self._is_read(self._batch) and track.within == 0:
+            then = track.kept.get(track.iteration)
+            track.kept = {at: weights for at, weights in track.kept.items() if at > track.iteration}
             if due:
                 track.staleness = _staleness(batches, then)
                 track.cosine = _cosine(batches) if self._compare else None
-        if delay and self._is_read(self._batch + delay) and batches.newest_gradient() is not None:
-            track.kept[self._batch + delay] = [weight.detach().clone() for weight in _trained(batches)]
+        # Whether, as many iterations later as the delay, a batch begins that is read, if those till then are like this.
+        ahead, within = divmod(track.within + delay, track.micro_batches)
+        if delay and not within and self._is_read(self._batch + ahead) and batches.newest_gradient() is not None:
+            track.kept[track.iteration + delay] = [weight.detach().clone() for weight in _trained(batches)]
+        track.iteration += 1
+        track.within += 1
 
     def before_take(self, source: int, channel: Channel) -> None:
         waits = self._mark is not None and channel.name in _WAITED_FOR

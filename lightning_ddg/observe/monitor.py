@@ -161,9 +161,8 @@ class DDGMonitor(Callback):
             stage = run.execution.stages[0]
             lag = 0 if run.ranks.size == 1 else delay(stage, run.ranks.num_stages)
             self._recorder = Recorder(stage, lag, trainer.strategy.root_device)
-            self._undo = run.observers.subscribe(self._recorder)
-        if self._recorder is not None:
             self._recorder.batch = batch_idx
+            self._undo = run.observers.subscribe(self._recorder)
         self._gauge.begin(compat.batch_number(trainer), batch_idx >= first)
 
     @override
@@ -221,7 +220,8 @@ class DDGMonitor(Callback):
         console = Console(soft_wrap=True)
         if rows:
             print_table(summary_table(totals, waits))
-            self.measured = summarize([rows[stage] for stage in sorted(rows)], _planned(run))
+            unit = "batch" if run.site.micro_batches == 1 else "micro-batch"
+            self.measured = summarize([rows[stage] for stage in sorted(rows)], _planned(run), unit)
             self._show_timeline(console, Path(folder or trainer.default_root_dir))
 
     def _show_timeline(self, console: Console, folder: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from lightning_ddg.core.execution import GRADIENT, Channel, Observer
+from lightning_ddg.core.execution import ACTIVATION, GRADIENT, Channel, InFlight, Observer
 from lightning_ddg.planning.simulate import Event, Work, simulate, steady_state
 from lightning_ddg.planning.timeline import Panel, draw_timeline
 
@@ -25,7 +25,7 @@ class Recorder(Observer):
 
     Attributes:
         stage: The rank's stage; 1 if it has all of them.
-        batch: Number of the current batch in its epoch.
+        batch: Number of the current batch in its epoch, or of the micro-batch, counted from the first that is noted.
         events: What has been noted.
     """
 
@@ -37,8 +37,14 @@ class Recorder(Observer):
         self._device = device
         # Of what goes on now: a message may be waited for within a forward.
         self._starts: list[float] = []
+        # Backwards since the last forward.
+        self._over = 0
+
+    def in_flight(self, stage: int, batches: InFlight) -> None:
+        self._over += stage == self.stage
 
     def before_forward(self, stage: int) -> None:
+        self._go_on()
         self._starts.append(self._now())
 
     def after_forward(self, stage: int) -> None:
@@ -51,10 +57,15 @@ class Recorder(Observer):
         self._note(stage, "B", self.batch - self._delay)
 
     def before_take(self, source: int, channel: Channel) -> None:
+        if channel == ACTIVATION:
+            self._go_on()
         self._starts.append(self._now())
 
     def after_take(self, source: int, channel: Channel) -> None:
         self._note(self.stage, "idle", self.batch - self._delay * (channel == GRADIENT))
+
+    def _go_on(self) -> None:
+        self.batch, self._over = self.batch + self._over, 0
 
     def _note(self, stage: int, kind: Literal["F", "B", "idle"], batch: int) -> None:
         self.events.append(Event(stage, kind, batch, self._starts.pop(), self._now()))
@@ -75,15 +86,17 @@ class Measured:
         period: Seconds from one batch to the next, the median.
         work: The median seconds of each row's forward and backward; messages take none.
         planned: What was measured, layer by layer, when the network was cut; ``None`` if it was not.
+        unit: What all of that is of: a batch, or a micro-batch.
     """
 
     rows: list[list[Event]]
     period: float
     work: Work
     planned: Work | None
+    unit: str = "batch"
 
     def __str__(self) -> str:
-        lines = [f"DDGMonitor: measured {self.period * 1e3:.2f} ms per batch"]
+        lines = [f"DDGMonitor: measured {self.period * 1e3:.2f} ms per {self.unit}"]
         sources = {"the layers, measured before the fit": self.planned, "this fit's forwards and backwards": self.work}
         for source, work in sources.items():
             if work is not None:
@@ -127,7 +140,7 @@ class Measured:
         return min(whole, key=lambda at: abs(begins[at + _SHOWN] - begins[at] - _SHOWN * self.period))
 
 
-def summarize(rows: Sequence[Sequence[Event]], planned: Work | None = None) -> Measured | None:
+def summarize(rows: Sequence[Sequence[Event]], planned: Work | None = None, unit: str = "batch") -> Measured | None:
     """Return what the events of each stage, on its own rank's clock, say; ``None`` if they are too few."""
     forward, backward = ([_durations(row, kind) for row in rows] for kind in ("F", "B"))
     begins = [event.start for event in rows[-1] if event.kind == "F"]
@@ -136,7 +149,7 @@ def summarize(rows: Sequence[Sequence[Event]], planned: Work | None = None) -> M
     period = median(after - before for before, after in pairwise(begins))
     links = [0.0] * (len(rows) - 1)
     work = Work([median(row) for row in forward], [median(row) for row in backward], links, links)
-    return Measured(aligned(rows), period, work, planned)
+    return Measured(aligned(rows), period, work, planned, unit)
 
 
 def aligned(rows: Sequence[Sequence[Event]]) -> list[list[Event]]:

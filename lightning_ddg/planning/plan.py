@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from math import ceil
 from pathlib import Path
 
 from lightning_ddg.network.balance import forbidden_cuts
 from lightning_ddg.network.cut import CostModel
 from lightning_ddg.network.layers import Layers
-from lightning_ddg.planning.report import count_of_stages, print_plan
+from lightning_ddg.planning.report import count_of_stages, print_plan, print_table, split_table
 from lightning_ddg.planning.simulate import Work, simulate, steady_state
 from lightning_ddg.planning.stages import CutPlan, plan_cut
 from lightning_ddg.planning.timeline import Panel, check_picture, draw_timeline
@@ -25,10 +25,13 @@ class Plan:
     Attributes:
         rows: By the number of stages K: the plan, or why the network cannot be cut so.
         seconds: What a batch takes on one device with plain backpropagation: all forwards and backwards.
+        split: By the numbers of stages and of micro-batches into which a batch is split: the plan of a micro-batch, the
+            largest of the batch.
     """
 
     rows: dict[int, CutPlan | str]
     seconds: float
+    split: dict[tuple[int, int], CutPlan] = field(default_factory=dict)
 
     def split_points(self, num_stages: int) -> list[str]:
         """Return the names of the layers that begin stages ``2..K``: :class:`~lightning_ddg.DDGStrategy` takes them.
@@ -47,6 +50,8 @@ class Plan:
     def print(self, *, details: bool = True) -> None:
         """Print a row for each number of stages, the line that repeats each cut and, with ``details``, its stages."""
         print_plan(self.rows, self.seconds, details=details)
+        if self.split:
+            print_table(split_table(self.split, self.seconds))
 
     def draw(self, path: str | Path) -> None:
         """Draw the simulated timelines below plain backpropagation's, on one scale, from an empty pipeline on.
@@ -73,8 +78,17 @@ class Plan:
         draw_timeline(panels, path, span=(0.0, stop))
 
 
-def make_plan(chain: Layers, model: CostModel, num_stages: Sequence[int]) -> Plan:
-    """Plan cuts of a network, whose layers have been measured, into each of the numbers of stages."""
+def make_plan(
+    chain: Layers, model: CostModel, num_stages: Sequence[int], split: Mapping[int, CostModel] | None = None
+) -> Plan:
+    """Plan cuts of a network, whose layers have been measured, into each of the numbers of stages.
+
+    Args:
+        chain: The layers.
+        model: What they cost for a batch.
+        num_stages: The numbers of stages.
+        split: By the number of micro-batches into which a batch is split, what they cost for one of these.
+    """
     forbidden = forbidden_cuts(chain)
     rows: dict[int, CutPlan | str] = {}
     for number in num_stages:
@@ -84,7 +98,13 @@ def make_plan(chain: Layers, model: CostModel, num_stages: Sequence[int]) -> Pla
             rows[number] = str(error)
         else:
             rows[number] = plan_cut(chain, model, starts)
-    return Plan(rows, sum(model.profile.seconds))
+    parts = {
+        (number, count): plan_cut(chain, one, one.best_stages(number, forbidden))
+        for number, row in rows.items()
+        for count, one in (split or {}).items()
+        if isinstance(row, CutPlan)
+    }
+    return Plan(rows, sum(model.profile.seconds), parts)
 
 
 def _panel(title: str, work: Work, stop: float) -> Panel:

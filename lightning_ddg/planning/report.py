@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lightning_ddg.core.schedule import delay
+from lightning_ddg.core.schedule import delay, delay_in_updates
 from lightning_ddg.network.balance import forbidden_cuts
 from lightning_ddg.network.cut import Cut
 from lightning_ddg.planning.stages import CutPlan, work_of
@@ -22,9 +22,9 @@ _UNEVEN = 1.2  # of the mean: what a slowest stage may have without a word
 _WIDTH = 120  # of what is printed elsewhere than on a terminal
 
 
-def print_cut(cut: Cut) -> None:
+def print_cut(cut: Cut, unit: str = "batch") -> None:
     """Print a cut on the standard output: a title, the table, and the ``split_points`` that repeat it."""
-    table = cut_table(cut)
+    table = cut_table(cut, unit)
     table.title = f"Network cut into {count_of_stages(len(cut.starts) + 1)}"
     print_table(table)
     for line in textwrap.wrap(uneven_line(cut) or "", _WIDTH - 20):
@@ -53,8 +53,11 @@ def _loads(cut: Cut) -> list[float]:
     return [sum(cut.costs.of_layers[start:stop]) for start, stop in pairwise(cut.bounds)]
 
 
-def cut_table(cut: Cut) -> Table:
-    """Lay out a cut as a table: stage, layers, parameters, share of the cost, delay; measured: bytes sent, memory."""
+def cut_table(cut: Cut, travels: str = "batch") -> Table:
+    """Lay out a cut as a table: stage, layers, parameters, share of the cost, delay; measured: bytes sent, memory.
+
+    ``travels`` is what was measured, and what the delay counts: a batch, or a micro-batch.
+    """
     model, unit, num_stages = cut.costs.model, cut.costs.unit, len(cut.starts) + 1
     table = Table()
     table.add_column("stage", justify="right")
@@ -62,13 +65,14 @@ def cut_table(cut: Cut) -> Table:
     table.add_column("parameters", justify="right", no_wrap=True)
     # Two lines of header leave the room to the names of the layers.
     table.add_column(f"share of {unit}", justify="right", max_width=max(len("share of"), len(unit)))
-    table.add_column("delay", justify="right")
+    late = "delay" if travels == "batch" else f"delay in {travels}es"
+    table.add_column(late, justify="right", max_width=max(map(len, late.split())))
     loads = _loads(cut)
     sizes: list[list[str]] = [[] for _ in loads]
     if model is not None:
         both = zip(model.stage_sends(cut.starts), model.stage_memory(cut.starts), strict=True)
         sizes = [[show_bytes(sends), show_bytes(memory)] for sends, memory in both]
-        table.add_column("sends per batch", justify="right", max_width=len("per batch"))
+        table.add_column(f"sends per {travels}", justify="right", max_width=len(f"per {travels}"))
         table.add_column("memory", justify="right", no_wrap=True)
     rows = zip(pairwise(cut.bounds), cut.segments(), loads, sizes, strict=True)
     for stage, ((start, stop), segment, load, shown) in enumerate(rows, start=1):
@@ -91,6 +95,30 @@ def print_plan(rows: Mapping[int, CutPlan | str], seconds: float, *, details: bo
             _print_line(split_points_line(cut.split_points))
         else:
             _print_line(f"{split_points_line(cut.split_points)}  # {count_of_stages(num_stages)}")
+
+
+def split_table(rows: Mapping[tuple[int, int], CutPlan], seconds: float) -> Table:
+    """Lay out what micro-batches cost and give: by the numbers of stages and micro-batches, the plan of one of these.
+
+    A batch is all its micro-batches, the smaller ones counted as the largest; the pipeline is not emptied between them.
+    """
+    table = Table(title="A batch in micro-batches, one update for all")
+    for name in (
+        "stages",
+        "micro-batches",
+        "per batch",
+        "speed-up",
+        "efficiency",
+        "delay in updates",
+        "largest memory",
+    ):
+        table.add_column(name, justify="right")
+    for (num_stages, count), cut in rows.items():
+        period, memory = count * cut.steady_state.period, max(stage.memory for stage in cut.stages)
+        speedup, late = seconds / period, delay_in_updates(num_stages, count)
+        figures = show_ms(period), f"{speedup:.2f}x", f"{speedup / num_stages:.0%}", str(late), show_bytes(memory)
+        table.add_row(str(num_stages), str(count), *figures)
+    return table
 
 
 def summary_table(totals: Mapping[int, Tally], waits: bool) -> Table:

@@ -41,6 +41,7 @@ from lightning_ddg.plugin.finding import find
 from lightning_ddg.plugin.first_batch import FirstBatch
 from lightning_ddg.plugin.hooks import FitHooks
 from lightning_ddg.plugin.measure import copies_kept, first_call, measured_costs
+from lightning_ddg.plugin.micro_batches import MicroBatches
 from lightning_ddg.plugin.options import Options
 from lightning_ddg.plugin.ownership import OptimizerGroups, Ownership
 from lightning_ddg.plugin.patches import patch_fit, patch_run, watch_steps
@@ -67,7 +68,7 @@ class Run:
         ownership: Which tensors are whose.
         groups: Of each optimizer, the parameter groups over the whole module; none where one process has all.
         execution: Trains the stages.
-        step: Runs training steps.
+        step: Runs training steps, in micro-batches if that is wanted.
         evaluation: Runs evaluation steps.
         sharing: Gives every rank all weights.
         drain: Applies gradients in flight.
@@ -81,7 +82,7 @@ class Run:
     ownership: Ownership
     groups: list[OptimizerGroups]
     execution: Execution
-    step: StepRunner
+    step: MicroBatches
     evaluation: Evaluation
     sharing: Sharing
     drain: Drain
@@ -156,6 +157,7 @@ def build(
     # First, as in Lightning: data that the cut may need can depend on it.
     optimizers = set_up_optimizers()
     if site.fits:
+        site.options.check_micro_batches(site.module, site.num_stages)
         check_same_on_all_ranks(site.ranks.exchange(facts_of_optimizers(site.trainer, site.module, optimizers)))
     first_batch = FirstBatch(site)
     network, program = find(site, first_batch, step)
@@ -175,6 +177,7 @@ def build(
     proof = Proof(site, cut, ownership, redirection) if site.fits and site.options.verify else None
     execution = execution if proof is None else proof.witness(execution)
     runner = make_step(site, network, program, cut, ownership, execution, redirection, proof)
+    steps = MicroBatches(site, runner, proof)
     sharing = Sharing(site, ownership)
     evaluation = Evaluation(site, cut, execution, redirection, ownership)
     agreements = Agreements(site.trainer, site.ranks, site.num_stages)
@@ -185,12 +188,12 @@ def build(
     if site.fits:
         patch_fit(site, ownership)
         watch_steps(site, optimizers, execution, drain)
-        site.undo.callback(compat.without_outputs(site.trainer, lambda: runner.step.skipped))
+        site.undo.callback(compat.without_outputs(site.trainer, lambda: steps.skipped))
         site.undo.callback(agreements.install())
         site.undo.callback(hooks.install(site.trainer, site.module))
     # Without a seed each process has made its own weights; what is never trained is not shared again.
     evaluation.share_outside(lambda tensor: True)
-    return Run(site, cut, ownership, groups, execution, runner, evaluation, sharing, drain, agreements, hooks, proof)
+    return Run(site, cut, ownership, groups, execution, steps, evaluation, sharing, drain, agreements, hooks, proof)
 
 
 def divide(
@@ -208,7 +211,7 @@ def divide(
         options.allow_ties(one_process=site.one_process),
     )
     if site.fits and site.trainer.is_global_zero and not site.trainer.barebones:
-        print_cut(cut)
+        print_cut(cut, "batch" if site.micro_batches == 1 else "micro-batch")
     _log.debug("rank %d: the network is cut at %s", site.ranks.rank, cut.split_points)
     return cut
 
@@ -242,8 +245,9 @@ def _call_of(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """How stage 1 is called for a batch, on a device."""
     if program is None:
-        return first_call(site.module, network.target, network.target_name, batch, site.precision, device)
-    return program.first_call(batch, site.precision, device), {}
+        name, part = network.target_name, site.first_part
+        return first_call(site.module, network.target, name, batch, site.precision, device, part)
+    return program.first_call(batch, site.precision, device, site.first_part), {}
 
 
 def foreign_layers(cut: Cut, stage: int | None) -> list[nn.Module]:
@@ -331,7 +335,7 @@ def make_drain(site: Site, execution: Execution, optimizers: Sequence[Optimizer]
     if site.fits and not site.module.automatic_optimization:
         clip_again, undo = remembered_clipping(site.module)
         site.undo.callback(undo)
-    return Drain(site.options.drain, site.module, execution, optimizers, clip_again)
+    return Drain(site.options.drain, site.module, execution, optimizers, clip_again, site.micro_batches)
 
 
 def _nothing() -> None:

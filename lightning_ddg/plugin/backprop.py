@@ -39,11 +39,14 @@ class Plain:
         loss: The loss.
         grads: By the name of each parameter, the gradient w.r.t. it, on the CPU.
         device: Where it was computed.
+        split: Of a batch that is split, in evaluation mode: the loss of the whole batch, and the mean of its
+            micro-batches'. ``None`` if it is not split, or that is not to be had.
     """
 
     loss: Tensor
     grads: dict[str, Tensor | None]
     device: torch.device
+    split: tuple[float, float] | None = None
 
 
 def plain_backprop(
@@ -54,6 +57,7 @@ def plain_backprop(
     args: Sequence[Any],
     kwargs: dict[str, Any],
     weights: dict[str, Tensor],
+    micro_batches: int = 1,
 ) -> Plain:
     """Run the user's training step on a copy of the module with the network uncut, and its backward.
 
@@ -67,6 +71,7 @@ def plain_backprop(
         args: The step's arguments.
         kwargs: Its keyword arguments.
         weights: By name, parameters and buffers that this process has other values of.
+        micro_batches: How many are run, where the batch is split: their losses are added up by their weights.
 
     Raises:
         Unverifiable: With the reason, in a form that follows "as".
@@ -79,7 +84,8 @@ def plain_backprop(
         alone = contextlib.nullcontext() if site.one_process else collectives_refused()
         try:
             with trial(site.module.modules(), [site.device]), _silence(), alone, _gradients_kept(site.module):
-                return _run(site, cut, redirection, batch._replace(device=device), args, kwargs, weights)
+                one = batch._replace(device=device)
+                return _run(site, cut, redirection, one, args, kwargs, weights, micro_batches)
         except Unverifiable:
             raise
         except (torch.OutOfMemoryError, MemoryError) as error:
@@ -104,6 +110,7 @@ def _run(
     args: Sequence[Any],
     kwargs: dict[str, Any],
     weights: dict[str, Tensor],
+    micro_batches: int,
 ) -> Plain:
     here = batch.device
     try:
@@ -120,22 +127,43 @@ def _run(
     draws = _Turns(cut, copies, batch) if isinstance(cut.chain, ReplayedChain) else _Draws(cut, copies, batch)
     whole_step = redirection.target is None
     draws.watch(replica if whole_step else copies[id(redirection.target)], "training_step" if whole_step else "forward")
-    with site.precision.train_step_context(), batch.draws(0), torch.enable_grad():
-        before = Generators(here)
-        loss, ran = _loss_of(replica, args, kwargs)
-        drew = draws.drew or not before.unchanged()
+    total, drew = torch.zeros(()), False
+    for number, part in enumerate(site.parts(args[0])[:micro_batches]):
+        draws.batch = batch._replace(micro=number)
+        with site.precision.train_step_context(), draws.batch.draws(0), torch.enable_grad():
+            before = Generators(here)
+            loss, ran = _loss_of(replica, (part.batch, *args[1:]), kwargs)
+            drew |= draws.drew or not before.unchanged()
+        if not ran:
+            if replica.automatic_optimization:
+                loss = loss / site.trainer.accumulate_grad_batches * part.weight
+            replica.backward(loss)
+        total = loss.detach() if number == 0 else total + loss.detach()
     if drew and here.type != site.device.type:
         raise Unverifiable(
             f"the whole module does not fit {site.device}, and would draw other random numbers on the CPU"
         )
     if drew and site.options.compile_options is not None:
         raise Unverifiable("the network draws random numbers, and what is compiled draws others")
-    if not ran:
-        if replica.automatic_optimization:
-            loss = loss / site.trainer.accumulate_grad_batches
-        replica.backward(loss)
     grads = {name: _on_host(parameter.grad) for name, parameter in replica.named_parameters()}
-    return Plain(loss.detach().to("cpu", copy=True), grads, here)
+    split = _split_loss(site, replica, args, kwargs, here)
+    return Plain(total.to("cpu", copy=True), grads, here, split)
+
+
+def _split_loss(
+    site: Site, replica: LightningModule, args: Sequence[Any], kwargs: dict[str, Any], device: torch.device
+) -> tuple[float, float] | None:
+    """The loss of a batch that is split, and the mean of its micro-batches', where nothing random makes them differ."""
+    parts = site.parts(args[0])
+    if len(parts) == 1:
+        return None
+    replica.eval()
+    with contextlib.suppress(Exception), site.precision.train_step_context(), torch.no_grad(), untouched(device):
+        before = Generators(device)
+        whole, _ = _loss_of(replica, args, kwargs)
+        losses = [_loss_of(replica, (part.batch, *args[1:]), kwargs)[0] * part.weight for part in parts]
+        return (float(whole), float(sum(losses))) if before.unchanged() else None
+    return None
 
 
 def _loss_of(replica: LightningModule, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Tensor, bool]:
@@ -155,11 +183,12 @@ class _Turns:
 
     Attributes:
         drew: Whether anything has been drawn.
+        batch: What is drawn for.
     """
 
     def __init__(self, cut: Cut, copies: dict[int, Any], batch: Batch) -> None:
         self.drew = False
-        self._batch, self._turns = batch, Turns()
+        self.batch, self._turns = batch, Turns()
         self._called = {copies[id(part)]: stage for part, stage in stages_called(cut.segments()).items()}
 
     def watch(self, target: nn.Module, name: str) -> None:
@@ -168,7 +197,7 @@ class _Turns:
 
         @functools.wraps(original)
         def method(*args: Any, **kwargs: Any) -> Any:
-            with self._turns.taken(self._called, self._batch, watched=True) as streams:
+            with self._turns.taken(self._called, self.batch, watched=True) as streams:
                 output = original(*args, **kwargs)
             self.drew |= streams.drew
             return output
@@ -181,11 +210,12 @@ class _Draws:
 
     Attributes:
         drew: Whether anything has been drawn.
+        batch: What is drawn for.
     """
 
     def __init__(self, cut: Cut, copies: dict[int, Any], batch: Batch) -> None:
         self.drew = False
-        self._batch = batch
+        self.batch = batch
         self._seeded: Generators | None = None
         self._calls: dict[nn.Module, int] = {}
         self._inside = False
@@ -202,7 +232,7 @@ class _Draws:
 
         @functools.wraps(original)
         def forward(*args: Any, **kwargs: Any) -> Any:
-            with untouched(self._batch.device):
+            with untouched(self.batch.device):
                 self._calls, self._inside = dict.fromkeys(self._begins, 0), True
                 self._begin(1)
                 try:
@@ -227,8 +257,8 @@ class _Draws:
 
     def _begin(self, stage: int) -> None:
         self._look()
-        self._batch.begin_draws(stage)
-        self._seeded = Generators(self._batch.device)
+        self.batch.begin_draws(stage)
+        self._seeded = Generators(self.batch.device)
 
     def _look(self) -> None:
         self.drew |= self._seeded is not None and not self._seeded.unchanged()

@@ -48,6 +48,7 @@ reset_seed = host.part("fabric.utilities.seed").reset_seed
 WeightAveraging: type[Callback] | None = getattr(host.part("pytorch.callbacks"), "WeightAveraging", None)
 StochasticWeightAveraging = host.part("pytorch.callbacks").StochasticWeightAveraging
 Closure = host.part("pytorch.loops.optimization.automatic").Closure
+ClosureResult = host.part("pytorch.loops.optimization.automatic").ClosureResult
 
 
 def silence_sigterm_broadcast(trainer: Trainer) -> Undo:
@@ -127,6 +128,26 @@ def forget_in_metrics(module: LightningModule, unknown: Callable[[Any], bool]) -
                 metric.reset()
 
 
+def loss_and_extra(output: Any, normalize: int) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Return the loss in what a training step has returned, divided by a number, and what else is there.
+
+    Raises:
+        MisconfigurationException: If there is no loss, as Lightning says it.
+    """
+    result = ClosureResult.from_training_step_output(output, normalize)
+    return result.closure_loss, result.extra
+
+
+def last_value(metric: Metric) -> Any:
+    """Return the value of a metric for the last batch that it has seen, which is logged for the step."""
+    return metric._forward_cache
+
+
+def set_last_value(metric: Metric, value: torch.Tensor) -> None:
+    """Set it."""
+    metric.__dict__["_forward_cache"] = value
+
+
 def uses_step_outputs(module: LightningModule) -> bool:
     """Return whether hooks may use what a training step has returned or collected, so that every rank must have it.
 
@@ -137,6 +158,12 @@ def uses_step_outputs(module: LightningModule) -> bool:
         or is_overridden("on_train_epoch_end", module)
         or _of_users(module.trainer, "on_train_batch_end")
     )
+
+
+def looks_before_zeroing(module: LightningModule) -> bool:
+    """Return whether code of the user's may look at the gradients of a step that has been made, or keep them."""
+    hooks = ("optimizer_zero_grad", "on_before_zero_grad")
+    return any(is_overridden(name, module) for name in hooks) or _of_users(module.trainer, "on_before_zero_grad")
 
 
 def _of_users(trainer: Trainer, *names: str) -> bool:

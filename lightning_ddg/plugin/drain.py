@@ -27,6 +27,7 @@ class Drain:
         execution: Has the gradients.
         optimizers: Step with them.
         clip_again: Clips as the last step in manual optimization did.
+        micro_batches: How many make up a batch.
     """
 
     def __init__(
@@ -36,8 +37,10 @@ class Drain:
         execution: Execution,
         optimizers: Sequence[Optimizer],
         clip_again: Callable[[], object],
+        micro_batches: int = 1,
     ) -> None:
         self._when, self._module, self._execution = when, module, execution
+        self._micro_batches = micro_batches
         self._optimizers, self._clip_again = optimizers, clip_again
         self._steps = 0
         # Backwards since the last step, and the most that there have been for one.
@@ -91,7 +94,7 @@ class Drain:
 
         def closure() -> Tensor:
             module.optimizer_zero_grad(trainer.current_epoch, batch_idx, optimizer)
-            for _ in range(trainer.accumulate_grad_batches):
+            for _ in range(trainer.accumulate_grad_batches * self._micro_batches):
                 if not self._execution.drain():
                     break
             # A user's `optimizer_step` may look at the loss, and the batches' own are long gone.

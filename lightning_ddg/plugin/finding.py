@@ -50,6 +50,8 @@ def find(site: Site, first_batch: FirstBatch, step: Callable[[], object] | None)
         target = _target(site, requirer, example)
         if site.fits:
             calls = _calls(site, first_batch, target)
+            if calls is not None and calls.keeps:
+                site.options.check_carried(site.num_stages)
         else:
             # An evaluation may call a network in any form; without one, its steps are run as they are.
             calls = StepCalls([], keeps=False) if target is None else None
@@ -99,7 +101,7 @@ def _calls(site: Site, first_batch: FirstBatch, target: nn.Module | None) -> Ste
     for batch in first_batch.read():
         # Where the step fails, training will say so.
         with suppress(Exception), site.first_draws(), _alone(site):
-            batch = transferred(site.module, batch, site.precision, _CPU)
+            batch = transferred(site.module, batch, site.precision, _CPU, site.first_part)
             calls = calls_in_step(site.module, target, step_on(site.module, batch))
     return site.ranks.broadcast(calls, site.ranks.reading_rank)
 
@@ -113,7 +115,7 @@ def _layers_of_step(site: Site, program: Program, first_batch: FirstBatch, point
     call: tuple[Any, ...] | None = None
     for batch in first_batch.read():
         with site.first_draws():
-            call = map_tensors(Tensor.detach, program.first_call(batch, site.precision, _CPU))
+            call = map_tensors(Tensor.detach, program.first_call(batch, site.precision, _CPU, site.first_part))
     call = site.ranks.broadcast(call, site.ranks.reading_rank)
     with _alone(site):
         return layers_of_step(site.module, program, call, points)
@@ -125,7 +127,7 @@ def _example(site: Site, first_batch: FirstBatch, target: nn.Module, name: str) 
     for batch in first_batch.read():
         # Where the step fails, training will say so.
         with suppress(Exception), site.first_draws():
-            call = first_call(site.module, target, name, batch, site.precision, _CPU)
+            call = first_call(site.module, target, name, batch, site.precision, _CPU, site.first_part)
             call = map_tensors(Tensor.detach, call)
     return site.ranks.broadcast(call, site.ranks.reading_rank)
 

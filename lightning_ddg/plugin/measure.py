@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -15,6 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_ddg.core.pytree import map_tensors
+from lightning_ddg.core.split import even_sizes, length_of, split
 from lightning_ddg.network.cut import CostModel, Costs
 from lightning_ddg.network.find import Network, find_network
 from lightning_ddg.network.layers import Call
@@ -102,6 +104,7 @@ def first_call(
     batch: Any,
     precision: Precision,
     device: torch.device,
+    part: Callable[[Any], Any] = lambda batch: batch,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return what the user's training step passes to the network for the first batch.
 
@@ -112,20 +115,23 @@ def first_call(
         batch: The first training batch; the step may change it in place.
         precision: Whose context the step runs in.
         device: Where the batch goes.
+        part: Returns the micro-batch of the batch that the step gets, or all of it.
 
     Raises:
         NotCalled: The step does not call the network.
     """
 
-    batch = transferred(module, batch, precision, device)
+    batch = transferred(module, batch, precision, device, part)
     return call_of_network(module, target, target_name, batch, precision.train_step_context)
 
 
-def transferred(module: LightningModule, batch: Any, precision: Precision, device: torch.device) -> Any:
-    """Return a batch as the training step gets it."""
+def transferred(
+    module: LightningModule, batch: Any, precision: Precision, device: torch.device, part: Callable[[Any], Any]
+) -> Any:
+    """Return a batch, or the part of it that ``part`` returns, as the training step gets it."""
     unmute = compat.mute_logging(module)
     try:
-        return compat.transfer_batch(module, precision.convert_input(batch), device)
+        return part(compat.transfer_batch(module, precision.convert_input(batch), device))
     finally:
         unmute()
 
@@ -198,6 +204,7 @@ def plan_module(
     optimizer_copies: int = 2,
     recompute: bool = False,
     stash: bool = True,
+    micro_batches: int | Sequence[int] = (),
     context: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> Plan:
     """Find a module's network, measure it on a batch, and plan cuts of it; leave the module as it was.
@@ -209,17 +216,20 @@ def plan_module(
         optimizer_copies: Tensors of a parameter's size that the optimizer will keep for it.
         recompute: Whether stages shall run forwards again instead of keeping activations.
         stash: Whether stages shall keep the weights of batches in flight.
+        micro_batches: A number of micro-batches into which the batch is split for a comparison, or several.
         context: Entered around each forward, e.g. autocast.
 
     Raises:
         TypeError: The network cannot be found.
-        ValueError: ``num_stages`` is empty, or the network cannot be cut at all.
+        ValueError: ``num_stages`` is empty, the network cannot be cut at all, or the batch not be split.
         RuntimeError: The training step does not call the network, or it or the layers fail, or the layers one after the
             other compute something else than the network.
     """
     numbers = [num_stages] if isinstance(num_stages, int) else list(dict.fromkeys(num_stages))
     if not numbers:
         raise ValueError(f"num_stages={num_stages!r} names no number of stages: give one, or several, such as [2, 4].")
+    counts = [micro_batches] if isinstance(micro_batches, int) else list(dict.fromkeys(micro_batches))
+    parts = {count: _first_of(batch, count) for count in counts}
     configure = getattr(module, "configure_stages", None)
     layers = configure() if callable(configure) else None
 
@@ -233,6 +243,10 @@ def plan_module(
         try:
             check_same(network.chain, args, kwargs, context)
             profile = measure_profile(network.chain, args, kwargs, context=context)
+            profiles = {}
+            for count, part in parts.items():
+                args, kwargs = _call_of_network(module, network.target, network.target_name, part, context)
+                profiles[count] = measure_profile(network.chain, args, kwargs, context=context)
         except NotTheSame:
             raise
         except Exception as error:
@@ -240,7 +254,19 @@ def plan_module(
                 f"The layers could not be measured one after the other ({type(error).__name__}: {error}). They must"
                 " run so for training in stages too; return others from `configure_stages()`."
             ) from error
-    return make_plan(network.chain, CostModel(profile, recompute, stash, optimizer_copies, SECONDS_PER_BYTE), numbers)
+    model = CostModel(profile, recompute, stash, optimizer_copies, SECONDS_PER_BYTE)
+    split_models = {count: replace(model, profile=one) for count, one in profiles.items()}
+    return make_plan(network.chain, model, numbers, split_models)
+
+
+def _first_of(batch: Any, count: int) -> Any:
+    """The first, and so the largest, of a batch's micro-batches."""
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise ValueError(f"micro_batches={count!r} is not a number of micro-batches: give a positive integer.")
+    length = length_of(batch) if count > 1 else 1
+    if count > length:
+        raise ValueError(f"micro_batches={count}, but the batch has {length} samples: give no more than these.")
+    return split(batch, even_sizes(length, count))[0] if count > 1 else batch
 
 
 def _call_of_network(

@@ -15,10 +15,20 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from lightning_ddg.core.schedule import enough_micro_batches
 from lightning_ddg.core.staleness import Staleness
 from lightning_ddg.plugin import compat
-from lightning_ddg.plugin.host import MixedPrecision, ModelPruning, Precision, Trainer
+from lightning_ddg.plugin.host import (
+    LightningModule,
+    MixedPrecision,
+    ModelPruning,
+    Precision,
+    Trainer,
+    is_param_in_hook_signature,
+    rank_zero_warn,
+)
 
+_SHOWN = 3
 _CHOICES = {
     "balance": ("time", "parameters", "flops"),
     "drain": ("epoch", "fit", "never"),
@@ -41,6 +51,7 @@ class Options:
     max_memory: int | None = None
     compile: bool | dict[str, Any] = False
     drain: Literal["epoch", "fit", "never"] = "epoch"
+    micro_batches: int | Literal["auto"] = 1
     recompute: bool = False
     verify: bool = True
     staleness: Staleness = field(default_factory=Staleness)
@@ -61,6 +72,11 @@ class Options:
         if not isinstance(self.verify, bool):
             raise TypeError(f"verify={self.verify!r} is not a bool. Use True or False.")
         _check_memory_limit(self.max_memory, self.split_points, self.balance)
+        number = self.micro_batches
+        if number != "auto" and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
+            raise ValueError(
+                f"micro_batches={number!r} is not a number of micro-batches. Use a positive integer or 'auto'."
+            )
 
     @property
     def compile_options(self) -> dict[str, Any] | None:
@@ -76,6 +92,16 @@ class Options:
         if world_size > 1:
             return world_size
         return 2 if self.split_points is None else len(self.split_points) + 1
+
+    def micro_batches_for(self, num_stages: int) -> int:
+        """Return after how many micro-batches each stage steps; 1 where batches are not split."""
+        return max(1, num_stages - 1) if self.micro_batches == "auto" else self.micro_batches
+
+    def micro_batches_of(self, length: int, num_stages: int) -> int:
+        """Return into how many micro-batches a batch of so many samples is split."""
+        if self.micro_batches == "auto":
+            return enough_micro_batches(length, num_stages)
+        return max(1, min(length, self.micro_batches))
 
     # ---- checks against what is known later
 
@@ -124,6 +150,35 @@ class Options:
                 " session. Use strategy='ddg_notebook' (start_method='fork'), or one process (devices=1)."
             )
 
+    def check_micro_batches(self, module: LightningModule, num_stages: int) -> None:
+        """Refuse to split the batches of a step that runs its own backward; warn of layers that mix a batch's samples.
+
+        Raises:
+            ValueError: Naming the module's class.
+        """
+        if self.micro_batches_for(num_stages) == 1:
+            return
+        name = type(module).__name__
+        if not module.automatic_optimization:
+            raise ValueError(
+                f"micro_batches={self.micro_batches!r} splits each batch for one step of the optimizer, but {name}"
+                " steps by itself (automatic_optimization=False). Leave micro_batches out, or use automatic"
+                " optimization."
+            )
+        if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
+            raise ValueError(
+                f"micro_batches={self.micro_batches!r} splits each batch, but `{name}.training_step` fetches its own"
+                " (`dataloader_iter`). Take `batch` and `batch_idx` instead, or leave micro_batches out."
+            )
+        norms = [where for where, part in module.named_modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+        if norms:
+            shown = ", ".join(map(repr, norms[:_SHOWN])) + (f" and {len(norms) - _SHOWN} more" * (len(norms) > _SHOWN))
+            rank_zero_warn(
+                f"micro_batches={self.micro_batches!r}: BatchNorm normalises each micro-batch by itself, and so with"
+                f" the statistics of fewer samples than a batch has: {shown}. So it is with all pipelines that split"
+                " batches. Normalisations of single samples (GroupNorm, LayerNorm) are not changed."
+            )
+
     def check_casts(self, plugin: Precision) -> None:
         """Refuse today's weights in a backward that would use those cast in its forward.
 
@@ -144,6 +199,19 @@ class Options:
         another's parameter will be.
         """
         return self.staleness.stash if one_process else not self.staleness.predict
+
+    def check_carried(self, num_stages: int) -> None:
+        """Refuse micro-batches where the step leaves something for its next run.
+
+        Raises:
+            ValueError: Naming the option.
+        """
+        if self.micro_batches_for(num_stages) > 1:
+            raise ValueError(
+                f"micro_batches={self.micro_batches!r} runs the training step several times a batch, but the step"
+                " leaves something in attributes, such as a hidden state, which the next micro-batch would find, of"
+                " other samples. Keep that inside the network, or leave micro_batches out."
+            )
 
     def check_kept(self, *, one_process: bool) -> None:
         """Refuse what runs a step more than once a batch, where the step leaves something for its next run.

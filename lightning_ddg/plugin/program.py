@@ -71,9 +71,11 @@ class Program:
         """
         return args[0], torch.tensor(args[1:], dtype=torch.long)
 
-    def first_call(self, batch: Any, precision: Precision, device: torch.device) -> tuple[Any, Tensor]:
-        """Return the arguments with which stages are called for the first batch, on a device."""
-        batch = transferred(self._module, batch, precision, device)
+    def first_call(
+        self, batch: Any, precision: Precision, device: torch.device, part: Callable[[Any], Any]
+    ) -> tuple[Any, Tensor]:
+        """Return the arguments with which stages are called for the first batch, or ``part`` of it, on a device."""
+        batch = transferred(self._module, batch, precision, device, part)
         return self.call(compat.step_arguments(self._module.training_step, batch))
 
     def output(self) -> Any:

@@ -5,14 +5,30 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 
 from lightning_ddg.comm.ranks import Ranks
 from lightning_ddg.core.rng import EVALUATION, TRAINING, Batch
+from lightning_ddg.core.split import even_sizes, length_of, split
 from lightning_ddg.plugin.host import LightningModule, Precision, Trainer, TrainerFn
 from lightning_ddg.plugin.options import Options
 from lightning_ddg.plugin.ownership import Weights
+
+
+class Part(NamedTuple):
+    """A micro-batch.
+
+    Attributes:
+        batch: Its samples, in the form of the batch.
+        size: How many.
+        weight: Its share of the batch, of which that many samples are: what its loss counts for.
+    """
+
+    batch: Any
+    size: int
+    weight: float
 
 
 @dataclass(frozen=True)
@@ -64,9 +80,35 @@ class Site:
         """Whether this process has the network's output, and so the loss."""
         return self.ranks.stage in (None, self.num_stages)
 
-    def training_batch(self, number: int) -> Batch:
-        """Return the context of a batch that is trained."""
-        return Batch(number, TRAINING, self.seed, self.device)
+    def training_batch(self, number: int, micro: int = 0) -> Batch:
+        """Return the context of a batch that is trained, or of one of its micro-batches."""
+        return Batch(number, TRAINING, self.seed, self.device, micro)
+
+    @property
+    def micro_batches(self) -> int:
+        """How many micro-batches a step is made after; a small batch may have fewer, as many as make up a step.
+
+        1 where batches are not split.
+        """
+        return self.options.micro_batches_for(self.num_stages)
+
+    def parts(self, batch: Any) -> list[Part]:
+        """Return a training batch's micro-batches, at least one.
+
+        Raises:
+            ValueError: If it cannot be split.
+        """
+        if self.micro_batches == 1:
+            return [Part(batch, 1, 1.0)]
+        length = length_of(batch)
+        sizes = even_sizes(length, self.options.micro_batches_of(length, self.num_stages))
+        if len(sizes) == 1:
+            return [Part(batch, length, 1.0)]
+        return [Part(part, size, size / length) for part, size in zip(split(batch, sizes), sizes, strict=True)]
+
+    def first_part(self, batch: Any) -> Any:
+        """Return a training batch's first micro-batch, which is as large as any: what the network is called with."""
+        return self.parts(batch)[0].batch
 
     def evaluated_batch(self) -> Batch:
         """Return the context of the next batch that is evaluated."""

@@ -64,6 +64,7 @@ class TrainingStep:
         self._name = describe(network.target_name)
         self._target_name = network.target_name
         self._batch: int | None = None
+        self._micro = 0
         #: Whether the step has returned no loss, on the process that computes it.
         self.skipped = False
 
@@ -71,19 +72,19 @@ class TrainingStep:
         """Called when training begins: batch numbers may come again."""
         self._batch = None
 
-    def begin(self, batch: int, optimizers: Sequence[Optimizer]) -> None:
-        """Called before the step of a batch.
+    def begin(self, batch: int, optimizers: Sequence[Optimizer], micro: int = 0) -> None:
+        """Called before the step of a batch, or of one of its micro-batches.
 
         Raises:
             RuntimeError: If it is the second one for this batch, as in sharpness-aware minimisation.
         """
-        if batch == self._batch:
+        if batch == self._batch and micro <= self._micro:
             names = ", ".join(type(optimizer).__name__ for optimizer in optimizers)
             raise RuntimeError(
                 f"{names} runs the training step a second time for the same batch (number {batch}), but in stages a"
                 " batch has one forward and one backward. Use an optimizer that calls its closure once."
             )
-        self._batch, self.state, self.skipped = batch, State.IDLE, False
+        self._batch, self._micro, self.state, self.skipped = batch, micro, State.IDLE, False
 
     def called(self, inputs: Iterable[Tensor]) -> None:
         """Called when the step calls the network.
@@ -188,15 +189,20 @@ class StepRunner:
         # Elsewhere the stage alone has something to do.
         self._runs_step = site.has_loss or site.ranks.reads or placeholder is not end_step
 
-    def train(self, optimizers: Sequence[Optimizer], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """Run a training step; return what the user's returned, or a loss of 0 that stands for it, or for ``None``."""
+    def train(
+        self, optimizers: Sequence[Optimizer], args: Sequence[Any], kwargs: dict[str, Any], micro: int = 0
+    ) -> Any:
+        """Run a training step; return what the user's returned, or a loss of 0 that stands for it, or for ``None``.
+
+        ``micro`` is the number of the micro-batch, if the batch is split.
+        """
         trainer = self._site.trainer
         skips = compat.skips_backward(trainer)
         if skips and self._execution.waiting:
             # The weights are an average by now; gradients that were not drained before have come too late.
             self._execution.clear()
-        batch = self._site.training_batch(compat.batch_number(trainer))
-        self.step.begin(batch.number, optimizers)
+        batch = self._site.training_batch(compat.batch_number(trainer), micro)
+        self.step.begin(batch.number, optimizers, micro)
         if self._proof is not None and not skips:
             self._proof.begin(batch, args, kwargs)
         with self._alone(), self._site.precision.train_step_context():

@@ -48,9 +48,10 @@ class DDGStrategy(StageProcesses):
         compile: Whether each stage is compiled by ``torch.compile``; a dictionary gives its options.
         drain: When the gradients still in flight are applied without a new forward: at the end of each ``"epoch"``, of
             the ``"fit"``, or ``"never"``, which is the paper's bare algorithm.
-        recompute: Whether stages keep the inputs of batches in flight only, and compute the activations again in the
-            backward. The weights stay the same. In one process it has no effect unless ``staleness`` says
-            ``stash=False``.
+        micro_batches: Into how many micro-batches each batch is split, with one step for all, so that a gradient is at
+            most ``ceil((K - 1) / m)`` updates old. ``"auto"``: as many as make that one.
+        recompute: Whether stages keep the inputs of batches in flight only, and compute activations again in the
+            backward, to the same weights. In one process it has an effect with ``stash=False`` only.
         verify: Whether the first batch's gradients, as they are really computed, are compared with those of plain
             backpropagation, and a difference ends the fit. It costs one more forward and backward in a fit.
         staleness: What stages do with stale gradients; by default what the paper says.
@@ -74,6 +75,7 @@ class DDGStrategy(StageProcesses):
         max_memory: int | str | None = None,
         compile: bool | dict[str, Any] = False,
         drain: Literal["epoch", "fit", "never"] = "epoch",
+        micro_batches: int | Literal["auto"] = 1,
         recompute: bool = False,
         verify: bool = True,
         staleness: Staleness | None = None,
@@ -93,6 +95,7 @@ class DDGStrategy(StageProcesses):
             max_memory=None if max_memory is None else parse_bytes(max_memory),
             compile=compile,
             drain=drain,
+            micro_batches=micro_batches,
             recompute=recompute,
             verify=verify,
             staleness=PAPER if staleness is None else staleness,
@@ -232,17 +235,14 @@ class DDGStrategy(StageProcesses):
     @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         """Run the backward of the batch that is due on this stage; ``closure_loss`` counts on the last stage only."""
-        run, plugin = self._run, self.precision_plugin
+        run = self._run
         if run is None:
             return super().backward(closure_loss, optimizer, *args, **kwargs)
-        run.step.step.backward()
         if run.step.passes_over():
             return closure_loss
         self.pre_backward(closure_loss)
-        loss = plugin.pre_backward(closure_loss, run.site.module)
-        run.step.backward(closure_loss, lambda: plugin.backward(loss, run.site.module, optimizer, *args, **kwargs))
+        loss = run.step.backward(closure_loss, optimizer, args, kwargs)
         run.drain.added()
-        loss = plugin.post_backward(loss, run.site.module)
         self.post_backward(loss)
         return loss
 

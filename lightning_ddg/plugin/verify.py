@@ -7,7 +7,8 @@ In one process, and in K through the processes and the messages::
     after the backward of batch 0    every stage sends what was added to p.grad
     in the iteration of batch K      rank 0 takes it, which by then has been sent, and compares
 
-So no stage waits for anything but what others have sent before.
+So no stage waits for anything but what others have sent before. Where batches are split, the micro-batches of the first
+one are proved together, if none of them sees a step: the last one's gradient is there as many iterations later.
 """
 
 from __future__ import annotations
@@ -33,6 +34,9 @@ from lightning_ddg.plugin.redirection import Redirection
 from lightning_ddg.plugin.rounding import Rounding, difference, largest, rounding_of
 from lightning_ddg.plugin.site import Site
 
+# How far the loss of a batch may be, relatively, from the mean of its micro-batches' without a word.
+_SAME_LOSS = 0.01
+
 PROOF = Channel("proof", on_host=True, varied=True)
 
 
@@ -53,7 +57,9 @@ class Proof:
     def __init__(self, site: Site, cut: Cut, ownership: Ownership, redirection: Redirection) -> None:
         self._site, self._cut, self._ownership, self._redirection = site, cut, ownership, redirection
         self._begun = self._over = False
-        self._backwards = 0
+        # The backwards so far, and how many belong to what is proved.
+        self._backwards, self._proved = 0, 1
+        self._witness: Witness | None = None
         self._parameters: dict[int, dict[str, nn.Parameter]] = {}
         self._plain: Plain | None = None
         self._scale = 0.0
@@ -63,7 +69,8 @@ class Proof:
 
     def witness(self, execution: Execution) -> Execution:
         """Let the proof see what an execution adds to ``p.grad``."""
-        return Witness(execution, self._site.num_stages, self._parameters_of, self._added)
+        self._witness = Witness(execution, self._site.num_stages, self._parameters_of, self._added)
+        return self._witness
 
     # ---- called while training
 
@@ -74,6 +81,9 @@ class Proof:
         self._begun = True
         self._parameters = self._by_stage()
         ranks = self._site.ranks
+        # With today's weights in the backward, only the first micro-batch's gradient is sure to come before any step.
+        if self._witness is not None and self._site.options.staleness.stash:
+            self._proved = self._witness.count = len(self._site.parts(args[0]))
         if not ranks.is_rank_zero:
             call = (tuple(args), kwargs) if ranks.reads else None
             ranks.mailbox.send(0, PROOF, (self._own_state(), call), snapshot=True)
@@ -85,17 +95,20 @@ class Proof:
             if call is not None:
                 args, kwargs = _on_devices_of((tuple(args), kwargs), call)
         try:
-            self._plain = plain_backprop(self._site, self._cut, self._redirection, batch, args, kwargs, weights)
+            self._plain = plain_backprop(
+                self._site, self._cut, self._redirection, batch, args, kwargs, weights, self._proved
+            )
         except Unverifiable as reason:
             self._warn(str(reason))
             return
+        self._check_mean(self._plain)
         sizes = map(largest, self._plain.grads.values())
         self._scale = max((size for size in sizes if isfinite(size)), default=0.0)
 
     def loss(self, loss: Tensor) -> None:
-        """Called with each loss, before its backward; the first is compared."""
+        """Called with each loss, before its backward; that of the first batch is compared."""
         self._backwards += 1
-        if self._backwards > 1 or self._plain is None:
+        if self._backwards != self._proved or self._plain is None:
             return
         got, wanted = loss.detach().to("cpu", torch.float64), self._plain.loss.to(torch.float64)
         allowed = self._rounding(loss.dtype).relative * max(1.0, float(wanted.abs()))
@@ -109,7 +122,7 @@ class Proof:
             WrongGradients: If a gradient, or the loss, is wrong.
         """
         if self._begun and not self._over:
-            self._look(wait=self._backwards > self._site.num_stages)
+            self._look(wait=self._backwards >= self._site.num_stages + self._proved)
 
     def after_epoch(self) -> None:
         """Called when the ranks have met at an epoch's end: what they have sent before is here.
@@ -214,6 +227,19 @@ class Proof:
         missing = [stage for stage, found in sorted(self._found.items()) if found is None]
         if missing and plain is not None:
             self._warn(f"the training ended before those of stage {', '.join(map(str, missing))} were due", part=True)
+
+    def _check_mean(self, plain: Plain) -> None:
+        """Warn of a loss that is no mean over samples: micro-batches have another one."""
+        whole, mean = plain.split or (0.0, 0.0)
+        allowed = max(_SAME_LOSS, self._rounding(plain.loss.dtype).relative)
+        if isfinite(whole) and isfinite(mean) and abs(whole - mean) > allowed * max(abs(whole), abs(mean)):
+            warnings.warn(
+                f"micro_batches={self._site.options.micro_batches!r}: the loss of the first batch is {whole:.6g}, but"
+                f" the mean of its micro-batches' is {mean:.6g} (each by its number of samples, in evaluation mode),"
+                " and that is what is trained. It is the same for a loss that is a mean over samples. Make it one (not"
+                " a sum), or leave micro_batches out if the loss compares samples with each other.",
+                stacklevel=2,
+            )
 
     def _warn(self, reason: str, *, part: bool = False) -> None:
         warnings.warn(

@@ -101,7 +101,6 @@ def test_forwards_and_backwards_of_one_process_are_noted_until_nobody_looks_on()
     line = DelayLine([nn.Linear(1, 1), nn.Linear(1, 1)], observers=observers)
     end = observers.subscribe(recorder)
     for batch in range(3):
-        recorder.batch = batch
         output = line.train(Batch(batch), (torch.ones(1, 1),), {})
         line.backward(output.sum().backward)
         if batch == 1:

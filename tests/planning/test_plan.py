@@ -19,6 +19,7 @@ from lightning_ddg.network.profile import Profile
 from lightning_ddg.planning.plan import Plan, make_plan
 from lightning_ddg.planning.simulate import SECONDS_PER_BYTE
 from lightning_ddg.planning.stages import CutPlan
+from lightning_ddg.plugin import measure
 from lightning_ddg.plugin.measure import plan_module
 from tests.networks import Classifier, loader, state_of
 
@@ -327,3 +328,53 @@ def test_what_cannot_be_planned_is_refused() -> None:
 
 def test_numbers_are_planned_once() -> None:
     assert list(plan_module(Classifier(), next(iter(loader("mlp"))), [3, 2, 3]).rows) == [3, 2]
+
+
+# ---- micro-batches
+
+
+def test_micro_batches_are_compared_by_time_delay_and_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    # A third of a batch takes half of its time, not a third.
+    half = replace(PROFILE, forward=[t / 2 for t in PROFILE.forward], backward=[t / 2 for t in PROFILE.backward])
+    plan = make_plan(chain(), MODEL, [2, 4], {1: MODEL, 3: replace(MODEL, profile=half)})
+    assert list(plan.split) == [(2, 1), (2, 3), (4, 1), (4, 3)]
+    assert plan.split[2, 1] == plan.rows[2]
+    plan.print(details=False)
+    lines = [" ".join(line.replace("│", " ").split()) for line in capsys.readouterr().out.splitlines()]
+    assert "2 1 15.0 ms 1.60x 80% 1 76.1 kB" in lines
+    assert "2 3 22.5 ms 1.07x 53% 1 76.1 kB" in lines
+    assert "4 1 12.0 ms 2.00x 50% 3 68.7 kB" in lines
+    assert "4 3 18.0 ms 1.33x 33% 1 68.7 kB" in lines
+
+
+def test_without_micro_batches_there_is_no_such_table(capsys: pytest.CaptureFixture[str]) -> None:
+    make_plan(chain(), MODEL, [2]).print()
+    assert "micro-batches" not in capsys.readouterr().out
+
+
+def test_micro_batches_are_measured_on_a_part_of_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, sizes = Classifier(), []
+    original = measure.measure_profile
+
+    def noted(layers: Any, args: Any, kwargs: Any, **options: Any) -> Any:
+        sizes.append(len(args[0]))
+        return original(layers, args, kwargs, **options)
+
+    monkeypatch.setattr(measure, "measure_profile", noted)
+    plan = plan_module(module, next(iter(loader("mlp"))), [2, 3], micro_batches=[1, 2, 5])
+    assert sizes == [5, 5, 3, 1]
+    assert list(plan.split) == [(k, m) for k in (2, 3) for m in (1, 2, 5)]
+    assert list(plan_module(module, next(iter(loader("mlp"))), 2, micro_batches=2).split) == [(2, 2)]
+
+
+@pytest.mark.parametrize(
+    ("count", "message"),
+    [
+        (6, "micro_batches=6, but the batch has 5 samples"),
+        (0, "micro_batches=0 is not a number"),
+        (True, "=True is not"),
+    ],
+)
+def test_a_number_of_micro_batches_that_cannot_be_is_refused(count: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan_module(Classifier(), next(iter(loader("mlp"))), 2, micro_batches=[count])

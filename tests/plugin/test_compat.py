@@ -542,3 +542,41 @@ def test_a_metric_whose_log_is_muted_is_reset() -> None:
     metric.update(torch.tensor([1]), torch.tensor([1]))
     module.log("accuracy", metric)
     assert metric.update_count == 0
+
+
+def test_the_loss_of_a_step_and_what_else_it_returns() -> None:
+    loss = torch.tensor(6.0)
+    assert compat.loss_and_extra(loss, 2) == (torch.tensor(3.0), {})
+    assert compat.loss_and_extra({"loss": loss, "more": 1}, 1) == (loss, {"more": 1})
+    with pytest.raises(Exception, match="the 'loss' key needs to be present"):
+        compat.loss_and_extra({"more": 1}, 1)
+
+
+def test_the_value_of_a_metric_that_is_logged_for_a_step() -> None:
+    metric = Accuracy("multiclass", num_classes=2)
+    assert compat.last_value(metric) is None
+    metric(torch.tensor([0, 1]), torch.tensor([0, 0]))
+    assert compat.last_value(metric) == 0.5
+    compat.set_last_value(metric, torch.tensor(0.25))
+    assert compat.last_value(metric) == 0.25
+    assert metric.compute() == 0.5
+
+
+class ZeroesItself(Classifier):
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None: ...
+
+
+class LooksBefore(pl.Callback):
+    def on_before_zero_grad(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("make", "callbacks", "expected"),
+    [(Classifier, [], False), (ZeroesItself, [], True), (Classifier, [LooksBefore()], True)],
+)
+def test_whether_hooks_may_look_at_old_gradients(
+    make: type[Classifier], callbacks: list[pl.Callback], expected: bool
+) -> None:
+    module = make()
+    module.trainer = quiet_trainer(devices=1, callbacks=callbacks)
+    assert compat.looks_before_zeroing(module) == expected
