@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import lightning.pytorch as pl
@@ -66,8 +67,8 @@ class Seen(pl.Callback):
         self.start = state_of(pl_module)
 
 
-def attempt(where: str, name: str, way: str) -> Outcome:
-    """Run in a process of its own, or in each of two."""
+def attempt(where: str, name: str, way: str, folder: str) -> Outcome:
+    """Run in a process of its own, or in each of two; what the package writes goes to ``folder``."""
     case: Case = import_module(where).CASES[name]
     seen = Seen()
     strategy: Any = "auto" if way == "plain" else DDGStrategy(num_stages=2)
@@ -78,6 +79,7 @@ def attempt(where: str, name: str, way: str) -> Outcome:
         "max_epochs": 3,
         "precision": case.precision,
         "callbacks": [seen],
+        "default_root_dir": folder,
         "logger": False,
         "enable_checkpointing": False,
         "enable_progress_bar": False,
@@ -101,20 +103,22 @@ def attempt(where: str, name: str, way: str) -> Outcome:
     return Outcome(state, seen.start, metrics, cut, warned, error)
 
 
-def attempt_alone(where: str, name: str) -> list[Outcome]:
-    return [attempt(where, name, "plain"), attempt(where, name, "one process")]
+def attempt_alone(where: str, name: str, folder: str) -> list[Outcome]:
+    return [attempt(where, name, "plain", folder), attempt(where, name, "one process", folder)]
 
 
 @cache
 def alone(where: str, name: str) -> list[Outcome]:
-    return run_ranks(attempt_alone, 1, where, name, timeout=200)[0]  # type: ignore[no-any-return]
+    with TemporaryDirectory() as folder:
+        return run_ranks(attempt_alone, 1, where, name, folder, timeout=200)[0]  # type: ignore[no-any-return]
 
 
 def outcomes(where: str, name: str, way: str) -> list[Outcome]:
     """Of each rank."""
     if way == "one process":
         return alone(where, name)[1:]
-    return run_ranks(attempt, 2, where, name, way, timeout=200)
+    with TemporaryDirectory() as folder:
+        return run_ranks(attempt, 2, where, name, way, folder, timeout=200)
 
 
 def check(where: str, name: str, way: str) -> None:
