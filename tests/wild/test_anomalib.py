@@ -58,5 +58,5 @@ CASES = {
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", CASES)
-def test_anomalib(name: str, way: str) -> None:
-    check(__name__, name, way)
+def test_anomalib(request: pytest.FixtureRequest, name: str, way: str) -> None:
+    check(request, name, way)

@@ -45,5 +45,5 @@ CASES = {name: Case(partial(train, name, sizes), precision="32-true") for name, 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", CASES)
-def test_gluonts(name: str, way: str) -> None:
-    check(__name__, name, way)
+def test_gluonts(request: pytest.FixtureRequest, name: str, way: str) -> None:
+    check(request, name, way)

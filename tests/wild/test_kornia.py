@@ -73,5 +73,5 @@ CASES = {
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", CASES)
-def test_kornia(name: str, way: str) -> None:
-    check(__name__, name, way)
+def test_kornia(request: pytest.FixtureRequest, name: str, way: str) -> None:
+    check(request, name, way)

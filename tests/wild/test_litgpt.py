@@ -42,5 +42,5 @@ CASES["pythia-14m, LoRA"] = Case(partial(train, "pythia-14m", True))
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", CASES)
-def test_litgpt(name: str, way: str) -> None:
-    check(__name__, name, way)
+def test_litgpt(request: pytest.FixtureRequest, name: str, way: str) -> None:
+    check(request, name, way)

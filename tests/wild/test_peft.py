@@ -64,5 +64,5 @@ CASES = {
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", CASES)
-def test_peft(name: str, way: str) -> None:
-    check(__name__, name, way)
+def test_peft(request: pytest.FixtureRequest, name: str, way: str) -> None:
+    check(request, name, way)

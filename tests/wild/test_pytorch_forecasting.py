@@ -62,5 +62,5 @@ CASES = {name: Case(partial(train, name, *how), precision="32-true") for name, h
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", CASES)
-def test_pytorch_forecasting(name: str, way: str) -> None:
-    check(__name__, name, way)
+def test_pytorch_forecasting(request: pytest.FixtureRequest, name: str, way: str) -> None:
+    check(request, name, way)

@@ -45,5 +45,5 @@ CASES = {name: Case(partial(train, name, sizes), draws=True, precision="32-true"
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", CASES)
-def test_scvi(name: str, way: str) -> None:
-    check(__name__, name, way)
+def test_scvi(request: pytest.FixtureRequest, name: str, way: str) -> None:
+    check(request, name, way)

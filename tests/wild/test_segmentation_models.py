@@ -37,5 +37,5 @@ CASES = {
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", CASES)
-def test_segmentation_models(name: str, way: str) -> None:
-    check(__name__, name, way)
+def test_segmentation_models(request: pytest.FixtureRequest, name: str, way: str) -> None:
+    check(request, name, way)

@@ -37,5 +37,5 @@ CASES = {name: Case(partial(train, name, sizes)) for name, sizes in NETWORKS.ite
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", CASES)
-def test_timm(name: str, way: str) -> None:
-    check(__name__, name, way)
+def test_timm(request: pytest.FixtureRequest, name: str, way: str) -> None:
+    check(request, name, way)

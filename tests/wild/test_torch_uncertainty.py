@@ -84,5 +84,5 @@ CASES = {
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", CASES)
-def test_torch_uncertainty(name: str, way: str) -> None:
-    check(__name__, name, way)
+def test_torch_uncertainty(request: pytest.FixtureRequest, name: str, way: str) -> None:
+    check(request, name, way)

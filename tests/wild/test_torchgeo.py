@@ -85,5 +85,5 @@ CASES = {
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", CASES)
-def test_torchgeo(name: str, way: str) -> None:
-    check(__name__, name, way)
+def test_torchgeo(request: pytest.FixtureRequest, name: str, way: str) -> None:
+    check(request, name, way)

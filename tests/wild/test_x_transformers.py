@@ -93,5 +93,5 @@ CASES.update({name: Case(how) for name, how in OTHERS.items()})
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", CASES)
-def test_x_transformers(name: str, way: str) -> None:
-    check(__name__, name, way)
+def test_x_transformers(request: pytest.FixtureRequest, name: str, way: str) -> None:
+    check(request, name, way)

@@ -7,9 +7,11 @@ stale, so that all of them must end with the same weights and the same metrics.
 
 from __future__ import annotations
 
+import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -71,7 +73,7 @@ def attempt(where: str, name: str, way: str, folder: str) -> Outcome:
     """Run in a process of its own, or in each of two; what the package writes goes to ``folder``."""
     case: Case = import_module(where).CASES[name]
     seen = Seen()
-    strategy: Any = "auto" if way == "plain" else DDGStrategy(num_stages=2)
+    strategy: Any = "auto" if way == "plain" else DDGStrategy(num_stages=2, timeout=timedelta(seconds=60))
     arguments = {
         "accelerator": "cpu",
         "devices": 2 if way == "two processes" else 1,
@@ -92,7 +94,7 @@ def attempt(where: str, name: str, way: str, folder: str) -> Outcome:
         try:
             case.train(arguments)
         except Exception as raised:  # the error is what is compared
-            error = f"{type(raised).__name__}: {raised}"
+            error = "".join(traceback.format_exception(raised))
     warned = [str(warning.message) for warning in caught]
     if not hasattr(seen, "trainer"):
         return Outcome({}, {}, {}, [], warned, error)
@@ -103,30 +105,40 @@ def attempt(where: str, name: str, way: str, folder: str) -> Outcome:
     return Outcome(state, seen.start, metrics, cut, warned, error)
 
 
-def attempt_alone(where: str, name: str, folder: str) -> list[Outcome]:
-    return [attempt(where, name, "plain", folder), attempt(where, name, "one process", folder)]
+def attempt_all(where: str, names: list[str], way: str, folder: str) -> list[Outcome]:
+    """Try one after the other; a failure may leave two processes out of step, and is the last that they try."""
+    found = []
+    for name in names:
+        found.append(attempt(where, name, way, folder))
+        if found[-1].error is not None and way == "two processes":
+            break
+    return found
 
 
 @cache
-def alone(where: str, name: str) -> list[Outcome]:
-    with TemporaryDirectory() as folder:
-        return run_ranks(attempt_alone, 1, where, name, folder, timeout=200)[0]  # type: ignore[no-any-return]
+def outcomes(where: str, names: tuple[str, ...], way: str) -> dict[str, list[Outcome]]:
+    """Of each case, what each rank has."""
+    found: dict[str, list[Outcome]] = {}
+    while left := [name for name in names if name not in found]:
+        with TemporaryDirectory() as folder:
+            processes = 2 if way == "two processes" else 1
+            ranks = run_ranks(attempt_all, processes, where, left, way, folder, timeout=120 + 60 * len(left))
+        found |= dict(zip(left, map(list, zip(*ranks, strict=False)), strict=False))
+    return found
 
 
-def outcomes(where: str, name: str, way: str) -> list[Outcome]:
-    """Of each rank."""
-    if way == "one process":
-        return alone(where, name)[1:]
-    with TemporaryDirectory() as folder:
-        return run_ranks(attempt, 2, where, name, way, folder, timeout=200)
+def check(request: pytest.FixtureRequest, name: str, way: str) -> None:
+    """What is promised: the same weights and metrics as without the strategy, or an error that says why not.
 
-
-def check(where: str, name: str, way: str) -> None:
-    """What is promised: the same weights and metrics as without the strategy, or an error that says why not."""
-    case: Case = import_module(where).CASES[name]
-    plain, one = alone(where, name)
+    All cases of a file that were asked for are tried together, so that its package is imported once.
+    """
+    where = request.module.__name__
+    asked = [item for item in request.session.items if getattr(item, "module", None) is request.module]
+    names = tuple(dict.fromkeys(item.callspec.params["name"] for item in asked))  # type: ignore[attr-defined]
+    case: Case = request.module.CASES[name]
+    plain = outcomes(where, names, "plain")[name][0]
     assert plain.error is None, plain.error
-    found = outcomes(where, name, way)
+    found = outcomes(where, names, way)[name]
     words = (case.refused or {}).get(way)
     for rank, outcome in enumerate(found):
         if words is not None:
@@ -134,7 +146,7 @@ def check(where: str, name: str, way: str) -> None:
             assert words in outcome.error
             continue
         assert outcome.error is None, f"rank {rank}: {outcome.error}"
-        expected = one if case.draws else plain
+        expected = outcomes(where, names, "one process")[name][0] if case.draws else plain
         limit = ROUNDING[case.precision]
         assert largest_difference(outcome.state, expected.state) <= limit
         assert outcome.metrics == pytest.approx(expected.metrics, rel=limit, abs=limit)
@@ -153,7 +165,7 @@ def needs(*packages: str) -> list[pytest.MarkDecorator]:
     """The marks of a test file: ``wild``, and skipped where a package is not installed."""
     missing = [package for package in packages if find_spec(package) is None]
     reason = f"the extra `wild` brings {', '.join(missing)}"
-    return [pytest.mark.wild, pytest.mark.timeout(600), pytest.mark.skipif(bool(missing), reason=reason)]
+    return [pytest.mark.wild, pytest.mark.timeout(1800), pytest.mark.skipif(bool(missing), reason=reason)]
 
 
 # ---- for packages that bring networks only
