@@ -10,7 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, Sampler, TensorDataset
 
 from lightning_ddg import DDGStrategy
 from tests.harness import run_ranks
@@ -245,3 +245,44 @@ def test_there_is_one_replica_whatever_the_world_size() -> None:
     assert plain == {"world_size": 1, "num_replicas": 1, "batches": 5, "steps": 15, "samples": 20}
     assert run_ranks(count_replicas, 1, "ddg", 1) == [plain]
     assert run_ranks(count_replicas, 2, "ddg", 2) == [{**plain, "world_size": 2}] * 2
+
+
+class Shuffles(Sampler[int]):
+    """Its order follows from the epoch alone."""
+
+    def __init__(self) -> None:
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return 8
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(torch.randperm(8, generator=torch.Generator().manual_seed(self.epoch)).tolist())
+
+
+class SeesOrder(Classifier):
+    def __init__(self) -> None:
+        super().__init__()
+        self.order: list[float] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.order += batch[0][:, 0].tolist()
+        return super().training_step(batch, batch_idx)
+
+
+def see_order(strategy: str, devices: int) -> list[float]:
+    module = SeesOrder()
+    x = torch.arange(8, dtype=torch.float64)[:, None].expand(8, 6)
+    loader = DataLoader(TensorDataset(x, torch.zeros(8, dtype=torch.long)), batch_size=4, sampler=Shuffles())
+    quiet_trainer(strategy=strategy, devices=devices).fit(module, loader)
+    return module.order[-24:]
+
+
+def test_a_sampler_is_told_the_epoch() -> None:
+    plain = run_ranks(see_order, 1, "auto", 1)[0]
+    assert plain[:8] != plain[8:16]
+    assert run_ranks(see_order, 1, "ddg", 1) == [plain]
+    assert run_ranks(see_order, 2, "ddg", 2)[0] == plain
