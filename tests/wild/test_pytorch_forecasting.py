@@ -40,7 +40,7 @@ def train(name: str, covariates: bool, sizes: dict[str, Any], arguments: dict[st
 
     lengths = {"min_encoder_length": 12, "max_encoder_length": 12, "min_prediction_length": 4, "max_prediction_length": 4}
     data = series(covariates, lengths)
-    module = getattr(models, name).from_dataset(data, learning_rate=0.01, log_interval=-1, optimizer="adam", **sizes)
+    module = getattr(models, name).from_dataset(data, learning_rate=0.01, log_interval=-1, optimizer="sgd", **sizes)
     loader = data.to_dataloader(train=True, batch_size=8, num_workers=0)
     trainer = quiet_trainer(**arguments, limit_train_batches=1, limit_val_batches=1, gradient_clip_val=None)
     trainer.fit(module, loader, data.to_dataloader(train=False, batch_size=8, num_workers=0))

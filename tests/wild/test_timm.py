@@ -28,7 +28,6 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "mobilenetv3_small_050": {},
     "efficientnet_b0": {"drop_path_rate": 0.0, "drop_rate": 0.0},
     "swin_tiny_patch4_window7_224": {"img_size": 32, "window_size": 4, "embed_dim": 12, "depths": (1, 1), "num_heads": (2, 2), "drop_path_rate": 0.0},
-    "mixer_s32_224": {"img_size": 32, "num_blocks": 3},
     "densenet121": {"growth_rate": 4, "block_config": (2, 2), "drop_rate": 0.0},
     "regnety_002": {},
 }
