@@ -13,27 +13,39 @@ pytestmark = needs("gluonts", "torch")
 
 
 def train(name: str, sizes: dict[str, Any], arguments: dict[str, Any]) -> None:
+    import gluonts.torch as estimators
     import numpy as np
     import pandas as pd
     from gluonts.dataset.common import ListDataset
     from gluonts.torch.model import i_transformer
-    import gluonts.torch as estimators
 
     waves = [np.sin(np.arange(80) / (3 + index)) + 0.1 * index for index in range(4)]
     data = ListDataset([{"start": pd.Period("2024-01-01", "D"), "target": wave} for wave in waves], freq="D")
     make = getattr(estimators, name, None) or i_transformer.ITransformerEstimator
     # It saves a checkpoint itself, and loads the best one in the end.
     kept = {key: value for key, value in arguments.items() if key != "enable_checkpointing"}
-    make(
-        prediction_length=6, batch_size=4, num_batches_per_epoch=1, trainer_kwargs=kept, **sizes
-    ).train(data, data)
+    make(prediction_length=6, batch_size=4, num_batches_per_epoch=1, trainer_kwargs=kept, **sizes).train(data, data)
 
 
 NETWORKS: dict[str, dict[str, Any]] = {
     "SimpleFeedForwardEstimator": {"hidden_dimensions": [8, 8], "context_length": 12},
-    "PatchTSTEstimator": {"patch_len": 4, "context_length": 16, "dropout": 0.0, "d_model": 8, "nhead": 2, "dim_feedforward": 16},
+    "PatchTSTEstimator": {
+        "patch_len": 4,
+        "context_length": 16,
+        "dropout": 0.0,
+        "d_model": 8,
+        "nhead": 2,
+        "dim_feedforward": 16,
+    },
     "DLinearEstimator": {"context_length": 16},
-    "LagTSTEstimator": {"freq": "D", "context_length": 16, "dropout": 0.0, "d_model": 8, "nhead": 2, "dim_feedforward": 16},
+    "LagTSTEstimator": {
+        "freq": "D",
+        "context_length": 16,
+        "dropout": 0.0,
+        "d_model": 8,
+        "nhead": 2,
+        "dim_feedforward": 16,
+    },
     # It makes 0.3 of a dropout of 0.
     "TiDEEstimator": {"freq": "D", "context_length": 16, "dropout_rate": 1e-12},
     "DeepAREstimator": {"freq": "D", "context_length": 12, "dropout_rate": 0.0, "hidden_size": 8},

@@ -7,7 +7,18 @@ from typing import Any
 import pytest
 from torch import Tensor, nn
 
-from tests.wild.trying import WAYS, Case, Supervised, check, classify_images, draw_classes, draw_images, fit, needs, one_batch
+from tests.wild.trying import (
+    WAYS,
+    Case,
+    Supervised,
+    check,
+    classify_images,
+    draw_classes,
+    draw_images,
+    fit,
+    needs,
+    one_batch,
+)
 
 pytestmark = needs("kornia")
 
@@ -31,7 +42,12 @@ class Head(nn.Module):
 def tiny_vit(arguments: dict[str, Any]) -> None:
     from kornia.models.tiny_vit import TinyViT
 
-    sizes: dict[str, Any] = {"embed_dims": [8, 8, 16, 16], "depths": [1, 1, 1, 1], "num_heads": [1, 2, 2, 2], "window_sizes": [4, 4, 4, 2]}
+    sizes: dict[str, Any] = {
+        "embed_dims": [8, 8, 16, 16],
+        "depths": [1, 1, 1, 1],
+        "num_heads": [1, 2, 2, 2],
+        "window_sizes": [4, 4, 4, 2],
+    }
     classify_images(arguments, TinyViT(img_size=64, num_classes=3, drop_path_rate=0.0, **sizes), size=64)
 
 

@@ -23,7 +23,14 @@ def train(name: str, lora: bool, arguments: dict[str, Any]) -> None:
     from litgpt import GPT
     from litgpt import lora as adapted
 
-    sizes: dict[str, Any] = {"n_layer": 3, "n_embd": 16, "n_head": 2, "block_size": 16, "padded_vocab_size": 40, "intermediate_size": 32}
+    sizes: dict[str, Any] = {
+        "n_layer": 3,
+        "n_embd": 16,
+        "n_head": 2,
+        "block_size": 16,
+        "padded_vocab_size": 40,
+        "intermediate_size": 32,
+    }
     if name in ("Llama-3.2-1B", "Qwen2.5-0.5B", "Gemma-2-2b"):
         sizes |= {"n_query_groups": 1, "head_size": 8}
     if lora:

@@ -29,16 +29,31 @@ def series(covariates: bool, lengths: dict[str, int]) -> Any:
     )
     known: dict[str, Any] = {}
     if covariates:
-        known = {"static_categoricals": ["group"], "time_varying_known_categoricals": ["day"], "time_varying_known_reals": ["time"]}
+        known = {
+            "static_categoricals": ["group"],
+            "time_varying_known_categoricals": ["day"],
+            "time_varying_known_reals": ["time"],
+        }
     return TimeSeriesDataSet(
-        frame, time_idx="time", target="value", group_ids=["group"], time_varying_unknown_reals=["value"], **lengths, **known
+        frame,
+        time_idx="time",
+        target="value",
+        group_ids=["group"],
+        time_varying_unknown_reals=["value"],
+        **lengths,
+        **known,
     )
 
 
 def train(name: str, covariates: bool, sizes: dict[str, Any], arguments: dict[str, Any]) -> None:
     from pytorch_forecasting import models
 
-    lengths = {"min_encoder_length": 12, "max_encoder_length": 12, "min_prediction_length": 4, "max_prediction_length": 4}
+    lengths = {
+        "min_encoder_length": 12,
+        "max_encoder_length": 12,
+        "min_prediction_length": 4,
+        "max_prediction_length": 4,
+    }
     data = series(covariates, lengths)
     module = getattr(models, name).from_dataset(data, learning_rate=0.01, log_interval=-1, optimizer="sgd", **sizes)
     loader = data.to_dataloader(train=True, batch_size=8, num_workers=0)
@@ -49,7 +64,10 @@ def train(name: str, covariates: bool, sizes: dict[str, Any], arguments: dict[st
 NETWORKS: dict[str, tuple[bool, dict[str, Any]]] = {
     "NBeats": (False, {"num_blocks": [1, 1], "num_block_layers": [2, 2], "widths": [8, 8], "dropout": 0.0}),
     "NHiTS": (False, {"hidden_size": 8, "dropout": 0.0}),
-    "TemporalFusionTransformer": (True, {"hidden_size": 8, "attention_head_size": 2, "hidden_continuous_size": 4, "dropout": 0.0}),
+    "TemporalFusionTransformer": (
+        True,
+        {"hidden_size": 8, "attention_head_size": 2, "hidden_continuous_size": 4, "dropout": 0.0},
+    ),
     "RecurrentNetwork": (True, {"hidden_size": 8, "rnn_layers": 2, "dropout": 0.0}),
     "DeepAR": (True, {"hidden_size": 8, "rnn_layers": 2, "dropout": 0.0}),
     "DecoderMLP": (True, {"hidden_size": 8, "n_hidden_layers": 2, "dropout": 0.0}),

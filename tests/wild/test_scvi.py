@@ -19,7 +19,11 @@ def train(name: str, sizes: dict[str, Any], arguments: dict[str, Any]) -> None:
     model = getattr(scvi.model, name, None) or getattr(scvi.external, name)
     prepare: dict[str, Any] = {"batch_key": "batch"}
     if name in ("SCANVI", "CondSCVI"):
-        prepare = {"labels_key": "labels"} if name == "CondSCVI" else {**prepare, "labels_key": "labels", "unlabeled_category": "label_0"}
+        prepare = (
+            {"labels_key": "labels"}
+            if name == "CondSCVI"
+            else {**prepare, "labels_key": "labels", "unlabeled_category": "label_0"}
+        )
     elif name == "TOTALVI":
         prepare["protein_expression_obsm_key"] = "protein_expression"
     model.setup_anndata(data, **prepare)

@@ -27,7 +27,14 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "convnext_atto": {"depths": (1, 1, 1, 1), "dims": (8, 16, 16, 24)},
     "mobilenetv3_small_050": {},
     "efficientnet_b0": {"drop_path_rate": 0.0, "drop_rate": 0.0},
-    "swin_tiny_patch4_window7_224": {"img_size": 32, "window_size": 4, "embed_dim": 12, "depths": (1, 1), "num_heads": (2, 2), "drop_path_rate": 0.0},
+    "swin_tiny_patch4_window7_224": {
+        "img_size": 32,
+        "window_size": 4,
+        "embed_dim": 12,
+        "depths": (1, 1),
+        "num_heads": (2, 2),
+        "drop_path_rate": 0.0,
+    },
     "densenet121": {"growth_rate": 4, "block_config": (2, 2), "drop_rate": 0.0},
     "regnety_002": {},
 }

@@ -20,7 +20,8 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
 
 def classify(kind: str, sizes: dict[str, Any], how: dict[str, Any], arguments: dict[str, Any]) -> None:
     from torch_uncertainty.losses import ELBOLoss
-    from torch_uncertainty.models.classification import lenet as lenets, resnet
+    from torch_uncertainty.models.classification import lenet as lenets
+    from torch_uncertainty.models.classification import resnet
     from torch_uncertainty.routines import ClassificationRoutine
     from torch_uncertainty.transforms import RepeatTarget
 
@@ -64,7 +65,12 @@ def ensemble(arguments: dict[str, Any]) -> None:
 
     net = deep_ensembles(lenet(3, 3), num_estimators=2, task="classification", reset_model_parameters=True)
     routine = ClassificationRoutine(
-        model=net, num_classes=3, loss=nn.CrossEntropyLoss(), optim_recipe=sgd(net), is_ensemble=True, format_batch_fn=RepeatTarget(2)
+        model=net,
+        num_classes=3,
+        loss=nn.CrossEntropyLoss(),
+        optim_recipe=sgd(net),
+        is_ensemble=True,
+        format_batch_fn=RepeatTarget(2),
     )
     fit(arguments, routine, one_batch(draw_images(), draw_classes(4)))
 
@@ -74,7 +80,7 @@ CASES = {
     "packed LeNet": Case(partial(classify, "packed_lenet", {"num_estimators": 2, "alpha": 2, "gamma": 1}, {})),
     "batch ensemble LeNet": Case(partial(classify, "batchensemble_lenet", {"num_estimators": 2}, {})),
     "Bayesian LeNet, ELBO": Case(partial(classify, "bayesian_lenet", {"num_samples": 2}, {}), draws=True),
-    "ResNet-18": Case(partial(classify, "resnet", {"arch": 18, "conv_bias": False, "dropout_rate": 0.0, "groups": 1}, {})),
+    "ResNet-18": Case(partial(classify, "resnet", {"arch": 18, "conv_bias": False, "dropout_rate": 0.0, "groups": 1}, {}),),
     "regression, MLP": Case(partial(regress, {})),
     "regression, normal": Case(partial(regress, {"dist_family": "normal"})),
     "segmentation, U-Net": Case(segment),

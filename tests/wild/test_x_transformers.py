@@ -6,8 +6,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import pytest
 import lightning.pytorch as pl
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -37,14 +37,18 @@ class Given(pl.LightningModule):
 def generates(how: dict[str, Any], arguments: dict[str, Any]) -> None:
     from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper
 
-    net = TransformerWrapper(num_tokens=30, max_seq_len=12, attn_layers=Decoder(dim=16, depth=3, heads=2, attn_dim_head=8, **how))
+    net = TransformerWrapper(
+        num_tokens=30, max_seq_len=12, attn_layers=Decoder(dim=16, depth=3, heads=2, attn_dim_head=8, **how)
+    )
     fit(arguments, Given(AutoregressiveWrapper(net)), one_batch(draw_classes(4, 12, classes=30)))
 
 
 def encodes(arguments: dict[str, Any]) -> None:
     from x_transformers import Encoder, TransformerWrapper
 
-    net = TransformerWrapper(num_tokens=30, max_seq_len=12, attn_layers=Encoder(dim=16, depth=3, heads=2, attn_dim_head=8))
+    net = TransformerWrapper(
+        num_tokens=30, max_seq_len=12, attn_layers=Encoder(dim=16, depth=3, heads=2, attn_dim_head=8)
+    )
     fit(arguments, Supervised(net, tokens), one_batch(draw_classes(4, 12, classes=30), draw_classes(4, 12, classes=30)))
 
 

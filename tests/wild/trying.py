@@ -1,8 +1,8 @@
 """Published packages under this strategy: what is tried, and what is compared.
 
-A case trains a small model of a package through that package's own interface. The Trainer's arguments come from here, and
-only the strategy differs: plain Lightning, two stages in one process, two processes. With one batch an epoch no gradient is
-stale, so that all of them must end with the same weights and the same metrics.
+A case trains a small model of a package through that package's own interface. The Trainer's arguments come from here,
+and only the strategy differs: plain Lightning, two stages in one process, two processes. With one batch an epoch no
+gradient is stale, so that all of them must end with the same weights and the same metrics.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Case:
     Attributes:
         train: Trains by the package's own interface, with these arguments of a Trainer.
         refused: For each way that is refused, words of the refusal.
-        draws: The step draws random numbers, which the stages draw otherwise than plain Lightning: the two ways are compared
-            with each other, and with plain backpropagation by the proof of the first batch.
+        draws: The step draws random numbers, which the stages draw otherwise than plain Lightning: the two ways are
+            compared with each other, and with plain backpropagation by the proof of the first batch.
         unproved: Words of the warning that the first batch could not be compared, where that is so.
     """
 
