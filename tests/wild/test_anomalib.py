@@ -44,7 +44,7 @@ CASES = {
         partial(train, "ReverseDistillation", {"pre_trained": False, "backbone": "resnet18"}), precision="32-true"
     ),
     "Fre": Case(
-        partial(train, "Fre", {"pre_trained": False, "backbone": "resnet18", "layer": "layer3", "input_dim": 1024, "latent_dim": 8},),
+        partial(train, "Fre", {"pre_trained": False, "backbone": "resnet18", "input_dim": 1024, "latent_dim": 8}),
         precision="32-true",
     ),
     "Cflow": Case(

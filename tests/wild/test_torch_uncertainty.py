@@ -20,13 +20,11 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
 
 def classify(kind: str, sizes: dict[str, Any], how: dict[str, Any], arguments: dict[str, Any]) -> None:
     from torch_uncertainty.losses import ELBOLoss
-    from torch_uncertainty.models.classification import lenet as lenets
-    from torch_uncertainty.models.classification import resnet
+    from torch_uncertainty.models import classification
     from torch_uncertainty.routines import ClassificationRoutine
     from torch_uncertainty.transforms import RepeatTarget
 
-    make = getattr(lenets, kind, None) or getattr(resnet, kind)
-    net = make(in_channels=3, num_classes=3, **sizes)
+    net = getattr(classification, kind)(in_channels=3, num_classes=3, **sizes)
     loss: nn.Module = nn.CrossEntropyLoss()
     if kind.startswith("bayesian"):
         loss = ELBOLoss(model=net, inner_loss=loss, kl_weight=0.01, num_samples=2)
@@ -59,7 +57,7 @@ def segment(arguments: dict[str, Any]) -> None:
 
 def ensemble(arguments: dict[str, Any]) -> None:
     from torch_uncertainty.methods import deep_ensembles
-    from torch_uncertainty.models.classification.lenet import lenet
+    from torch_uncertainty.models.classification import lenet
     from torch_uncertainty.routines import ClassificationRoutine
     from torch_uncertainty.transforms import RepeatTarget
 
@@ -80,7 +78,7 @@ CASES = {
     "packed LeNet": Case(partial(classify, "packed_lenet", {"num_estimators": 2, "alpha": 2, "gamma": 1}, {})),
     "batch ensemble LeNet": Case(partial(classify, "batchensemble_lenet", {"num_estimators": 2}, {})),
     "Bayesian LeNet, ELBO": Case(partial(classify, "bayesian_lenet", {"num_samples": 2}, {}), draws=True),
-    "ResNet-18": Case(partial(classify, "resnet", {"arch": 18, "conv_bias": False, "dropout_rate": 0.0, "groups": 1}, {}),),
+    "ResNet-18": Case(partial(classify, "resnet", {"arch": 18}, {})),
     "regression, MLP": Case(partial(regress, {})),
     "regression, normal": Case(partial(regress, {"dist_family": "normal"})),
     "segmentation, U-Net": Case(segment),
