@@ -41,7 +41,11 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "SCANVI": {"n_hidden": 8, "n_latent": 4, "dropout_rate": 0.0},
     "TOTALVI": {"n_latent": 4},
 }
-CASES = {name: Case(partial(train, name, sizes), draws=True, precision="32-true") for name, sizes in NETWORKS.items()}
+REFUSED = {"SCANVI": dict.fromkeys(WAYS, "the network has 1 layer")}
+CASES = {
+    name: Case(partial(train, name, sizes), REFUSED.get(name), draws=True, precision="32-true")
+    for name, sizes in NETWORKS.items()
+}
 
 
 @pytest.mark.parametrize("way", WAYS)
