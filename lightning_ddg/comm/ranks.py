@@ -110,6 +110,8 @@ class Ranks(Protocol):
     def share(self, module: nn.Module, names: Collection[str], sources: Collection[int]) -> None:
         """Give every rank the parameters and buffers of a module that others have, under the same names.
 
+        A buffer that a rank does not have yet, or of another shape, as its owner's forward has made it, is made there.
+
         Of the ranks, ``sources`` give; this one gives those in ``names``, if it is among them.
         """
         return
@@ -271,12 +273,17 @@ class PipelineRanks(Ranks):
         with self._conversation() as mailbox:
             if self.rank in sources:
                 own = {name: named[name].detach() for name in names if name in named}
-                mailbox.send(self.others, STATE, own)
+                hidden = {name for name in own if not _is_saved(module, name)}
+                mailbox.send(self.others, STATE, (own, hidden))
                 mailbox.flush()
             for rank in self.others:
                 if rank in sources:
-                    for name, value in mailbox.take(rank, STATE).items():
-                        named[name].detach().copy_(value)
+                    values, hidden = mailbox.take(rank, STATE)
+                    for name, value in values.items():
+                        if name in named and named[name].shape == value.shape:
+                            named[name].detach().copy_(value)
+                        else:
+                            _add_buffer(module, name, value, saved=name not in hidden)
 
     def seconds_per_byte(self, default: float) -> float:
         seconds, second = default, rank_of_stage(2, self.num_stages)
@@ -323,6 +330,20 @@ def is_own_group(group: dist.ProcessGroup | None) -> bool:
 @lru_cache(maxsize=1)
 def _mesh_of(world: dist.ProcessGroup, device_type: str, num_stages: int) -> DeviceMesh:
     return init_device_mesh(device_type, (1, num_stages), mesh_dim_names=("data", "stage"))
+
+
+def _is_saved(module: nn.Module, name: str) -> bool:
+    """Whether a parameter or buffer is part of the state dict."""
+    owner, _, own_name = name.rpartition(".")
+    return own_name not in module.get_submodule(owner)._non_persistent_buffers_set
+
+
+def _add_buffer(module: nn.Module, name: str, value: torch.Tensor, *, saved: bool) -> None:
+    """Register a buffer that another rank has made, where the rest of its module is."""
+    owner, _, own_name = name.rpartition(".")
+    part = module.get_submodule(owner)
+    near = next((tensor.device for tensor in (*part.parameters(), *part.buffers())), value.device)
+    part.register_buffer(own_name, value.to(near, copy=True), persistent=saved)
 
 
 def _barrier(device: torch.device) -> None:

@@ -43,10 +43,11 @@ class Evaluation:
 
     def share_outside(self, wanted: Callable[[Tensor], bool]) -> None:
         """Give all ranks rank 0's parameters and buffers outside the network, those that are wanted."""
-        names = self._ownership.names_outside(wanted) if self._site.ranks.others else []
-        if names:
-            self._site.ranks.share(self._site.module, names, [0])
-        if self._site.ranks.others and self._ownership.names_between:
+        if not self._site.ranks.others:
+            return
+        # Rank 0 may have names that others do not know yet.
+        self._site.ranks.share(self._site.module, self._ownership.names_outside(wanted), [0])
+        if self._ownership.names_between:
             own = set(self._ownership.own_names).intersection(self._ownership.names_between)
             self._site.ranks.share(self._site.module, own, range(self._site.ranks.size))
 

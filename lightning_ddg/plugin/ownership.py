@@ -53,6 +53,7 @@ class Ownership:
     """The stages of a module's tensors and layers.
 
     Names are those at the time of making; tensors may move to another device, and buffers be replaced, afterwards.
+    A buffer that is made later, as in a layer's first forward, belongs where its module does.
 
     Args:
         root: The LightningModule, or any module whose names count.
@@ -84,6 +85,7 @@ class Ownership:
         named = (*root.named_parameters(remove_duplicate=False), *root.named_buffers(remove_duplicate=False))
         self.by_name = {name: self.stage_of(tensor) for name, tensor in named}
         self._inside = {name for name, tensor in named if id(tensor) in self._stages}
+        self._modules = {module: number for number, segment in self._numbered for module in segment.modules()}
 
     @property
     def _numbered(self) -> Iterable[tuple[int, nn.Module]]:
@@ -108,7 +110,16 @@ class Ownership:
     @property
     def own_names(self) -> list[str]:
         """The names of this process's parameters and buffers."""
-        return [name for name, stage in self.by_name.items() if stage == self.stage]
+        later = {name: self._stage_of_module(name) or self.last for name in self._later_buffers}
+        return [name for name, stage in {**self.by_name, **later}.items() if stage == self.stage]
+
+    @property
+    def _later_buffers(self) -> list[str]:
+        return [name for name, _ in self.root.named_buffers() if name not in self.by_name]
+
+    def _stage_of_module(self, name: str) -> int | None:
+        """The stage of the module that has a tensor of that name, if it is a layer's."""
+        return self._modules.get(self.root.get_submodule(name.rpartition(".")[0]))
 
     @property
     def own_parameters(self) -> list[nn.Parameter]:
@@ -126,7 +137,8 @@ class Ownership:
     def names_outside(self, wanted: Callable[[Tensor], bool]) -> list[str]:
         """Return the names of those parameters and buffers outside the network that are wanted."""
         named = (*self.root.named_parameters(), *self.root.named_buffers())
-        return [name for name, tensor in named if name not in self._inside and wanted(tensor)]
+        inside = self._inside.union(name for name in self._later_buffers if self._stage_of_module(name) is not None)
+        return [name for name, tensor in named if name not in inside and wanted(tensor)]
 
     @property
     def names_between(self) -> list[str]:
@@ -162,8 +174,7 @@ class Ownership:
             for tensor in _tensors(segment)
             if tensor.numel()
         }
-        stages = {module: number for number, segment in self._numbered for module in segment.modules()}
-        modules = {name: stages.get(module) for name, module in self.root.named_modules(remove_duplicate=False)}
+        modules = {name: self._modules.get(module) for name, module in self.root.named_modules(remove_duplicate=False)}
 
         def owner(key: str, value: Any) -> int | None:
             if key in self.by_name:

@@ -210,6 +210,27 @@ def test_only_the_sources_give() -> None:
         assert got["first.weight"] == 10.0 + rank
 
 
+def share_what_a_forward_has_made() -> tuple[dict[str, Any], list[str]]:
+    ranks = connect()
+    net = Net(10.0)
+    if ranks.is_rank_zero:
+        net.second.register_buffer("index", torch.arange(3), persistent=False)
+        net.second.register_buffer("scale", torch.tensor([7.0]))
+        net.register_buffer("count", torch.tensor([5, 6]))
+    ranks.share(net, ["second.index", "second.scale", "count"], [0])
+    ranks.disconnect()
+    return {name: tensor.tolist() for name, tensor in net.named_buffers()}, list(net.state_dict())
+
+
+def test_a_buffer_that_only_its_owner_has_is_made() -> None:
+    first, second = run_ranks(share_what_a_forward_has_made, 2)
+    assert first == second
+    found, saved = second
+    assert (found["second.index"], found["second.scale"], found["count"]) == ([0, 1, 2], [7.0], [5, 6])
+    assert "second.scale" in saved
+    assert "second.index" not in saved
+
+
 def gather(after_disconnecting: bool) -> Any:
     ranks = connect()
     if after_disconnecting:

@@ -10,7 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, Sampler, TensorDataset
 
 from lightning_ddg import DDGStrategy
 from tests.harness import run_ranks
@@ -216,3 +216,73 @@ def train_augmented() -> Any:
 def test_batch_transfer_hooks_run_once() -> None:
     loss_rank, _ = run_ranks(train_augmented, 2)
     assert loss_rank == [[200.0, 202.0], [204.0, 206.0]]
+
+
+class CountsReplicas(Classifier):
+    """What user code asks for the number of replicas, and what it would divide by it."""
+
+    def on_train_start(self) -> None:
+        trainer = self.trainer
+        self.found = {
+            "world_size": trainer.world_size,
+            "num_replicas": (trainer.distributed_sampler_kwargs or {"num_replicas": 1})["num_replicas"],
+            "batches": trainer.num_training_batches,
+            "steps": trainer.estimated_stepping_batches,
+            "samples": len(trainer.train_dataloader.dataset),
+        }
+
+
+def count_replicas(strategy: str, devices: int) -> dict[str, Any]:
+    module = CountsReplicas()
+    data = TensorDataset(torch.randn(20, 6, dtype=torch.float64), torch.randint(0, 3, (20,)))
+    quiet_trainer(strategy=strategy, devices=devices, max_epochs=3).fit(module, DataLoader(data, batch_size=4))
+    return module.found
+
+
+def test_there_is_one_replica_whatever_the_world_size() -> None:
+    """As `docs/compatibility.md` says."""
+    plain = run_ranks(count_replicas, 1, "auto", 1)[0]
+    assert plain == {"world_size": 1, "num_replicas": 1, "batches": 5, "steps": 15, "samples": 20}
+    assert run_ranks(count_replicas, 1, "ddg", 1) == [plain]
+    assert run_ranks(count_replicas, 2, "ddg", 2) == [{**plain, "world_size": 2}] * 2
+
+
+class Shuffles(Sampler[int]):
+    """Its order follows from the epoch alone."""
+
+    def __init__(self) -> None:
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return 8
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(torch.randperm(8, generator=torch.Generator().manual_seed(self.epoch)).tolist())
+
+
+class SeesOrder(Classifier):
+    def __init__(self) -> None:
+        super().__init__()
+        self.order: list[float] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.order += batch[0][:, 0].tolist()
+        return super().training_step(batch, batch_idx)
+
+
+def see_order(strategy: str, devices: int) -> list[float]:
+    module = SeesOrder()
+    x = torch.arange(8, dtype=torch.float64)[:, None].expand(8, 6)
+    loader = DataLoader(TensorDataset(x, torch.zeros(8, dtype=torch.long)), batch_size=4, sampler=Shuffles())
+    quiet_trainer(strategy=strategy, devices=devices).fit(module, loader)
+    return module.order[-24:]
+
+
+def test_a_sampler_is_told_the_epoch() -> None:
+    plain = run_ranks(see_order, 1, "auto", 1)[0]
+    assert plain[:8] != plain[8:16]
+    assert run_ranks(see_order, 1, "ddg", 1) == [plain]
+    assert run_ranks(see_order, 2, "ddg", 2)[0] == plain

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import pickle
 import warnings
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from lightning_ddg import DDGStrategy
 from tests.harness import run_ranks
-from tests.networks import BEFORE_2_6, Classifier, loader, quiet_trainer, state_of
+from tests.networks import BEFORE_2_6, Classifier, largest_difference, loader, quiet_trainer, state_of
 
 READ_IN = [
     "on_train_start", "on_validation_start", "on_validation_epoch_start", "on_validation_epoch_end",
@@ -225,3 +226,43 @@ def test_callbacks_and_the_strategy_can_be_copied(tmp_path: Path, monkeypatch: p
     monkeypatch.chdir(tmp_path)
     assert fit_copying_callbacks(1) == ["Callback", "LambdaCallback", "ModelCheckpoint"]
     assert run_ranks(fit_copying_callbacks, 2, 2) == [["Callback", "LambdaCallback", "ModelCheckpoint"]] * 2
+
+
+class MakesBuffers(nn.Module):
+    """Its first forward leaves a scale in the checkpoint, and an index beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(10, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not hasattr(self, "scale"):
+            self.register_buffer("scale", x.detach().std(dim=0) + 1)
+            self.register_buffer("index", torch.arange(10), persistent=False)
+        return self.fc(x)[:, self.index] / self.scale
+
+
+class OfMakers(Classifier):
+    def __init__(self) -> None:
+        super().__init__("mlp", step_lr=False)
+        self.net = nn.Sequential(*self.net[:3], *(MakesBuffers() for _ in range(4)), *self.net[5:]).double()
+
+
+def fit_makers(strategy: str, devices: int, validates: bool) -> tuple[dict[str, Tensor], list[str]]:
+    pl.seed_everything(2, verbose=False)
+    module = OfMakers()
+    chosen = strategy if strategy == "auto" else DDGStrategy(2, balance="parameters")
+    trainer = quiet_trainer(devices=devices, strategy=chosen, limit_train_batches=1)
+    trainer.fit(module, loader("mlp"), loader("mlp") if validates else None)
+    return state_of(module), sorted(name for name, _ in module.named_buffers())
+
+
+@pytest.mark.parametrize("validates", [False, True])
+def test_buffers_that_a_forward_makes_are_everywhere_and_saved(validates: bool) -> None:
+    state, buffers = run_ranks(fit_makers, 1, "auto", 1, validates)[0]
+    assert len(buffers) == 8
+    assert "net.3.scale" in state
+    others = [run_ranks(fit_makers, devices, "ddg", devices, validates) for devices in (1, 2)]
+    for found, found_buffers in itertools.chain(*others):
+        assert largest_difference(found, state) <= 1e-12
+        assert found_buffers == buffers

@@ -84,6 +84,17 @@ def test_empty_tensors_share_no_memory() -> None:
     assert Ownership(root, segments, 1).own_keys(root.state_dict()) == ["a.weight"]
 
 
+def test_a_buffer_that_a_forward_makes_belongs_where_its_module_does() -> None:
+    root = Root()
+    owners = [Ownership(root, root.segments(), stage) for stage in (1, 2)]
+    root.net[1].register_buffer("later", torch.zeros(1))
+    root.net[3].register_buffer("later", torch.zeros(1))
+    root.head.register_buffer("later", torch.zeros(1))
+    found = [[name for name in owner.own_names if "later" in name] for owner in owners]
+    assert found == [["net.1.later"], ["net.3.later", "head.later"]]
+    assert owners[0].names_outside(lambda tensor: not tensor.requires_grad) == ["count", "head.later"]
+
+
 def test_what_lies_outside_the_network() -> None:
     root = Root()
     ownership = Ownership(root, root.segments(), 1, [list(part) for part in root.segments()])
