@@ -30,7 +30,8 @@ from lightning_ddg.plugin.host import (
     MisconfigurationException,
     Trainer,
 )
-from lightning_ddg.plugin.measure import copies_kept, plan_module
+from lightning_ddg.plugin.measure import copies_kept
+from lightning_ddg.plugin.planned import plan_module
 
 __all__ = ["main"]
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_ddg.cli import main
-from lightning_ddg.plugin import measure
+from lightning_ddg.plugin import planned
 from recipes.digits import DigitsData, DigitsModule
 from tests.planning.test_plan import Winding
 
@@ -144,7 +144,7 @@ def test_plan_counts_forwards_done_again_and_weights_not_stashed_if_asked(
 
     def plan_module(*args: Any, recompute: bool, stash: bool, **options: Any) -> Any:
         asked.append((recompute, stash))
-        return measure.plan_module(*args, recompute=recompute, stash=stash, **options)
+        return planned.plan_module(*args, recompute=recompute, stash=stash, **options)
 
     monkeypatch.setattr("lightning_ddg.cli.plan_module", plan_module)
     main(["plan", "--config", CONFIG, "--num_stages", "2"])

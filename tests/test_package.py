@@ -124,4 +124,6 @@ def test_commands_run_a_project_beside_its_yaml_in_every_process(command: str, i
         "python -m": [sys.executable, "-m", "lightning_ddg"],
     }
     printed = run([*programs[command], "fit", "--config", "config.yaml"], tmp_path, PYTHONPATH=str(installed))
-    assert {"stage 1 of 2", "stage 2 of 2"} <= set(printed.splitlines())
+    # Two processes may print on one line.
+    assert "stage 1 of 2" in printed
+    assert "stage 2 of 2" in printed

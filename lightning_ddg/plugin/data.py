@@ -16,6 +16,7 @@ from torch.utils.data import DistributedSampler
 
 from lightning_ddg.comm.ranks import Ranks
 from lightning_ddg.core.execution import Channel
+from lightning_ddg.core.pytree import map_tensors
 from lightning_ddg.core.rng import Generators
 from lightning_ddg.plugin import compat_data as compat
 from lightning_ddg.plugin.compat import Undo
@@ -221,6 +222,12 @@ def put_loader_states(ranks: Ranks, checkpoint: dict[str, Any]) -> None:
         gathered = ranks.gather({"loaders": states if ranks.reads else []})
         if gathered:
             states[:] = gathered[ranks.reading_rank - 1]["loaders"]
+
+
+def run_on_cpu(step: Callable[..., object], args: Any, kwargs: Any) -> object:
+    """Run a step on copies of its arguments on the CPU."""
+    args, kwargs = map_tensors(lambda tensor: tensor.detach().to("cpu", copy=True), (args, kwargs))
+    return step(*args, **kwargs)
 
 
 def _own(loader: Any) -> Any:

@@ -16,6 +16,7 @@ from lightning_ddg.network.find import Example, Network, called_network, find_ne
 from lightning_ddg.network.replay.chain import ReplayedChain
 from lightning_ddg.plugin.collectives import collectives_refused
 from lightning_ddg.plugin.first_batch import FirstBatch
+from lightning_ddg.plugin.host import LightningModule
 from lightning_ddg.plugin.measure import call_in_step, first_call, transferred
 from lightning_ddg.plugin.program import Program, StepCalls, calls_in_step, layers_of_step, step_on
 from lightning_ddg.plugin.site import Site
@@ -47,7 +48,7 @@ def find(site: Site, first_batch: FirstBatch, step: Callable[[], object] | None)
         network = partial(find_network, site.module, layers, requirer=requirer, example=example, points=points)
         if layers is not None or not site.module.automatic_optimization:
             return network(), None
-        target = _target(site, requirer, example)
+        target = target_of(site.module, requirer, example)
         if site.fits:
             calls = _calls(site, first_batch, target)
             if calls is not None and calls.keeps:
@@ -55,42 +56,68 @@ def find(site: Site, first_batch: FirstBatch, step: Callable[[], object] | None)
         else:
             # An evaluation may call a network in any form; without one, its steps are run as they are.
             calls = StepCalls([], keeps=False) if target is None else None
-        name = next((name for name, part in site.module.named_modules() if part is target), None)
-        if calls is None or calls == StepCalls([name or ""], keeps=False):
-            return network(), None
-        once = calls.names.count(name or "") == 1
-        program = Program(site.module)
-        try:
-            chain = _layers_of_step(site, program, first_batch, points)
-        except (RuntimeError, ValueError) as error:
-            if once:
-                _log.debug("the step cannot be run in parts, but the network %r may be", name, exc_info=True)
-                return network(), None
-            raise TypeError(_refusal(site, calls, str(error))) from error
-        if len(chain) < site.num_stages:
-            if once:
-                return network(), None
-            why = f" ({chain.reasons[0]})" if chain.reasons else ""
-            reason = f"it can be cut into {len(chain)} parts at most{why}, but there are {site.num_stages} stages."
-            raise TypeError(_refusal(site, calls, reason))
-        if chain.keeps:
+        of_step = partial(_layers_of_step, site, first_batch=first_batch, points=points)
+        found = choose(site.module, network, target, calls, of_step, site.num_stages)
+        if found[1] is not None and found[1].rehearses:
             site.options.check_kept(one_process=site.one_process)
-        return Network(chain, site.module, ""), program
+        return found
 
 
-def _refusal(site: Site, calls: StepCalls, reason: str) -> str:
+def choose(
+    module: LightningModule,
+    network: Callable[[], Network],
+    target: nn.Module | None,
+    calls: StepCalls | None,
+    of_step: Callable[[Program], ReplayedChain],
+    num_stages: int,
+) -> Found:
+    """Take the network, or the step itself, of which the program is returned too.
+
+    Args:
+        module: The LightningModule.
+        network: Finds the network.
+        target: The module that may be the network, if there is one.
+        calls: What the training step calls; ``None`` if that is not known.
+        of_step: Finds the layers of the step.
+        num_stages: ``K``.
+
+    Raises:
+        TypeError: The step is not one call of a network, and cannot be cut.
+    """
+    name = next((name for name, part in module.named_modules() if part is target), "")
+    if calls is None or calls == StepCalls([name], keeps=False) or (not calls.names and target is not None):
+        return network(), None
+    once = calls.names.count(name) == 1
+    program = Program(module)
+    try:
+        chain = of_step(program)
+    except (RuntimeError, ValueError) as error:
+        if once:
+            _log.debug("the step cannot be run in parts, but the network %r may be", name, exc_info=True)
+            return network(), None
+        raise TypeError(_refusal(module, calls, str(error))) from error
+    if len(chain) < num_stages:
+        if once:
+            return network(), None
+        why = f" ({chain.reasons[0]})" if chain.reasons else ""
+        reason = f"it can be cut into {len(chain)} parts at most{why}, but there are {num_stages} stages."
+        raise TypeError(_refusal(module, calls, reason))
+    return Network(chain, module, ""), program
+
+
+def _refusal(module: LightningModule, calls: StepCalls, reason: str) -> str:
     called = ", ".join(map(repr, calls.names[:6])) or "no module with trained parameters"
     return (
-        f"`{type(site.module).__name__}.training_step` does not call one network once (it calls {called}), and cannot"
+        f"`{type(module).__name__}.training_step` does not call one network once (it calls {called}), and cannot"
         f" be run in parts as a whole: {reason} Call one network once in it, or return its layers, in the order of the"
         " call, from `configure_stages()`."
     )
 
 
-def _target(site: Site, requirer: str, example: Example) -> nn.Module | None:
-    """The module that may be the network, if there is one."""
+def target_of(module: LightningModule, requirer: str, example: Example) -> nn.Module | None:
+    """Return the module that may be the network, if there is one."""
     try:
-        return called_network(site.module, requirer, example)
+        return called_network(module, requirer, example)
     except TypeError:
         return None
 

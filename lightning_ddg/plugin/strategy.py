@@ -23,10 +23,10 @@ from lightning_ddg.planning.units import parse_bytes
 from lightning_ddg.plugin import compat, host
 from lightning_ddg.plugin.assembly import Run, build, move_all_but
 from lightning_ddg.plugin.checkpoint import CheckpointAssembler, record_cut, recorded_cut
-from lightning_ddg.plugin.data import BatchExchange, check_steps, put_loader_states
-from lightning_ddg.plugin.measure import plan_module, run_on_cpu
+from lightning_ddg.plugin.data import BatchExchange, check_steps, put_loader_states, run_on_cpu
 from lightning_ddg.plugin.options import Options, check_trainer
 from lightning_ddg.plugin.ownership import Weights, check_optimizers
+from lightning_ddg.plugin.planned import plan_module
 from lightning_ddg.plugin.processes import StageProcesses
 from lightning_ddg.plugin.site import Site
 

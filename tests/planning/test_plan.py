@@ -19,8 +19,8 @@ from lightning_ddg.network.profile import Profile
 from lightning_ddg.planning.plan import Plan, make_plan
 from lightning_ddg.planning.simulate import SECONDS_PER_BYTE
 from lightning_ddg.planning.stages import CutPlan
-from lightning_ddg.plugin import measure
-from lightning_ddg.plugin.measure import plan_module
+from lightning_ddg.plugin import planned
+from lightning_ddg.plugin.planned import plan_module
 from tests.networks import Classifier, loader, state_of
 
 # Four layers, of which the second takes half of the time; 4, 8, 12 and 16 bytes of parameters.
@@ -118,7 +118,8 @@ def test_one_stage_is_plain_backpropagation() -> None:
 
 def test_a_number_of_stages_that_cannot_be_says_why_in_its_row(capsys: pytest.CaptureFixture[str]) -> None:
     layers = chain()
-    layers.layers[1].weight = layers.layers[2].weight
+    shared = nn.BatchNorm1d(2, affine=False)
+    layers.layers[1].norm, layers.layers[2].norm = shared, shared
     plan = make_plan(layers, MODEL, [2, 4, 5])
     assert [isinstance(cut, CutPlan) for cut in plan.rows.values()] == [True, False, False]
     plan.print()
@@ -354,13 +355,13 @@ def test_without_micro_batches_there_is_no_such_table(capsys: pytest.CaptureFixt
 
 def test_micro_batches_are_measured_on_a_part_of_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     module, sizes = Classifier(), []
-    original = measure.measure_profile
+    original = planned.measure_profile
 
     def noted(layers: Any, args: Any, kwargs: Any, **options: Any) -> Any:
         sizes.append(len(args[0]))
         return original(layers, args, kwargs, **options)
 
-    monkeypatch.setattr(measure, "measure_profile", noted)
+    monkeypatch.setattr(planned, "measure_profile", noted)
     plan = plan_module(module, next(iter(loader("mlp"))), [2, 3], micro_batches=[1, 2, 5])
     assert sizes == [5, 5, 3, 1]
     assert list(plan.split) == [(k, m) for k in (2, 3) for m in (1, 2, 5)]
@@ -378,3 +379,17 @@ def test_micro_batches_are_measured_on_a_part_of_the_batch(monkeypatch: pytest.M
 def test_a_number_of_micro_batches_that_cannot_be_is_refused(count: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         plan_module(Classifier(), next(iter(loader("mlp"))), 2, micro_batches=[count])
+
+
+class TwoCalls(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        self.log("seen", x.mean())
+        return nn.functional.cross_entropy(self.net(x) + self.net(x.flip(1)), y)
+
+
+def test_a_step_of_several_calls_is_planned_as_it_would_be_cut() -> None:
+    batch = next(iter(loader("mlp")))
+    plan = plan_module(TwoCalls(), batch, [2, 3], micro_batches=[2])
+    assert list(plan.rows) == [2, 3]
+    assert plan.split_points(2)[0] in ("net.3", "net.6")

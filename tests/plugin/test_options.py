@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from datetime import timedelta
 from typing import Any
 
@@ -61,7 +62,10 @@ ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "error", "message"), ARGUMENTS, ids=[str(a[0]) for a in ARGUMENTS])
+NAMES = [re.sub(r" at 0x\w+", "", str(case[0])) for case in ARGUMENTS]
+
+
+@pytest.mark.parametrize(("arguments", "error", "message"), ARGUMENTS, ids=NAMES)
 def test_arguments(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         DDGStrategy(**arguments)
