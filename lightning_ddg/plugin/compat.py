@@ -156,7 +156,7 @@ def uses_step_outputs(module: LightningModule) -> bool:
     return (
         is_overridden("on_train_batch_end", module)
         or is_overridden("on_train_epoch_end", module)
-        or _of_users(module.trainer, "on_train_batch_end")
+        or (module._trainer is not None and _of_users(module.trainer, "on_train_batch_end"))
     )
 
 
