@@ -36,10 +36,11 @@ def collectives_refused() -> Iterator[None]:
             # Questions such as `get_rank` ask the same, and are answered.
             if not name.startswith(("get_", "_get_", "set_")):
                 raise RuntimeError(
-                    f"`{name}` was called in a training step, but there is one replica of the data: the processes are"
-                    " stages of it and run different parts of the step, so that there is nothing to reduce or to gather"
-                    " over, and others would never join. Leave the call out, also where"
-                    " `torch.distributed.is_initialized()`: values in the step are those of the whole batch."
+                    f"`{name}` was called in a step, but there is one replica of the data: the processes are stages of"
+                    " it. In training they run different parts of the step, so that others would never join; in an"
+                    " evaluation all have the same batch, and each value would count as often as there are stages."
+                    " Leave the call out, also where `torch.distributed.is_initialized()`: values in the step are those"
+                    " of the whole batch."
                 )
         return bool(inside(group))
 

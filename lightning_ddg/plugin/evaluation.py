@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from enum import Enum
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_ddg.core.execution import Execution
 from lightning_ddg.network.cut import Cut
+from lightning_ddg.plugin.collectives import collectives_refused
 from lightning_ddg.plugin.data import share_generators
 from lightning_ddg.plugin.ownership import Ownership
 from lightning_ddg.plugin.redirection import Redirection
@@ -69,7 +70,8 @@ class Evaluation:
         if self._outside is Outside.TRAINED:
             self.share_outside(_trained_or_buffer)
             self._outside = Outside.SHARED
-        with self._relay.step(self._site.evaluated_batch()), self._redirection.handled_by(self._answer):
+        alone = nullcontext() if self._site.one_process else collectives_refused()
+        with alone, self._relay.step(self._site.evaluated_batch()), self._redirection.handled_by(self._answer):
             yield
 
     def _answer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -90,7 +90,7 @@ def test_collectives_in_a_step_are_refused_at_once() -> None:
     for rank, said in enumerate(run_ranks(outcomes, 2, list(CALLS))):
         for (call, (_, name)), text in zip(CALLS.items(), said, strict=True):
             assert "one replica of the data" in text, (rank, call, text)
-            assert any(f"`{one}` was called in a training step" in text for one in name.split("|")), (call, text)
+            assert any(f"`{one}` was called in a step" in text for one in name.split("|")), (call, text)
 
 
 class Allowed(ManualClassifier):
@@ -132,7 +132,7 @@ def test_other_threads_are_left_alone_and_the_change_is_undone() -> None:
         thread = threading.Thread(target=some_collective)
         thread.start()
         thread.join(60)
-        with pytest.raises(RuntimeError, match="`some_collective` was called in a training step"):
+        with pytest.raises(RuntimeError, match="`some_collective` was called in a step"):
             some_collective()
     assert distributed_c10d._rank_not_in_group is before
     some_collective()
@@ -143,3 +143,27 @@ def test_one_process_may_call_what_it_likes() -> None:
     module = Classifier("mlp")
     quiet_trainer(devices=1, strategy=DDGStrategy(2, ["net.3"]), max_epochs=1).fit(module, loader("mlp"))
     assert not dist.is_initialized()
+
+
+class InEvaluation(Classifier):
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.all_gather(torch.ones(1))
+        loss = torch.nn.functional.cross_entropy(self(batch[0]), batch[1])
+        dist.all_reduce(loss)
+        self.log("val_loss", loss)
+
+
+def validate() -> str:
+    warnings.simplefilter("ignore")
+    trainer = quiet_trainer(devices=2, strategy=DDGStrategy(2, ["net.3"]))
+    try:
+        trainer.validate(InEvaluation("mlp"), loader("mlp"), verbose=False)
+    except RuntimeError as error:
+        return str(error)
+    return "validated"
+
+
+def test_collectives_in_an_evaluation_are_refused() -> None:
+    for said in run_ranks(validate, 2):
+        assert "`all_reduce` was called in a step" in said
+        assert "each value would count as often as there are stages" in said
