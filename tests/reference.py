@@ -34,6 +34,7 @@ def train(
     micro_batches: int = 1,
     accumulate: int = 1,
     clip: Callable[[list[nn.Parameter]], object] | None = None,
+    synchronous_from: int | None = None,
 ) -> None:
     """Trains a network whose parameters are those of the stages; each has an optimizer and a scheduler of its own.
 
@@ -42,8 +43,10 @@ def train(
     What travels, and what delays count, are micro-batches; of a batch's loss each has the part that it has of its
     samples. After a batch (or ``accumulate`` batches, or an epoch's last one) each stage steps with the sum of the
     gradients that have become due since its last step, clipped.
+
+    Before the batch ``synchronous_from`` what is late is applied, and from there on nothing is late.
     """
-    number = count()
+    number, delays = count(), list(reversed(range(len(stages))))
     optimizers = [optimizer(parameters) if parameters else None for parameters in stages]
     schedulers = [scheduler(o) if scheduler and o is not None else None for o in optimizers]
     # Of each micro-batch, the gradients of all stages; and of each stage, what has become due since its last step.
@@ -63,7 +66,7 @@ def train(
 
     def apply_the_rest() -> None:
         for stage in range(len(stages)):
-            late = min(len(stages) - 1 - stage, len(history))
+            late = min(delays[stage], len(history))
             rest = [gradients[stage] for gradients in history[len(history) - late :]]
             for first in range(0, len(rest), micro_batches * accumulate):
                 due[stage] = rest[first : first + micro_batches * accumulate]
@@ -72,7 +75,11 @@ def train(
 
     for batches in epochs:
         for index, (x, y) in enumerate(batches):
-            skips = next(number) in skipped
+            now = next(number)
+            skips = now in skipped
+            if now == synchronous_from:
+                apply_the_rest()
+                delays = [0] * len(stages)
             parts = min(micro_batches, len(x))
             for part_x, part_y in zip(x.tensor_split(parts), y.tensor_split(parts), strict=True):
                 network.zero_grad()
@@ -81,7 +88,7 @@ def train(
                     (loss / accumulate * (len(part_x) / len(x))).backward()
                 history.append([[None if p.grad is None else p.grad.clone() for p in stage] for stage in stages])
                 for stage in range(len(stages)):
-                    at = len(history) - 1 - (len(stages) - 1 - stage)
+                    at = len(history) - 1 - delays[stage]
                     if at >= 0:
                         due[stage].append(history[at][stage])
             if (index + 1) % accumulate and index + 1 < len(batches):

@@ -63,9 +63,14 @@ class DelayLine(Execution):
         self._drained = False
 
     def begin(self, step: int) -> None:
-        self._drained = False
+        self._drained = self.synchronous = False
         for line in self._lines:
-            line.updates.begin(step)
+            line.begin(step)
+
+    def synchronize(self) -> None:
+        self.synchronous = True
+        for line in self._lines:
+            line.synchronize()
 
     def train(self, batch: Batch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         for line in self._lines:
@@ -102,20 +107,19 @@ class DelayLine(Execution):
         for stage, line in zip(self.stages, self._lines, strict=True):
             self._observers.in_flight(stage, line)
         for line, before in zip(delayed, accumulated, strict=True):
-            due = len(line.queue) > line.delay
-            if due or line.pending:
+            due = len(line.queue) > line.lag
+            if due or line.pending or self.synchronous:
                 line.put(before)
             if due:
                 line.apply_oldest()
 
     def before_step(self) -> None:
         for line in self._lines:
-            line.updates.before(line.parameters)
+            line.before_step()
 
     def after_step(self) -> None:
         for line in self._lines:
-            line.pending = False
-            line.updates.after(self._drained)
+            line.after_step(self._drained)
         self._drained = False
 
     def drain(self) -> bool:
@@ -125,7 +129,7 @@ class DelayLine(Execution):
         for line in self._lines:
             if line.queue:
                 line.apply_oldest()
-            elif not line.pending:
+            elif not line.pending and not self.synchronous:
                 line.take()
         return waiting
 

@@ -96,13 +96,23 @@ class Execution(Protocol):
 
     Attributes:
         stages: The numbers of the stages that this process trains.
+        synchronous: Whether no gradient is stale: see :meth:`synchronize`.
     """
 
     stages: Sequence[int]
+    synchronous: bool = False
 
     def begin(self, step: int) -> None:
-        """Called when a run begins, with the number of its first optimizer step."""
+        """Called when a run begins, with the number of its first optimizer step; it is not synchronous."""
         return
+
+    def synchronize(self) -> None:
+        """Let no gradient be stale from here on, nor any rule for stale ones have an effect, until :meth:`begin`.
+
+        Called when nothing is in flight or has been added to ``p.grad`` since the last step, on all ranks before the
+        same batch. From then on :meth:`flush` has to be called before each step, so that this is backpropagation.
+        """
+        ...
 
     def train(self, batch: Batch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the forward of a training batch; the arguments are not looked at where the first stage is elsewhere.
@@ -149,6 +159,11 @@ class Execution(Protocol):
     def waiting(self) -> bool:
         """Whether any batch's gradient has not been applied yet."""
         ...
+
+    def flush(self) -> None:
+        """Run all backwards in flight as part of the step that follows; only where it is synchronous."""
+        while self.waiting:
+            self.drain()
 
     def skip(self) -> None:
         """Forget the batch just trained: no backward will follow."""

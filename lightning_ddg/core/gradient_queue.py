@@ -17,13 +17,15 @@ class GradientQueue(InFlight):
     """The gradients of one stage on their way to ``p.grad``.
 
     Attributes:
+        lag: As many batches' gradients wait for it, before the last ones are flushed.
+        delay: How many of them see a step: all, or none once it is synchronous.
         queue: For each batch in flight, the gradient w.r.t. each parameter, the oldest first.
         pending: Whether a gradient has been added to ``p.grad`` since the last step.
     """
 
     def __init__(self, parameters: list[nn.Parameter], delay: int, rule: Staleness) -> None:
         self._parameters = parameters
-        self.delay = delay
+        self.lag = self.delay = delay
         self._shrink = rule.shrink**delay
         self.updates = Updates(rule, delay)
         self.queue: deque[Gradients] = deque()
@@ -32,6 +34,17 @@ class GradientQueue(InFlight):
     @property
     def parameters(self) -> Sequence[nn.Parameter]:
         return self._parameters
+
+    def begin(self, step: int) -> None:
+        """Called when a run begins, with the number of its first optimizer step."""
+        self.delay = self.lag
+        self.updates.begin(step)
+
+    def synchronize(self) -> None:
+        """Called when nothing is in flight: from here on no step comes between a gradient and its use."""
+        self.delay = 0
+        self.updates.forget()
+        self.take()
 
     def take(self) -> Gradients:
         """Return ``p.grad`` of all parameters, and leave ``None`` behind."""
@@ -46,7 +59,7 @@ class GradientQueue(InFlight):
 
     def append(self, grads: Gradients) -> None:
         """Add a batch's gradient, shrunk as by all boundaries that it would cross."""
-        self.queue.append(shrunk(grads, self._shrink))
+        self.queue.append(shrunk(grads, self._shrink if self.delay else 1.0))
 
     def apply_oldest(self) -> None:
         """Add the oldest gradient to ``p.grad``."""
@@ -57,6 +70,17 @@ class GradientQueue(InFlight):
 
     def __len__(self) -> int:
         return len(self.queue) if self.delay else 1
+
+    def before_step(self) -> None:
+        """Called before weights change."""
+        if self.delay:
+            self.updates.before(self.parameters)
+
+    def after_step(self, drained: bool) -> None:
+        """Called when an optimizer has stepped; ``drained`` says whether its gradient was drained."""
+        self.pending = False
+        if self.delay:
+            self.updates.after(drained)
 
     def oldest_gradient(self) -> Gradients | None:
         return self.queue[0] if self.queue else None

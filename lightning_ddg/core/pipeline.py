@@ -55,8 +55,13 @@ class Pipeline(Execution):
         self._pending = self._drained = False
 
     def begin(self, step: int) -> None:
-        self._drained = False
+        self._drained = self.synchronous = False
         self.stage.begin(step)
+
+    def synchronize(self) -> None:
+        self._clear_gradients()
+        self.synchronous = True
+        self.stage.synchronize()
 
     def train(self, batch: Batch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._ties.refresh()
@@ -108,7 +113,7 @@ class Pipeline(Execution):
             else:
                 self._ties.nothing()
             self._send(self.stage.backward_done())
-        elif len(self.stage) > self.stage.delay:
+        elif len(self.stage) > self.stage.lag:
             self._backward_of_oldest(self._downstream)
         else:
             self._clear_gradients()
@@ -165,9 +170,10 @@ class Pipeline(Execution):
 
     def _send(self, grads: list[Tensor | None]) -> None:
         if self._upstream is not None:
-            self._mailbox.send(self._upstream, GRADIENT, shrunk(grads, self._shrink))
+            factor = 1.0 if self.synchronous else self._shrink
+            self._mailbox.send(self._upstream, GRADIENT, shrunk(grads, factor))
 
     def _clear_gradients(self) -> None:
-        if not self._pending:
+        if not self._pending and not self.synchronous:
             for parameter in self.stage.parameters:
                 parameter.grad = None

@@ -45,6 +45,10 @@ class _Batch(NamedTuple):
 class Stage(InFlight):
     """A module whose backward runs ``delay`` batches after its forward, with the weights of that forward.
 
+    Attributes:
+        lag: As many batches lie between a forward and its backward, before the last ones are flushed.
+        delay: How many of them see a step: all, or none once it is synchronous.
+
     Args:
         module: The layers of this stage, called with what the previous stage returned.
         delay: Batches between a forward and its backward, ``d(k) = K - k``.
@@ -55,14 +59,20 @@ class Stage(InFlight):
 
     def __init__(self, module: nn.Module, delay: int, rule: Staleness = PAPER, recompute: bool = False) -> None:
         self.module = module
-        self.delay = delay
+        self.lag = self.delay = delay
         self._in_flight: deque[_Batch] = deque()
         self._stash = make_stash(module, delay, rule)
         self._buffers = BufferCopies(module) if recompute and delay else None
 
     def begin(self, step: int) -> None:
         """Called when a run begins, with the number of its first optimizer step."""
+        self.delay = self.lag
         self._stash.begin(step)
+
+    def synchronize(self) -> None:
+        """Called when nothing is in flight: from here on no step comes between a forward and its backward."""
+        self.delay = 0
+        self._stash.clear()
 
     def forward(self, *args: Any, received: bool, **kwargs: Any) -> Any:
         """Run the stage on one batch and keep what its backward will need.
@@ -96,8 +106,9 @@ class Stage(InFlight):
         self._stash.before_backward()
         batch = self._in_flight.popleft()
         again, weights = batch.again, batch.weights
-        if again is not None and weights is not None:
-            with again.restored(), parameters_replaced(self._stash.unfrozen_since(weights)):
+        if again is not None:
+            unfrozen = [] if weights is None else self._stash.unfrozen_since(weights)
+            with again.restored(), parameters_replaced(unfrozen):
                 _, batch = self._run(again.args, again.kwargs, batch.inlet is not None, weights)
         pairs = [(output, grad) for output, grad in zip(batch.outputs, grads, strict=True) if grad is not None]
         if pairs:

@@ -70,8 +70,14 @@ class Staged(Execution):
             self._pipelines.append(Pipeline(stage, number, count, mailbox, rule.shrink))
 
     def begin(self, step: int) -> None:
+        self.synchronous = False
         for pipeline in self._pipelines:
             pipeline.begin(step)
+
+    def synchronize(self) -> None:
+        self.synchronous = True
+        for pipeline in self._pipelines:
+            pipeline.synchronize()
 
     def train(self, batch: Batch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._observers.before_forward(1)

@@ -27,6 +27,8 @@ class Staleness:
             stage ``k`` is multiplied by ``d(k) ** -(1 - t / T)`` (PipeMare's T1, arXiv 1910.05124).
         predict: Whether a forward runs on the weights that are expected at its backward (linear extrapolation, in
             the weight-difference form, arXiv 2003.11666).
+        finish: The last part of a fit, in 0..1, that is synchronous: from there on no gradient is stale, and none of
+            the other rules has an effect. 0 is none.
 
     Raises:
         TypeError: If a value has another type.
@@ -37,6 +39,7 @@ class Staleness:
     shrink: float = 1.0
     slow_start: int = 0
     predict: bool = False
+    finish: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("stash", "predict"):
@@ -53,6 +56,13 @@ class Staleness:
             raise TypeError(f"slow_start={self.slow_start!r} is not a number of steps. Use an integer; 0 is none.")
         if self.slow_start < 0:
             raise ValueError(f"slow_start={self.slow_start!r} is not a number of steps. Use 0 (none) or more.")
+        if isinstance(self.finish, bool) or not isinstance(self.finish, float | int):
+            raise TypeError(f"finish={self.finish!r} is not a number. Use the last part of a fit, such as 0.1.")
+        if not 0 <= self.finish <= 1:
+            raise ValueError(
+                f"finish={self.finish!r} is no part of a fit. Use one above 0 and up to 1, such as 0.1 for the last"
+                " tenth; 0 is none."
+            )
         if self.predict and not self.stash:
             raise ValueError(
                 "predict=True extrapolates to the weights that a backward will use, but with stash=False it uses those"

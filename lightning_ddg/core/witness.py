@@ -51,6 +51,13 @@ class Witness(Execution):
     def begin(self, step: int) -> None:
         self._execution.begin(step)
 
+    def synchronize(self) -> None:
+        self._execution.synchronize()
+
+    @property
+    def synchronous(self) -> bool:  # type: ignore[override]
+        return self._execution.synchronous
+
     def train(self, batch: Batch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self._execution.train(batch, args, kwargs)
 

@@ -156,14 +156,18 @@ class DDGMonitor(Callback):
         if self._gauge is None or run is None:
             return
         first = int(min(2 * run.ranks.num_stages + 2, trainer.num_training_batches // 2))
-        if self._recorder is None and batch_idx >= first:
+        # In the synchronous finish stages wait for each other by design.
+        pipelined = not run.finish.begun
+        if not pipelined:
+            self._stop()
+        if self._recorder is None and batch_idx >= first and pipelined:
             self._first = first
             stage = run.execution.stages[0]
             lag = 0 if run.ranks.size == 1 else delay(stage, run.ranks.num_stages)
             self._recorder = Recorder(stage, lag, trainer.strategy.root_device)
             self._recorder.batch = batch_idx
             self._undo = run.observers.subscribe(self._recorder)
-        self._gauge.begin(compat.batch_number(trainer), batch_idx >= first)
+        self._gauge.begin(compat.batch_number(trainer), batch_idx >= first and pipelined)
 
     @override
     def on_train_batch_end(

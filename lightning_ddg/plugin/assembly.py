@@ -38,6 +38,7 @@ from lightning_ddg.plugin.drain import Drain
 from lightning_ddg.plugin.evaluation import Evaluation
 from lightning_ddg.plugin.feedback import StepFeedback
 from lightning_ddg.plugin.finding import find
+from lightning_ddg.plugin.finish import Finish
 from lightning_ddg.plugin.first_batch import FirstBatch
 from lightning_ddg.plugin.hooks import FitHooks
 from lightning_ddg.plugin.measure import copies_kept, first_call, measured_costs
@@ -72,6 +73,7 @@ class Run:
         evaluation: Runs evaluation steps.
         sharing: Gives every rank all weights.
         drain: Applies gradients in flight.
+        finish: Makes the last part of a fit synchronous.
         agreements: What rank 0 decides for all.
         hooks: Act at the moments of a fit.
         proof: Compares the first batch's gradients with those of plain backpropagation, if that is wanted.
@@ -86,6 +88,7 @@ class Run:
     evaluation: Evaluation
     sharing: Sharing
     drain: Drain
+    finish: Finish
     agreements: Agreements
     hooks: FitHooks
     proof: Proof | None
@@ -108,6 +111,7 @@ class Run:
     def begin_training(self) -> None:
         """Called when training begins, by a fit or by a learning rate finder."""
         trainer = self.site.trainer
+        self.finish.check()
         self.step.step.forget()
         self.execution.begin(trainer.global_step)
         self.agreements.begin()
@@ -182,9 +186,10 @@ def build(
     evaluation = Evaluation(site, cut, execution, redirection, ownership)
     agreements = Agreements(site.trainer, site.ranks, site.num_stages)
     drain = make_drain(site, execution, optimizers)
+    finish = Finish(site.options.staleness.finish, site.trainer, execution, drain)
     copies = StaleCopies(network.target, ownership)
     site.undo.callback(copies.forget)
-    hooks = FitHooks(execution, site.ranks, drain, agreements, groups, copies, sharing, site.fail, proof)
+    hooks = FitHooks(execution, site.ranks, drain, finish, agreements, groups, copies, sharing, site.fail, proof)
     if site.fits:
         patch_fit(site, ownership)
         watch_steps(site, optimizers, execution, drain)
@@ -193,7 +198,8 @@ def build(
         site.undo.callback(hooks.install(site.trainer, site.module))
     # Without a seed each process has made its own weights; what is never trained is not shared again.
     evaluation.share_outside(lambda tensor: True)
-    return Run(site, cut, ownership, groups, execution, steps, evaluation, sharing, drain, agreements, hooks, proof)
+    parts = (site, cut, ownership, groups, execution, steps, evaluation, sharing, drain, finish, agreements, hooks)
+    return Run(*parts, proof)
 
 
 def divide(

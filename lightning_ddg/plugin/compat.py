@@ -321,6 +321,11 @@ def is_last_batch(trainer: Trainer) -> bool:
     return ends_epoch or (trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps)
 
 
+def batch_index(trainer: Trainer) -> int:
+    """Return the index of the training batch in its epoch, also where the step fetches it."""
+    return trainer.fit_loop.epoch_loop.batch_idx
+
+
 def batch_number(trainer: Trainer) -> int:
     """Return the number of the training batch, counted through the whole fit; a resumed fit goes on counting."""
     return trainer.fit_loop.epoch_loop.total_batch_idx

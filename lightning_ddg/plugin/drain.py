@@ -28,6 +28,9 @@ class Drain:
         optimizers: Step with them.
         clip_again: Clips as the last step in manual optimization did.
         micro_batches: How many make up a batch.
+
+    Attributes:
+        pending: Backwards since the last step.
     """
 
     def __init__(
@@ -43,17 +46,17 @@ class Drain:
         self._micro_batches = micro_batches
         self._optimizers, self._clip_again = optimizers, clip_again
         self._steps = 0
-        # Backwards since the last step, and the most that there have been for one.
-        self._pending, self._accumulated = 0, 1
+        # And the most backwards that there have been for one.
+        self.pending, self._accumulated = 0, 1
 
     def added(self) -> None:
         """Called after each backward."""
-        self._pending += 1
+        self.pending += 1
 
     def stepped(self) -> None:
         """Called after each step of the optimizer."""
         self._steps += 1
-        self._accumulated, self._pending = max(self._accumulated, self._pending), 0
+        self._accumulated, self.pending = max(self._accumulated, self.pending), 0
 
     def at_end(self, of: str, batch_idx: int = 0) -> None:
         """Apply the gradients in flight, if this is when they shall be.
@@ -62,8 +65,12 @@ class Drain:
             of: ``"epoch"`` or ``"fit"``: what has just ended.
             batch_idx: Index of the last batch, for the hooks of Lightning.
         """
-        if of != self._when:
-            return
+        if of == self._when:
+            self.now(batch_idx)
+            _log.debug("drained at the end of the %s", of)
+
+    def now(self, batch_idx: int = 0) -> None:
+        """Apply the gradients in flight."""
         before = self._steps
         # A user's `optimizer_step` may set the learning rate, here on each stage another number of times.
         with ExitStack() as undo:
@@ -73,15 +80,15 @@ class Drain:
                 self._step_manually()
             while self._execution.waiting:
                 self._step(batch_idx)
-        _log.debug("drained at the end of the %s: %d steps", of, self._steps - before)
+        _log.debug("drained: %d steps", self._steps - before)
 
     def _step_manually(self) -> None:
         (optimizer,) = self._optimizers
         # What has been added up since the last step is part of the first of these.
-        while self._execution.waiting or self._pending:
-            if not self._pending:
+        while self._execution.waiting or self.pending:
+            if not self.pending:
                 optimizer.zero_grad()
-            for _ in range(max(1, self._accumulated - self._pending)):
+            for _ in range(max(1, self._accumulated - self.pending)):
                 if not self._execution.drain():
                     break
             self._clip_again()

@@ -21,6 +21,7 @@ from lightning_ddg.core.execution import Channel, Execution
 from lightning_ddg.plugin import compat
 from lightning_ddg.plugin.agreements import Agreements
 from lightning_ddg.plugin.drain import Drain
+from lightning_ddg.plugin.finish import Finish
 from lightning_ddg.plugin.host import Callback, LightningModule, Trainer
 from lightning_ddg.plugin.ownership import OptimizerGroups
 from lightning_ddg.plugin.sharing import Sharing
@@ -37,6 +38,7 @@ class FitHooks(Callback):
         execution: Trains the stages.
         ranks: The processes.
         drain: Applies gradients in flight.
+        finish: Makes the last part of a fit synchronous.
         agreements: What rank 0 decides for all.
         groups: The optimizers' groups over the whole module.
         copies: Guards copies of the network's layers.
@@ -50,6 +52,7 @@ class FitHooks(Callback):
         execution: Execution,
         ranks: Ranks,
         drain: Drain,
+        finish: Finish,
         agreements: Agreements,
         groups: Sequence[OptimizerGroups],
         copies: StaleCopies,
@@ -57,7 +60,7 @@ class FitHooks(Callback):
         fail: Callable[[BaseException], None],
         proof: Proof | None = None,
     ) -> None:
-        self._execution, self._ranks, self._drain = execution, ranks, drain
+        self._execution, self._ranks, self._drain, self._finish = execution, ranks, drain, finish
         self._agreements, self._groups, self._copies = agreements, groups, copies
         self._sharing, self._fail, self._proof = sharing, fail, proof
 
@@ -75,8 +78,9 @@ class FitHooks(Callback):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Note what copies of the network's layers are."""
+        """Note what copies of the network's layers are; empty the pipeline where the synchronous finish begins."""
         self._copies.mark()
+        self._finish.at_batch()
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:

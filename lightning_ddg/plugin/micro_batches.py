@@ -95,7 +95,9 @@ class MicroBatches:
         if not self.skipped:
             return False
         self._put_back()
-        return self._runner.passes_over()
+        passes = self._runner.passes_over()
+        self._runner.flush()
+        return passes
 
     def backward(
         self, loss: Tensor, optimizer: Optimizer | None, args: Sequence[Any], kwargs: dict[str, Any]
@@ -107,6 +109,7 @@ class MicroBatches:
         # The last micro-batch may have none.
         if not self._runner.passes_over():
             self._runner.backward(loss, lambda: plugin.backward(scaled, module, optimizer, *args, **kwargs))
+        self._runner.flush()
         return plugin.post_backward(scaled, module)
 
     def _backward_now(self, output: Any, part: Part, optimizers: Sequence[Optimizer]) -> Any:

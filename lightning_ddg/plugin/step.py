@@ -233,6 +233,11 @@ class StepRunner:
         if self._proof is not None:
             self._proof.after_backward()
 
+    def flush(self) -> None:
+        """Called when all of a batch has gone: in the synchronous finish no gradient is left in flight."""
+        if self._execution.synchronous:
+            self._execution.flush()
+
     def _train_stage(self, batch: Batch) -> Tensor:
         self._execution.train(batch, (), {})
         return self._no_loss()

@@ -57,6 +57,8 @@ class Proof:
     def __init__(self, site: Site, cut: Cut, ownership: Ownership, redirection: Redirection) -> None:
         self._site, self._cut, self._ownership, self._redirection = site, cut, ownership, redirection
         self._begun = self._over = False
+        # Whether rules for stale gradients act on those that are proved.
+        self._stale = True
         # The backwards so far, and how many belong to what is proved.
         self._backwards, self._proved = 0, 1
         self._witness: Witness | None = None
@@ -79,6 +81,7 @@ class Proof:
         if self._begun:
             return
         self._begun = True
+        self._stale = self._witness is None or not self._witness.synchronous
         self._parameters = self._by_stage()
         ranks = self._site.ranks
         # With today's weights in the backward, only the first micro-batch's gradient is sure to come before any step.
@@ -196,7 +199,7 @@ class Proof:
         """The parameters of a stage whose gradients differ, in their order, and how."""
         if self._plain is None:
             return {}
-        factor = self._site.options.staleness.shrink ** delay(stage, self._site.num_stages)
+        factor = self._site.options.staleness.shrink ** delay(stage, self._site.num_stages) if self._stale else 1.0
         found = {}
         for name, parameter in self._parameters[stage].items():
             wanted = self._plain.grads.pop(name, None)
