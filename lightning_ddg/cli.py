@@ -47,7 +47,7 @@ class _Planner(Callback):
     """Plan with the first batch of a fit, as its training step would get it."""
 
     def __init__(
-        self, num_stages: int | list[int], recompute: bool, stash: bool, micro_batches: int | list[int]
+        self, num_stages: int | list[int], recompute: bool, stash: bool, micro_batches: int | list[int], finish: float
     ) -> None:
         self.plan: Plan | None = None
         self.problem: str | None = None
@@ -55,6 +55,7 @@ class _Planner(Callback):
         self._recompute = recompute
         self._stash = stash
         self._micro_batches = micro_batches
+        self._finish = finish
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         try:
@@ -66,6 +67,7 @@ class _Planner(Callback):
                 recompute=self._recompute,
                 stash=self._stash,
                 micro_batches=self._micro_batches,
+                finish=self._finish,
                 context=trainer.precision_plugin.train_step_context,
             )
         except (ImportError, RuntimeError, TypeError, ValueError) as error:
@@ -85,6 +87,7 @@ class _Trainer(Trainer):
         recompute: bool = False,
         stash: bool = True,
         micro_batches: int | list[int] = [],  # noqa: B006
+        finish: float = 0.0,
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
     ) -> None:
@@ -98,6 +101,7 @@ class _Trainer(Trainer):
             recompute: As the strategy's argument; the strategy in the config is not looked at.
             stash: As that of the strategy's staleness.
             micro_batches: One number of micro-batches into which a batch is split, or a list of them, to be compared.
+            finish: As that of the strategy's staleness: what a synchronous last part of a fit costs.
             ckpt_path: Accepted, so that a fit's saved config can be planned; not read.
             weights_only: Accepted, as ckpt_path.
         """
@@ -106,7 +110,7 @@ class _Trainer(Trainer):
                 check_picture(picture)
         except (ImportError, ValueError) as error:
             raise SystemExit(f"lightning-ddg plan: {error}") from error
-        planner = _Planner(num_stages, recompute, stash, micro_batches)
+        planner = _Planner(num_stages, recompute, stash, micro_batches, finish)
         self.callbacks.append(planner)  # type: ignore[attr-defined]
         try:
             with suppress(_Planned):

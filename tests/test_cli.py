@@ -161,8 +161,10 @@ def test_plan_without_a_number_of_stages_is_a_summary(capsys: pytest.CaptureFixt
 
 
 def test_plan_compares_numbers_of_micro_batches(capsys: pytest.CaptureFixture[str]) -> None:
-    main(["plan", "--config", CONFIG, "--num_stages", "[4]", "--micro_batches", "[1,3]"])
+    main(["plan", "--config", CONFIG, "--num_stages", "[4]", "--micro_batches", "[1,3]", "--finish", "0.1"])
     printed = capsys.readouterr().out
     assert "A batch in micro-batches, one update for all" in printed
+    printed, finish = printed.split("The last 0.1 of a fit synchronous")
+    assert re.findall(r"│ +4 │ +(\d) │ .* ms │ .* ms │ .* ms │", finish) == ["1", "3"]
     rows = re.findall(r"│ +4 │ +(\d) │ .* (\d) │ [^│]*│\n", printed)
     assert rows == [("1", "3"), ("3", "1")]

@@ -10,7 +10,7 @@ from pathlib import Path
 from lightning_ddg.network.balance import forbidden_cuts
 from lightning_ddg.network.cut import CostModel
 from lightning_ddg.network.layers import Layers
-from lightning_ddg.planning.report import count_of_stages, print_plan, print_table, split_table
+from lightning_ddg.planning.report import count_of_stages, finish_table, print_plan, print_table, split_table
 from lightning_ddg.planning.simulate import Work, simulate, steady_state
 from lightning_ddg.planning.stages import CutPlan, plan_cut
 from lightning_ddg.planning.timeline import Panel, check_picture, draw_timeline
@@ -27,11 +27,13 @@ class Plan:
         seconds: What a batch takes on one device with plain backpropagation: all forwards and backwards.
         split: By the numbers of stages and of micro-batches into which a batch is split: the plan of a micro-batch, the
             largest of the batch.
+        finish: The last part of a fit that is synchronous, in 0..1; its cost is printed if there is any.
     """
 
     rows: dict[int, CutPlan | str]
     seconds: float
     split: dict[tuple[int, int], CutPlan] = field(default_factory=dict)
+    finish: float = 0.0
 
     def split_points(self, num_stages: int) -> list[str]:
         """Return the names of the layers that begin stages ``2..K``: :class:`~lightning_ddg.DDGStrategy` takes them.
@@ -52,6 +54,9 @@ class Plan:
         print_plan(self.rows, self.seconds, details=details)
         if self.split:
             print_table(split_table(self.split, self.seconds))
+        if self.finish:
+            whole = {(number, 1): cut for number, cut in self.rows.items() if isinstance(cut, CutPlan)}
+            print_table(finish_table(whole | self.split, self.seconds, self.finish))
 
     def draw(self, path: str | Path) -> None:
         """Draw the simulated timelines below plain backpropagation's, on one scale, from an empty pipeline on.
@@ -79,7 +84,11 @@ class Plan:
 
 
 def make_plan(
-    chain: Layers, model: CostModel, num_stages: Sequence[int], split: Mapping[int, CostModel] | None = None
+    chain: Layers,
+    model: CostModel,
+    num_stages: Sequence[int],
+    split: Mapping[int, CostModel] | None = None,
+    finish: float = 0.0,
 ) -> Plan:
     """Plan cuts of a network, whose layers have been measured, into each of the numbers of stages.
 
@@ -88,6 +97,7 @@ def make_plan(
         model: What they cost for a batch.
         num_stages: The numbers of stages.
         split: By the number of micro-batches into which a batch is split, what they cost for one of these.
+        finish: The last part of a fit that is synchronous.
     """
     forbidden = forbidden_cuts(chain)
     rows: dict[int, CutPlan | str] = {}
@@ -104,7 +114,7 @@ def make_plan(
         for count, one in (split or {}).items()
         if isinstance(row, CutPlan)
     }
-    return Plan(rows, sum(model.profile.seconds), parts)
+    return Plan(rows, sum(model.profile.seconds), parts, finish)
 
 
 def _panel(title: str, work: Work, stop: float) -> Panel:

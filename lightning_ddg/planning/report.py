@@ -14,6 +14,7 @@ from rich.text import Text
 from lightning_ddg.core.schedule import delay, delay_in_updates
 from lightning_ddg.network.balance import forbidden_cuts
 from lightning_ddg.network.cut import Cut
+from lightning_ddg.planning.simulate import synchronous_period
 from lightning_ddg.planning.stages import CutPlan, work_of
 from lightning_ddg.planning.tally import Tally
 from lightning_ddg.planning.units import show_bytes, show_ms
@@ -117,6 +118,22 @@ def split_table(rows: Mapping[tuple[int, int], CutPlan], seconds: float) -> Tabl
         period, memory = count * cut.steady_state.period, max(stage.memory for stage in cut.stages)
         speedup, late = seconds / period, delay_in_updates(num_stages, count)
         figures = show_ms(period), f"{speedup:.2f}x", f"{speedup / num_stages:.0%}", str(late), show_bytes(memory)
+        table.add_row(str(num_stages), str(count), *figures)
+    return table
+
+
+def finish_table(rows: Mapping[tuple[int, int], CutPlan], seconds: float, finish: float) -> Table:
+    """Lay out what a synchronous finish costs: by the numbers of stages and micro-batches, the plan of one of these.
+
+    Batches of the finish are flushed one by one, those before it are not; emptying the pipeline once is left out.
+    """
+    table = Table(title=f"The last {finish:.3g} of a fit synchronous")
+    for name in ("stages", "micro-batches", "per batch", "per synchronous batch", "mean", "speed-up"):
+        table.add_column(name, justify="right")
+    for (num_stages, count), cut in sorted(rows.items()):
+        period, flushed = count * cut.steady_state.period, synchronous_period(cut.work, count)
+        mean = (1 - finish) * period + finish * flushed
+        figures = show_ms(period), show_ms(flushed), show_ms(mean), f"{seconds / mean:.2f}x"
         table.add_row(str(num_stages), str(count), *figures)
     return table
 

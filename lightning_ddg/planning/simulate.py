@@ -125,6 +125,18 @@ def simulate(work: Work, num_batches: int) -> list[Event]:
     return [event for row in events for event in row]
 
 
+def synchronous_period(work: Work, micro_batches: int = 1) -> float:
+    """Return the seconds of a batch whose micro-batches go into an empty pipeline, and all come back before its step.
+
+    Of a batch that is not split that is the work of all stages and all messages, one after the other.
+
+    Args:
+        work: What one micro-batch takes.
+        micro_batches: How many there are, counted as alike.
+    """
+    return max(event.end for event in simulate(work, micro_batches))
+
+
 def steady_state(work: Work) -> SteadyState:
     """Return what :func:`simulate` settles into, in closed form.
 

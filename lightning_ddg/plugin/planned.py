@@ -13,6 +13,7 @@ from torch import nn
 
 from lightning_ddg.core.pytree import map_tensors
 from lightning_ddg.core.split import even_sizes, length_of, split
+from lightning_ddg.core.staleness import Staleness
 from lightning_ddg.network.cut import CostModel
 from lightning_ddg.network.find import find_network
 from lightning_ddg.network.profile import NotTheSame, check_same, measure_profile
@@ -36,6 +37,7 @@ def plan_module(
     recompute: bool = False,
     stash: bool = True,
     micro_batches: int | Sequence[int] = (),
+    finish: float = 0.0,
     context: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> Plan:
     """Find a module's network, measure it on a batch, and plan cuts of it; leave the module as it was.
@@ -48,17 +50,20 @@ def plan_module(
         recompute: Whether stages shall run forwards again instead of keeping activations.
         stash: Whether stages shall keep the weights of batches in flight.
         micro_batches: A number of micro-batches into which the batch is split for a comparison, or several.
+        finish: The last part of a fit that is synchronous, in 0..1, whose cost is to be known.
         context: Entered around each forward, e.g. autocast.
 
     Raises:
         TypeError: The network cannot be found.
-        ValueError: ``num_stages`` is empty, the network cannot be cut at all, or the batch not be split.
+        ValueError: ``num_stages`` is empty, the network cannot be cut at all, the batch not be split, or ``finish`` is
+            no part of a fit.
         RuntimeError: The training step does not call the network, or it or the layers fail, or the layers one after the
             other compute something else than the network.
     """
     numbers = [num_stages] if isinstance(num_stages, int) else list(dict.fromkeys(num_stages))
     if not numbers:
         raise ValueError(f"num_stages={num_stages!r} names no number of stages: give one, or several, such as [2, 4].")
+    Staleness(finish=finish)  # says what is wrong with it
     counts = [micro_batches] if isinstance(micro_batches, int) else list(dict.fromkeys(micro_batches))
     parts = {count: _first_of(batch, count) for count in counts}
     configure = getattr(module, "configure_stages", None)
@@ -88,7 +93,7 @@ def plan_module(
             ) from error
     model = CostModel(profile, recompute, stash, optimizer_copies, SECONDS_PER_BYTE)
     split_models = {count: replace(model, profile=one) for count, one in profiles.items()}
-    return make_plan(network.chain, model, numbers, split_models)
+    return make_plan(network.chain, model, numbers, split_models, finish)
 
 
 def _found(

@@ -17,7 +17,7 @@ from lightning_ddg.network.cut import CostModel
 from lightning_ddg.network.layers import Chain
 from lightning_ddg.network.profile import Profile
 from lightning_ddg.planning.plan import Plan, make_plan
-from lightning_ddg.planning.simulate import SECONDS_PER_BYTE
+from lightning_ddg.planning.simulate import SECONDS_PER_BYTE, synchronous_period
 from lightning_ddg.planning.stages import CutPlan
 from lightning_ddg.plugin import planned
 from lightning_ddg.plugin.planned import plan_module
@@ -346,6 +346,21 @@ def test_micro_batches_are_compared_by_time_delay_and_memory(capsys: pytest.Capt
     assert "2 3 22.5 ms 1.07x 53% 1 76.1 kB" in lines
     assert "4 1 12.0 ms 2.00x 50% 3 68.7 kB" in lines
     assert "4 3 18.0 ms 1.33x 33% 1 68.7 kB" in lines
+
+
+def test_a_synchronous_finish_costs_what_all_stages_take_together(capsys: pytest.CaptureFixture[str]) -> None:
+    half = replace(PROFILE, forward=[t / 2 for t in PROFILE.forward], backward=[t / 2 for t in PROFILE.backward])
+    plan = make_plan(chain(), MODEL, [2, 4], {3: replace(MODEL, profile=half)}, finish=0.1)
+    for cut in plan.split.values():
+        # Alike, the micro-batches fill and empty the pipeline once.
+        assert synchronous_period(cut.work, 3) < 3 * synchronous_period(cut.work)
+    plan.print(details=False)
+    lines = [" ".join(line.replace("│", " ").split()) for line in capsys.readouterr().out.splitlines()]
+    # 24 ms is all work; a message takes hardly any time.
+    assert "2 1 15.0 ms 24.0 ms 15.9 ms 1.51x" in lines
+    assert "4 1 12.0 ms 24.0 ms 13.2 ms 1.82x" in lines
+    with pytest.raises(ValueError, match=r"finish=2 is no part of a fit"):
+        plan_module(Classifier(), next(iter(loader("mlp"))), 2, finish=2)
 
 
 def test_without_micro_batches_there_is_no_such_table(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_ddg.planning.simulate import Event, SteadyState, Work, simulate, steady_state
+from lightning_ddg.planning.simulate import Event, SteadyState, Work, simulate, steady_state, synchronous_period
 
 NONE: list[float] = []
 
@@ -24,6 +24,13 @@ def settled(work: Work, batches: int = 400) -> float:
     starts = [event.start for event in of(simulate(work, batches), len(work.forward), "F")]
     half = batches // 2
     return (starts[-1] - starts[-1 - half]) / half
+
+
+def test_a_synchronous_batch_fills_and_empties_the_pipeline() -> None:
+    work = Work([1.0, 2.0, 3.0], [2.0, 4.0, 6.0], [0.5, 0.25], [0.125, 0.0])
+    assert synchronous_period(work) == sum(work.busy) + 0.875
+    # GPipe's bubble: m + K - 1 forwards and backwards of equal stages one after the other.
+    assert synchronous_period(Work([1.0] * 4, [2.0] * 4, [0.0] * 3, [0.0] * 3), 6) == 3 * (6 + 3)
 
 
 def test_two_equal_stages_by_hand() -> None:
