@@ -20,6 +20,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_ddg.core.execution import Execution, Observers
+from lightning_ddg.core.extrapolation import Outlook
 from lightning_ddg.core.gradient_queue import GradientQueue
 from lightning_ddg.core.rng import Batch
 from lightning_ddg.core.staleness import PAPER, Staleness
@@ -38,6 +39,7 @@ class DelayLine(Execution):
         rule: How updates are applied; one with ``stash``.
         observers: Look on.
         forward: Runs the whole network on a batch; by default, the modules one after the other.
+        outlook: What is known of the optimizer's steps, for rules that ask for that.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class DelayLine(Execution):
         rule: Staleness = PAPER,
         observers: Observers | None = None,
         forward: Forward | None = None,
+        outlook: Outlook | None = None,
     ) -> None:
         self.stages = range(1, len(segments) + 1)
         self._forward = forward or partial(run_in_turn, segments)
@@ -56,14 +59,19 @@ class DelayLine(Execution):
                 first.setdefault(parameter, stage)
         parameters = [[parameter for parameter, its in first.items() if its == stage] for stage in range(len(segments))]
         parameters[-1].extend(others)
-        self._lines = [GradientQueue(own, len(segments) - stage, rule) for stage, own in enumerate(parameters, start=1)]
+        self._lines = [
+            GradientQueue(own, len(segments) - stage, rule, outlook) for stage, own in enumerate(parameters, start=1)
+        ]
         self._observers = observers or Observers()
-        self._slots = [slot for segment in segments for slot in slots_of(segment)] if rule.predict else []
+        self._slots = [slot for segment in segments for slot in slots_of(segment)] if rule.extrapolate else []
+        # Until the next step, as with several processes.
+        self._ahead: dict[nn.Parameter, Tensor] | None = None
         self._extrapolated: list[tuple[Slot, Tensor]] = []
         self._drained = False
 
     def begin(self, step: int) -> None:
         self._drained = self.synchronous = False
+        self._ahead = None
         for line in self._lines:
             line.begin(step)
 
@@ -114,6 +122,7 @@ class DelayLine(Execution):
                 line.apply_oldest()
 
     def before_step(self) -> None:
+        self._ahead = None
         for line in self._lines:
             line.before_step()
 
@@ -142,14 +151,17 @@ class DelayLine(Execution):
             line.pending = False
             line.queue.clear()
             line.updates.forget()
-        self._extrapolated = []
+        self._extrapolated, self._ahead = [], None
 
     def _extrapolate(self) -> list[tuple[Slot, Tensor]]:
         """Return the parameters' slots with what is expected of them; gradients w.r.t. that go to the parameters."""
-        if not self._slots:
+        if not self._slots or self.synchronous:
             return []
-        ahead = {parameter: line.updates.ahead(parameter) for line in self._lines for parameter in line.parameters}
-        moved = {parameter: parameter + by for parameter, by in ahead.items() if by is not None}
+        if self._ahead is None:
+            delayed = [line for line in self._lines if line.delay]
+            moves = [line.updates.ahead(line.parameters, len(line.queue)) for line in delayed]
+            self._ahead = {parameter: by for line in moves for parameter, by in line.items()}
+        moved = {parameter: parameter + by for parameter, by in self._ahead.items()}
         held = [(slot, slot[0][slot[1]]) for slot in self._slots]
         return [(slot, moved[parameter]) for slot, parameter in held if parameter in moved]
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from lightning_ddg.core.execution import InFlight
+from lightning_ddg.core.extrapolation import Outlook
 from lightning_ddg.core.staleness import Staleness, Updates, shrunk
 
 Gradients = list[Tensor | None]
@@ -23,11 +24,13 @@ class GradientQueue(InFlight):
         pending: Whether a gradient has been added to ``p.grad`` since the last step.
     """
 
-    def __init__(self, parameters: list[nn.Parameter], delay: int, rule: Staleness) -> None:
+    def __init__(
+        self, parameters: list[nn.Parameter], delay: int, rule: Staleness, outlook: Outlook | None = None
+    ) -> None:
         self._parameters = parameters
         self.lag = self.delay = delay
         self._shrink = rule.shrink**delay
-        self.updates = Updates(rule, delay)
+        self.updates = Updates(rule, delay, outlook)
         self.queue: deque[Gradients] = deque()
         self.pending = False
 

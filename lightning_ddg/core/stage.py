@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ddg.core.execution import InFlight
+from lightning_ddg.core.extrapolation import Outlook
 from lightning_ddg.core.inlet import Inlet
 from lightning_ddg.core.pytree import map_tensors, tensors_of
 from lightning_ddg.core.recompute import BufferCopies, Circumstances
@@ -55,13 +56,21 @@ class Stage(InFlight):
         rule: Which weights a backward uses, and how updates are applied; without a delay no rule changes anything.
         recompute: Whether to keep only the inputs of batches in flight, and to run the forward again in the backward.
             Both forwards build a graph, so that the same kernels run; never more than one batch's is kept.
+        outlook: What is known of the optimizer's steps, for rules that ask for that.
     """
 
-    def __init__(self, module: nn.Module, delay: int, rule: Staleness = PAPER, recompute: bool = False) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        delay: int,
+        rule: Staleness = PAPER,
+        recompute: bool = False,
+        outlook: Outlook | None = None,
+    ) -> None:
         self.module = module
         self.lag = self.delay = delay
         self._in_flight: deque[_Batch] = deque()
-        self._stash = make_stash(module, delay, rule)
+        self._stash = make_stash(module, delay, rule, outlook)
         self._buffers = BufferCopies(module) if recompute and delay else None
 
     def begin(self, step: int) -> None:
@@ -84,7 +93,8 @@ class Stage(InFlight):
             RuntimeError: If weights were changed since the last forward without :meth:`before_step`.
         """
         again = None if self._buffers is None else Circumstances(self.module, args, kwargs, self._buffers)
-        output, batch = self._run(args, kwargs, received, self._stash.for_forward() if self.delay else None)
+        weights = self._stash.for_forward(len(self)) if self.delay else None
+        output, batch = self._run(args, kwargs, received, weights)
         if again is not None:
             batch = _Batch([], batch.inlet, batch.weights, again)
             output = map_tensors(lambda tensor: tensor.detach().requires_grad_(carries_grad(tensor)), output)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_ddg.core.delay_line import run_in_turn
 from lightning_ddg.core.execution import Channel, Execution, Mailbox, Observers, Sent
+from lightning_ddg.core.extrapolation import Outlook
 from lightning_ddg.core.pipeline import Pipeline
 from lightning_ddg.core.pytree import map_tensors
 from lightning_ddg.core.rng import Batch
@@ -53,10 +54,16 @@ class Staged(Execution):
         rule: Which weights a backward uses, and how updates are applied.
         recompute: Whether activations are computed again in the backward.
         observers: Look on.
+        outlook: What is known of the optimizer's steps, for rules that ask for that.
     """
 
     def __init__(
-        self, segments: Sequence[nn.Module], rule: Staleness, recompute: bool, observers: Observers | None = None
+        self,
+        segments: Sequence[nn.Module],
+        rule: Staleness,
+        recompute: bool,
+        observers: Observers | None = None,
+        outlook: Outlook | None = None,
     ) -> None:
         count = len(segments)
         self.stages = range(1, count + 1)
@@ -65,7 +72,7 @@ class Staged(Execution):
         queues: _Queues = defaultdict(deque)
         self._pipelines = []
         for number, segment in zip(self.stages, segments, strict=True):
-            stage = Stage(segment, delay(number, count), rule, recompute)
+            stage = Stage(segment, delay(number, count), rule, recompute, outlook)
             mailbox = LocalMailbox(rank_of_stage(number, count), count, queues)
             self._pipelines.append(Pipeline(stage, number, count, mailbox, rule.shrink))
 

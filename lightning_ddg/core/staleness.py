@@ -6,11 +6,14 @@ in :mod:`~lightning_ddg.core.stash`.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 
 import torch
 from torch import Tensor, nn
+
+from lightning_ddg.core.extrapolation import Outlook, spike
 
 
 @dataclass(frozen=True)
@@ -25,10 +28,15 @@ class Staleness:
             times ``beta ** (K - k)`` (gradient shrinking, arXiv 1906.09108).
         slow_start: Number ``T`` of optimizer steps in which late stages learn more slowly: in step ``t`` the update of
             stage ``k`` is multiplied by ``d(k) ** -(1 - t / T)`` (PipeMare's T1, arXiv 1910.05124).
-        predict: Whether a forward runs on the weights that are expected at its backward (linear extrapolation, in
-            the weight-difference form, arXiv 2003.11666).
+        extrapolate: Whether a forward runs on the weights that are expected at its backward: where SGD with momentum,
+            Adam, AdamW or NAdam will have taken them, at the scheduler's next learning rates, if the gradients to come
+            are zero (FTPipe's form, USENIX ATC 2021); with any other optimizer, further on the line of the last step
+            (arXiv 2003.11666).
         finish: The last part of a fit, in 0..1, that is synchronous: from there on no gradient is stale, and none of
             the other rules has an effect. 0 is none.
+        compensate: Whether a late gradient makes up at once for the steps through SGD's momentum ``m`` that it has
+            missed: ``w -= lr (m^D v + (1 - m^D) / (1 - m) g)``, ``D = d(k)`` (spike compensation, arXiv 2003.11666).
+        predict: The former name of ``extrapolate``.
 
     Raises:
         TypeError: If a value has another type.
@@ -38,11 +46,16 @@ class Staleness:
     stash: bool = True
     shrink: float = 1.0
     slow_start: int = 0
-    predict: bool = False
+    extrapolate: bool = False
     finish: float = 0.0
+    compensate: bool = False
+    predict: InitVar[bool | None] = None
 
-    def __post_init__(self) -> None:
-        for name in ("stash", "predict"):
+    def __post_init__(self, predict: bool | None) -> None:
+        if predict is not None:
+            warnings.warn("Staleness: predict is now called extrapolate.", DeprecationWarning, stacklevel=3)
+            object.__setattr__(self, "extrapolate", predict)
+        for name in ("stash", "extrapolate", "compensate"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}={getattr(self, name)!r} is not a bool. Use True or False.")
         if isinstance(self.shrink, bool) or not isinstance(self.shrink, float | int):
@@ -63,10 +76,10 @@ class Staleness:
                 f"finish={self.finish!r} is no part of a fit. Use one above 0 and up to 1, such as 0.1 for the last"
                 " tenth; 0 is none."
             )
-        if self.predict and not self.stash:
+        if self.extrapolate and not self.stash:
             raise ValueError(
-                "predict=True extrapolates to the weights that a backward will use, but with stash=False it uses those"
-                " there are then. Leave out one of the two."
+                "extrapolate=True goes ahead to the weights that a backward will use, but with stash=False it uses"
+                " those there are then. Leave out one of the two."
             )
 
 
@@ -94,18 +107,29 @@ def slow_start_factor(delay: int, step: int, slow_start: int) -> float:
 
 
 class Updates:
-    """The optimizer steps of one stage under a rule: makes them smaller, and remembers where they lead.
+    """The optimizer steps of one stage under a rule: corrects them, and tells where they lead.
 
     :meth:`before` and :meth:`after` enclose a step. What is added to a step by hooks before it counts as part of it.
+
+    Args:
+        rule: The rule.
+        delay: The stage's, in batches.
+        outlook: What is known of the optimizer, if anything is.
+
+    Raises:
+        ValueError: If the rule needs to know the optimizer.
     """
 
-    def __init__(self, rule: Staleness, delay: int) -> None:
-        self._rule, self._delay = rule, delay
+    def __init__(self, rule: Staleness, delay: int, outlook: Outlook | None = None) -> None:
+        if rule.compensate and outlook is None:
+            raise ValueError("compensate=True pays with the momentum of SGD. Give the execution its `Outlook`.")
+        self._rule, self._delay, self._outlook = rule, delay, outlook
         self._step = 0
-        self._batches = 0
+        # Those since the last step, and those that the last one had.
+        self._batches, self._per_step = 0, 1
         self._old: dict[nn.Parameter, Tensor] = {}
+        self._momenta: dict[nn.Parameter, Tensor | None] = {}
         self._velocity: dict[nn.Parameter, Tensor] = {}
-        self._horizon = 0.0
 
     def begin(self, step: int) -> None:
         """Called when a run begins, with the number of its first step."""
@@ -115,7 +139,7 @@ class Updates:
     def forget(self) -> None:
         """Forget where the last step led: what comes next does not go on from there."""
         self._batches = 0
-        self._old, self._velocity = {}, {}
+        self._old, self._momenta, self._velocity = {}, {}, {}
 
     def before(self, parameters: Sequence[nn.Parameter], old: Sequence[Tensor] | None = None) -> None:
         """Remember weights that a step may change.
@@ -123,11 +147,16 @@ class Updates:
         ``old`` is memory with their values that nobody writes to before :meth:`after`; by default, the values of those
         that are trained are copied.
         """
-        if (self._rule.predict and self._delay > 0) or self._factor != 1:
-            if old is None:
-                parameters = [parameter for parameter in parameters if parameter.requires_grad]
-                old = [parameter.detach().clone() for parameter in parameters]
+        if not self._delay:
+            return
+        if old is None:
+            parameters = [parameter for parameter in parameters if parameter.requires_grad]
+        if self._factor(0) != 1 or (self._rule.extrapolate and not all(map(self._foreseen, parameters))):
+            old = [parameter.detach().clone() for parameter in parameters] if old is None else old
             self._old = dict(zip(parameters, old, strict=True))
+        if self._rule.compensate and self._outlook is not None:
+            momenta = {parameter: self._outlook.velocity(parameter) for parameter in parameters}
+            self._momenta = {p: None if momentum is None else momentum.clone() for p, momentum in momenta.items()}
 
     @torch.no_grad()
     def after(self, drained: bool = False) -> None:
@@ -137,15 +166,16 @@ class Updates:
         as many batches before their first update as after a start.
         """
         old, self._old = self._old, {}
-        factor = self._factor
+        self._per_step = self._batches or self._per_step
+        self._compensate()
+        factor = self._factor(0)
         if factor != 1:
             for parameter, before in old.items():
                 # w_step + (1 - s) (w_old - w_step) = w_old + s (w_step - w_old)
                 parameter.lerp_(before, 1 - factor)
         self._velocity = {}
-        if self._rule.predict and not drained and self._batches:
-            self._velocity = {parameter: parameter - before for parameter, before in old.items()}
-            self._horizon = self._delay / self._batches
+        if self._rule.extrapolate and not drained and self._batches:
+            self._velocity = {p: p - before for p, before in old.items() if not self._foreseen(p)}
         self._batches = 0
         self._step += not drained
 
@@ -153,15 +183,34 @@ class Updates:
         """Called when a batch's forward runs."""
         self._batches += 1
 
-    def ahead(self, parameter: nn.Parameter) -> Tensor | None:
-        """Return how far a parameter should move until the backward of the next forward; ``None`` if not at all.
+    def ahead(self, parameters: Sequence[nn.Parameter], in_flight: int) -> dict[nn.Parameter, Tensor]:
+        """Return how far parameters should move until the backward of the next forward; those that should move.
 
-        It is ``d(k) / n * v``, with ``v`` the change by the last step, which ``n`` batches went into: ``d(k)`` batches
-        further on the line through the weights before and after it.
+        Where the optimizer's formula is known, they go on by it for as many steps as the batches ``in_flight`` will
+        make before that backward: ``d(k) / n`` of ``n`` batches each, and fewer while the pipeline fills. Else it is
+        ``d(k) / n * v``, with ``v`` the change by the last step: further on the line through the weights before and
+        after it.
         """
-        velocity = self._velocity.get(parameter)
-        return None if velocity is None else velocity * self._horizon
+        if not self._rule.extrapolate:
+            return {}
+        horizon = self._delay / self._per_step
+        moves = {parameter: by * horizon for parameter, by in self._velocity.items()}
+        if self._outlook is not None:
+            # While the pipeline fills, nothing is due in the next steps.
+            idle = int((self._delay - in_flight) / self._per_step)
+            moves |= self._outlook.ahead(parameters, in_flight / self._per_step, self._factor, idle)
+        return moves
 
-    @property
-    def _factor(self) -> float:
-        return slow_start_factor(self._delay, self._step, self._rule.slow_start)
+    def _compensate(self) -> None:
+        momenta, self._momenta = self._momenta, {}
+        for parameter, before in momenta.items():
+            after = None if self._outlook is None else self._outlook.velocity(parameter)
+            if self._outlook is not None and after is not None and parameter.grad is not None:
+                options = self._outlook.options_of(parameter)
+                parameter.add_(spike(before, after, options, self._delay / self._per_step))
+
+    def _foreseen(self, parameter: nn.Parameter) -> bool:
+        return self._outlook is not None and self._outlook.knows(parameter)
+
+    def _factor(self, later: int) -> float:
+        return slow_start_factor(self._delay, self._step + later, self._rule.slow_start)

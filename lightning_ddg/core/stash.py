@@ -24,6 +24,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from lightning_ddg.core.extrapolation import Outlook
 from lightning_ddg.core.staleness import Staleness, Updates
 from lightning_ddg.core.tensors import Slot, parameters_replaced, slots_of
 
@@ -61,9 +62,10 @@ class Stash:
     #: Whether the weights of a batch in flight are those that the parameters had then.
     exact = True
 
-    def __init__(self, module: nn.Module, delay: int, rule: Staleness) -> None:
+    def __init__(self, module: nn.Module, delay: int, rule: Staleness, outlook: Outlook | None = None) -> None:
         self._slots = slots_of(module)
-        self._updates = Updates(rule, delay)
+        self._updates = Updates(rule, delay, outlook)
+        self._waiting = 0
         self._current: Weights | None = None
         self._spare: list[Weights] = []
 
@@ -71,13 +73,14 @@ class Stash:
         """Called when a run begins, with the number of its first optimizer step."""
         self._updates.begin(step)
 
-    def for_forward(self) -> Weights:
-        """Return what the next forward runs on.
+    def for_forward(self, waiting: int = 0) -> Weights:
+        """Return what the next forward runs on; ``waiting`` is the number of batches in flight before it.
 
         Raises:
             RuntimeError: If weights have been changed since the last forward without :meth:`before_step`.
         """
         self._updates.count_batch()
+        self._waiting = waiting
         if self._current is None:
             self._current = self._version()
         else:
@@ -175,14 +178,14 @@ class LiveWeights(Stash):
 
     exact = False
 
-    def __init__(self, module: nn.Module, delay: int, rule: Staleness) -> None:
-        super().__init__(module, delay, rule)
+    def __init__(self, module: nn.Module, delay: int, rule: Staleness, outlook: Outlook | None = None) -> None:
+        super().__init__(module, delay, rule, outlook)
         self._shared: dict[nn.Parameter, Tensor] = {}
 
-    def for_forward(self) -> Weights:
+    def for_forward(self, waiting: int = 0) -> Weights:
         # A graph of its own for each batch, whatever has happened to the weights since.
         self._current = None
-        return super().for_forward()
+        return super().for_forward(waiting)
 
     def before_backward(self) -> None:
         for parameter in self._shared:
@@ -211,7 +214,7 @@ class LiveWeights(Stash):
 
 
 class ExtrapolatedWeights(Stash):
-    """``predict=True``: forwards run, in memory of their own, on the weights that are expected at their backward."""
+    """``extrapolate=True``: forwards run, in memory of their own, on the weights expected at their backward."""
 
     exact = False
 
@@ -220,17 +223,17 @@ class ExtrapolatedWeights(Stash):
         self._updates.before(self._parameters())
 
     def _memory(self, parameters: list[nn.Parameter]) -> list[Tensor]:
-        memory = self._unused_memory(parameters)
+        memory, moves = self._unused_memory(parameters), self._updates.ahead(parameters, self._waiting)
         for extrapolated, parameter in zip(memory, parameters, strict=True):
-            ahead = self._updates.ahead(parameter)
-            extrapolated.copy_(parameter.data if ahead is None else parameter.data + ahead)
+            by = moves.get(parameter)
+            extrapolated.copy_(parameter.data if by is None else parameter.data + by)
         return memory
 
 
-def make_stash(module: nn.Module, delay: int, rule: Staleness) -> Stash:
+def make_stash(module: nn.Module, delay: int, rule: Staleness, outlook: Outlook | None = None) -> Stash:
     """Return the weight versions that a rule asks for."""
-    kind = ExtrapolatedWeights if rule.predict else Stash if rule.stash else LiveWeights
-    return kind(module, delay, rule)
+    kind = ExtrapolatedWeights if rule.extrapolate else Stash if rule.stash else LiveWeights
+    return kind(module, delay, rule, outlook)
 
 
 class _Alias(torch.autograd.Function):

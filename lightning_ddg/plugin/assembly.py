@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from lightning_ddg.comm.ranks import Ranks
 from lightning_ddg.core.delay_line import DelayLine
 from lightning_ddg.core.execution import Execution, Observers
+from lightning_ddg.core.extrapolation import Outlook
 from lightning_ddg.core.pipeline import Pipeline
 from lightning_ddg.core.schedule import delay
 from lightning_ddg.core.stage import Stage
@@ -43,6 +44,7 @@ from lightning_ddg.plugin.first_batch import FirstBatch
 from lightning_ddg.plugin.hooks import FitHooks
 from lightning_ddg.plugin.measure import copies_kept, first_call, measured_costs
 from lightning_ddg.plugin.micro_batches import MicroBatches
+from lightning_ddg.plugin.next_options import outlook_of
 from lightning_ddg.plugin.options import Options
 from lightning_ddg.plugin.ownership import OptimizerGroups, Ownership
 from lightning_ddg.plugin.patches import patch_fit, patch_run, watch_steps
@@ -170,7 +172,7 @@ def build(
     segments = segments_in_place(site, cut)
     ownership = ownership_of(site, cut, segments)
     groups = [] if site.one_process else [OptimizerGroups(one, ownership) for one in optimizers]
-    execution = make_execution(site, cut, segments, ownership)
+    execution = make_execution(site, cut, segments, ownership, outlook_of(site, optimizers))
     redirection = Redirection(
         network.target if program is None else None,
         ownership.foreign_layers,
@@ -291,18 +293,20 @@ def ownership_of(site: Site, cut: Cut, segments: Sequence[nn.Module]) -> Ownersh
     return ownership
 
 
-def make_execution(site: Site, cut: Cut, segments: Sequence[nn.Module], ownership: Ownership) -> Execution:
+def make_execution(
+    site: Site, cut: Cut, segments: Sequence[nn.Module], ownership: Ownership, outlook: Outlook | None
+) -> Execution:
     """Choose and make what trains the stages of this process."""
     rule, recompute, stage = site.options.staleness, site.options.recompute, site.ranks.stage
     if stage is not None:
-        own = Stage(segments[stage - 1], delay(stage, site.num_stages), rule, recompute)
+        own = Stage(segments[stage - 1], delay(stage, site.num_stages), rule, recompute, outlook)
         ties, ranks = ownership.ties, site.ranks
         return Pipeline(own, stage, site.num_stages, ranks.mailbox, rule.shrink, ranks.observers, ties)
     if not rule.stash:
-        return Staged(segments, rule, recompute, site.ranks.observers)
+        return Staged(segments, rule, recompute, site.ranks.observers, outlook)
     whole = partial(cut.chain.at_once, segments)
     site.undo.callback(cut.chain.release)
-    return DelayLine(segments, ownership.parameters_outside, rule, site.ranks.observers, whole)
+    return DelayLine(segments, ownership.parameters_outside, rule, site.ranks.observers, whole, outlook)
 
 
 def make_step(

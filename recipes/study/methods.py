@@ -39,7 +39,7 @@ METHODS = {
     "ddg-unstashed": Method("DDG, unstashed", "ddg", {"staleness": Staleness(stash=False)}),
     "features-replay": Method("Features Replay", "ddg", {"recompute": True, "staleness": Staleness(stash=False)}),
     "ddg-shrink": Method("DDG, shrink 0.5", "ddg", {"staleness": Staleness(shrink=0.5)}),
-    "ddg-predict": Method("DDG, predict", "ddg", {"staleness": Staleness(predict=True)}),
+    "ddg-predict": Method("DDG, predict", "ddg", {"staleness": Staleness(extrapolate=True)}),
     "dni": Method("DNI", "dni"),
     "cdni": Method("cDNI", "dni", {"conditioned": True}),
 }

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tests.core.extrapolation_reference import Compensated, ahead, shares
+
 Optimizer = Callable[[Any], torch.optim.Optimizer]
 Epochs = Iterable[Sequence[tuple[Tensor, Tensor]]]
 
@@ -23,27 +25,51 @@ def parts_of(network: nn.Sequential, starts: Sequence[int]) -> list[nn.Sequentia
 
 
 class Steps:
-    """One optimizer a stage, whose learning rate in step ``t`` is ``lr * d ** -(1 - t / T)`` while ``t < T``."""
+    """One optimizer a stage, whose learning rate in step ``t`` is ``lr * d ** -(1 - t / T)`` while ``t < T``.
 
-    def __init__(self, parts: Sequence[nn.Module], optimizer: Optimizer, slow_start: int = 0) -> None:
+    ``rate`` is what a scheduler multiplies it by. With ``compensate`` they are SGD with spike compensation.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[nn.Module],
+        optimizer: Optimizer,
+        slow_start: int = 0,
+        rate: Callable[[int], float] = lambda step: 1.0,
+        compensate: bool = False,
+        clip: Callable[[Sequence[nn.Parameter]], object] | None = None,
+    ) -> None:
         self.parameters = [list(part.parameters()) for part in parts]
         self.optimizers = [optimizer(own) if own else None for own in self.parameters]
-        self.slow_start = slow_start
+        if compensate:
+            self.optimizers = [one and Compensated(one.param_groups[0]["params"], one) for one in self.optimizers]
+        self.base = next(one.param_groups[0]["lr"] for one in self.optimizers if one is not None)
+        self.slow_start, self.rate, self.clip = slow_start, rate, clip
         self.t = 0
 
-    def apply(self, stage: int, grads: Sequence[Tensor | None]) -> None:
+    def lr(self, stage: int, step: int) -> float:
+        delay = len(self.parameters) - 1 - stage
+        slow = delay ** -(1 - step / self.slow_start) if delay and step < self.slow_start else 1.0
+        return float(self.base * self.rate(step) * slow)
+
+    def ahead(self, stage: int, steps: float, idle: int) -> list[Tensor]:
+        chosen, first = self.optimizers[stage], self.t + idle
+        rates = [self.lr(stage, first + number) * share for number, share in enumerate(shares(steps))]
+        return [] if chosen is None else ahead(chosen, rates)
+
+    def apply(self, stage: int, grads: Sequence[Tensor | None], batches: int = 1) -> None:
         chosen, delay = self.optimizers[stage], len(self.parameters) - 1 - stage
         if chosen is None:
             return
         for parameter, grad in zip(self.parameters[stage], grads, strict=True):
             parameter.grad = grad
-        rates = [group["lr"] for group in chosen.param_groups]
-        if delay and self.t < self.slow_start:
-            for group in chosen.param_groups:
-                group["lr"] *= delay ** -(1 - self.t / self.slow_start)
+        if self.clip is not None:
+            self.clip(self.parameters[stage])
+        for group in chosen.param_groups:
+            group["lr"] = self.lr(stage, self.t)
+        if isinstance(chosen, Compensated):
+            chosen.delay = delay / batches
         chosen.step()
-        for group, rate in zip(chosen.param_groups, rates, strict=True):
-            group["lr"] = rate
 
 
 def train_exactly(
@@ -54,19 +80,38 @@ def train_exactly(
     *,
     shrink: float = 1.0,
     slow_start: int = 0,
-    predict: bool = False,
+    by_last_step: bool = False,
+    extrapolate: bool = False,
+    compensate: bool = False,
     accumulate: int = 1,
+    rate: Callable[[int], float] = lambda step: 1.0,
+    clip: Callable[[Sequence[nn.Parameter]], object] | None = None,
 ) -> None:
-    """Rules whose gradient is one of the full network: at ``w``, or at ``w + d (w - w before)`` with ``predict``."""
+    """Rules whose gradient is one of the full network, at ``w`` or further on.
+
+    With ``by_last_step`` that is ``w + d (w - w before)``; with ``extrapolate`` where the optimizer will have taken
+    ``w`` by the steps that come before the gradient's use.
+    """
     parts = parts_of(network, starts)
-    count, steps = len(parts), Steps(parts, optimizer, slow_start)
+    count, steps, batches_of_step = len(parts), Steps(parts, optimizer, slow_start, rate, compensate, clip), 1
     for batches in epochs:
         history: list[list[list[Tensor]]] = []
         velocity = [[torch.zeros_like(p) for p in own] for own in steps.parameters]
         sums: list[list[Tensor] | None] = [None] * count
         for number, (x, y) in enumerate(batches):
             today = [[p.detach().clone() for p in own] for own in steps.parameters]
-            if predict:
+            if extrapolate and number % accumulate == 0:
+                waiting = [min(number, count - 1 - stage) for stage in range(count)]
+                points = [
+                    steps.ahead(stage, late / batches_of_step, (count - 1 - stage - late) // batches_of_step)
+                    for stage, late in enumerate(waiting)
+                ]
+            if extrapolate:
+                with torch.no_grad():
+                    for own, values in zip(steps.parameters, points, strict=True):
+                        for p, value in zip(own, values, strict=True):
+                            p.copy_(value)
+            if by_last_step:
                 with torch.no_grad():
                     for stage, own in enumerate(steps.parameters):
                         for p, v in zip(own, velocity[stage], strict=True):
@@ -87,17 +132,20 @@ def train_exactly(
                     sums[stage] = new if old is None else [a + b for a, b in zip(old, new, strict=True)]
             if (number + 1) % accumulate and number + 1 < len(batches):
                 continue
+            batches_of_step = number % accumulate + 1
             for stage, total in enumerate(sums):
                 if total is not None:
-                    steps.apply(stage, total)
+                    steps.apply(stage, total, batches_of_step)
                 before = zip(steps.parameters[stage], today[stage], strict=True)
-                velocity[stage] = [(p.detach() - value) / (number % accumulate + 1) for p, value in before]
+                velocity[stage] = [(p.detach() - value) / batches_of_step for p, value in before]
             sums = [None] * count
             steps.t += 1
         for stage in range(count):
             late = [grads[stage] for grads in history[max(0, len(history) - (count - 1 - stage)) :]]
             for first in range(0, len(late), accumulate):
-                steps.apply(stage, [sum(same) for same in zip(*late[first : first + accumulate], strict=True)])
+                steps.apply(
+                    stage, [sum(same) for same in zip(*late[first : first + accumulate], strict=True)], batches_of_step
+                )
 
 
 def train_with_features_replayed(
@@ -175,5 +223,5 @@ def _train_stages(
             deltas[number, count - 1] = output.grad
             update(number, number + 1)
             steps.t += 1
-        for ahead in range(1, count):
-            update(len(inputs) - 1 + ahead, len(inputs))
+        for late in range(1, count):
+            update(len(inputs) - 1 + late, len(inputs))

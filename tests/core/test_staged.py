@@ -20,8 +20,8 @@ from lightning_ddg.core.staged import LocalMailbox, Staged
 from lightning_ddg.core.staleness import Staleness
 
 STAGES = 4
-PAPER_LIKE = [Staleness(), Staleness(shrink=0.5), Staleness(slow_start=5), Staleness(predict=True)]
-RULES = [*PAPER_LIKE, Staleness(stash=False), Staleness(shrink=0.5, slow_start=5, predict=True)]
+PAPER_LIKE = [Staleness(), Staleness(shrink=0.5), Staleness(slow_start=5), Staleness(extrapolate=True)]
+RULES = [*PAPER_LIKE, Staleness(stash=False), Staleness(shrink=0.5, slow_start=5, extrapolate=True)]
 
 
 def segments() -> list[nn.Module]:

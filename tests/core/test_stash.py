@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_ddg.core.stage import Stage
 from lightning_ddg.core.staleness import Staleness, Updates, slow_start_factor
 
-RULES = [Staleness(), Staleness(stash=False), Staleness(predict=True)]
+RULES = [Staleness(), Staleness(stash=False), Staleness(extrapolate=True)]
 
 
 class Kept:
@@ -192,7 +192,7 @@ def test_todays_weights_are_seen_by_a_backward_however_they_were_changed(
 
 def test_extrapolation_runs_ahead_of_weights_that_it_does_not_touch() -> None:
     module = nn.Linear(1, 1, bias=False)
-    stage = Stage(module, 2, Staleness(predict=True), recompute=False)
+    stage = Stage(module, 2, Staleness(extrapolate=True), recompute=False)
     stage.begin(0)
     seen = []
     for step in range(4):

@@ -145,12 +145,12 @@ def test_the_oracle_tells_where_it_begins() -> None:
 
 RULES: list[Case] = [
     {"rules": {"shrink": 0.5, "slow_start": 100}},
-    {"rules": {"predict": True}},
-    {"rules": {"predict": True}, "options": {"recompute": True}},
+    {"rules": {"extrapolate": True}},
+    {"rules": {"extrapolate": True}, "options": {"recompute": True}},
     {"rules": {"stash": False}},
     {"rules": {"stash": False, "shrink": 0.5}, "options": {"recompute": True}},
     {"rules": {"stash": False}, "micro": 3},
-    {"rules": {"predict": True}, "micro": 2, "accumulate": 2},
+    {"rules": {"extrapolate": True}, "micro": 2, "accumulate": 2},
     {"make": ManualClassifier, "rules": {"slow_start": 100}},
     {"network": "dropout_mlp"},
 ]

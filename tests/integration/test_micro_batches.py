@@ -139,8 +139,8 @@ RULES: list[Case] = [
     {"recompute": True},
     {"staleness": Staleness(stash=False)},
     {"staleness": Staleness(stash=False), "recompute": True},
-    {"staleness": Staleness(predict=True)},
-    {"staleness": Staleness(shrink=0.7, slow_start=3, predict=True)},
+    {"staleness": Staleness(extrapolate=True)},
+    {"staleness": Staleness(shrink=0.7, slow_start=3, extrapolate=True)},
 ]
 
 

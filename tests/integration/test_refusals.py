@@ -26,8 +26,9 @@ RULES: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"slow_start": -1}, ValueError, r"slow_start=-1 is not a number of steps. Use 0 \(none\) or more"),
     ({"slow_start": 0.5}, TypeError, "slow_start=0.5 is not a number of steps. Use an integer"),
     ({"stash": 0}, TypeError, "stash=0 is not a bool. Use True or False"),
-    ({"predict": "yes"}, TypeError, "predict='yes' is not a bool"),
-    ({"predict": True, "stash": False}, ValueError, "predict=True .* stash=False .*Leave out one of the two"),
+    ({"extrapolate": "yes"}, TypeError, "extrapolate='yes' is not a bool"),
+    ({"compensate": 1}, TypeError, "compensate=1 is not a bool"),
+    ({"extrapolate": True, "stash": False}, ValueError, "extrapolate=True .* stash=False .*Leave out one of the two"),
 ]
 
 

@@ -63,7 +63,7 @@ def fit(
     kind = {"outputs": NotesOutputs, "zero": HalvesLosses}.get(when, Skips)
     module = kind("mlp", optimizer, when=when)
     points = [f"net.{start}" for start in STARTS[num_stages]]
-    recompute = staleness.get("predict", False)
+    recompute = staleness.get("extrapolate", False)
     strategy = DDGStrategy(
         num_stages,
         points,
@@ -115,7 +115,7 @@ def test_processes_skip_as_the_reference_does(num_stages: int) -> None:
             assert largest_difference(got, expected(num_stages, optimizer, drain)) <= 1e-12, (optimizer, when)
 
 
-RULES: list[dict[str, Any]] = [{"stash": False}, {"predict": True}, {"shrink": 0.5, "slow_start": 6}]
+RULES: list[dict[str, Any]] = [{"stash": False}, {"extrapolate": True}, {"shrink": 0.5, "slow_start": 6}]
 
 
 def test_under_other_rules_both_executions_skip_alike() -> None:

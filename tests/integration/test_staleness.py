@@ -36,10 +36,10 @@ STARTS = {1: [], 2: [3], 3: [2, 5], 4: [1, 3, 5]}
 RULES: dict[str, tuple[dict[str, Any], Callable[..., None]]] = {
     "shrink": ({"shrink": 0.5}, partial(reference.train_exactly, shrink=0.5)),
     "slow start": ({"slow_start": 11}, partial(reference.train_exactly, slow_start=11)),
-    "predict": ({"predict": True}, partial(reference.train_exactly, predict=True)),
+    "extrapolate": ({"extrapolate": True}, partial(reference.train_exactly, extrapolate=True)),
     "all three": (
-        {"shrink": 0.7, "slow_start": 5, "predict": True},
-        partial(reference.train_exactly, shrink=0.7, slow_start=5, predict=True),
+        {"shrink": 0.7, "slow_start": 5, "extrapolate": True},
+        partial(reference.train_exactly, shrink=0.7, slow_start=5, extrapolate=True),
     ),
     "current weights": ({"stash": False}, reference.train_with_current_weights),
     "current weights, shrunk": (
@@ -142,7 +142,7 @@ def test_both_executions_agree_in_all_combinations() -> None:
             assert largest_difference(got, wanted) <= 1e-12, case
 
 
-@pytest.mark.parametrize("rule", ["shrink", "slow start", "predict", "all three"])
+@pytest.mark.parametrize("rule", ["shrink", "slow start", "extrapolate", "all three"])
 @pytest.mark.parametrize("accumulate", [2, 3])
 def test_accumulation_follows_the_formula(rule: str, accumulate: int) -> None:
     got = fit("tanh_mlp", "nesterov", 4, 1, RULES[rule][0], accumulate=accumulate)
@@ -154,7 +154,7 @@ def test_accumulation_follows_the_formula(rule: str, accumulate: int) -> None:
 RECOMPUTED = [
     ("noisy_mlp", {}, Classifier),
     ("noisy_mlp", {"drain": "never"}, Classifier),
-    ("noisy_mlp", {"predict": True, "slow_start": 5}, Classifier),
+    ("noisy_mlp", {"extrapolate": True, "slow_start": 5}, Classifier),
     ("dropout_mlp", {}, ManualClassifier),
     ("convnet", {}, Classifier),
     ("transformer", {}, Classifier),

@@ -356,7 +356,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], Any]] = {
     "manual": ({}, {}, lambda: ManualClassifier("dropout_mlp")),
     "recompute": ({"recompute": True}, {}, lambda: Classifier("noisy_mlp")),
     "today's weights": ({"staleness": Staleness(stash=False)}, {}, lambda: Classifier("dropout_mlp")),
-    "prediction, slow start": ({"staleness": Staleness(predict=True, slow_start=9)}, {}, lambda: Classifier("mlp")),
+    "prediction, slow start": ({"staleness": Staleness(extrapolate=True, slow_start=9)}, {}, lambda: Classifier("mlp")),
     "shrunk": ({"staleness": Staleness(shrink=0.5)}, {}, lambda: Classifier("dropout_mlp")),
     "one batch": ({}, {"limit_train_batches": 1}, lambda: Classifier("dropout_mlp")),
     "drained at the end": ({"drain": "fit"}, {"limit_train_batches": 1}, lambda: Classifier("dropout_mlp")),
