@@ -69,11 +69,12 @@ def nadam_ahead(weight: Tensor, state: Mapping[str, Any], steps: Sequence[Option
     ahead: Tensor = weight.clone()
     mean: Tensor = state["exp_avg"].clone()
     root, done = _root(state, steps[0]), float(state["step"])
-    product = float(state["mu_product"])
+    # With its own rounding: it is kept in single precision.
+    rounded = state["mu_product"].clone()
     for number, one in enumerate(steps, start=1):
         lr, (beta1, beta2), at = float(one["lr"]), one["betas"], done + number
         mu, after = (beta1 * (1 - 0.5 * 0.96 ** (step * one["momentum_decay"])) for step in (at, at + 1))
-        product *= mu
+        product = float(rounded.mul_(mu))
         size = root / (1 - beta2**at) ** 0.5 + one["eps"]
         decoupled = one.get("decoupled_weight_decay", False)
         before = None if decoupled or not one["weight_decay"] else ahead * one["weight_decay"]
