@@ -177,7 +177,7 @@ COMBINED: list[Case] = [
         ("sgd", {"compensate": True}, "fit"), ("rmsprop", {"extrapolate": True}, "never"),
     )),
     {"optimizer": "nesterov", "rules": {**BOTH, "finish": 0.3}, "options": {"micro_batches": 2}, "network": "mlp"},
-    {"optimizer": "adam", "rules": {"extrapolate": True, "finish": 0.3}, "drain": "fit", "options": {"recompute": True}},
+    {"optimizer": "adam", "rules": {"extrapolate": True, "finish": 0.3}, "options": {"recompute": True}},
     {"optimizer": "sgd", "rules": {"compensate": True, "stash": False}, "drain": "never"},
     {"optimizer": "sgd", "rules": {"compensate": True, "stash": False}, "options": {"recompute": True}},
     *({"optimizer": o, "rules": r, "make": ManualCorrected, "gamma": 0.8} for o, r in (
