@@ -176,19 +176,27 @@ class Outlook:
         groups, moves = self.optimizer.param_groups, {}
         options = self._options(groups, skipped + ceil(steps))[skipped:]
         shares = [factor(skipped + number) * min(1.0, steps - number) for number in range(len(options))]
-        group_of = {parameter: index for index, group in enumerate(groups) for parameter in group["params"]}
-        for parameter in parameters:
-            index = group_of.get(parameter)
-            if index is None or not parameter.requires_grad or not self.knows(parameter):
-                continue
+        wanted = {parameter for parameter in parameters if parameter.requires_grad and self.knows(parameter)}
+        for index, group in enumerate(groups):
             own = [
                 {**one[index], "lr": float(one[index]["lr"]) * share}
                 for one, share in zip(options, shares, strict=True)
             ]
-            there = self._formula(parameter.detach(), self.optimizer.state.get(parameter, {}), own)
-            if there is not None:
-                moves[parameter] = there - parameter
+            found = [parameter for parameter in group["params"] if parameter in wanted]
+            for parameter, state in zip(found, self._states(found), strict=True):
+                there = self._formula(parameter.detach(), state, own)
+                if there is not None:
+                    moves[parameter] = there - parameter
         return moves
+
+    def _states(self, parameters: Sequence[nn.Parameter]) -> list[Mapping[str, Any]]:
+        """The states, with the steps as numbers: fused optimizers count on the device, which is waited for once."""
+        states = [self.optimizer.state.get(parameter, {}) for parameter in parameters]
+        counted = [state["step"] for state in states if "step" in state]
+        if not counted or not all(isinstance(step, Tensor) and step.device.type != "cpu" for step in counted):
+            return states
+        steps = iter(torch.stack([step.to(counted[0].device) for step in counted]).tolist())
+        return [{**state, "step": next(steps)} if "step" in state else state for state in states]
 
     def velocity(self, parameter: nn.Parameter) -> Tensor | None:
         """Return SGD's momentum of a parameter; ``None`` before its first step."""
