@@ -56,11 +56,13 @@ class Pipeline(Execution):
 
     def begin(self, step: int) -> None:
         self._drained = self.synchronous = False
+        self._ties.shrink = self._shrink
         self.stage.begin(step)
 
     def synchronize(self) -> None:
         self._clear_gradients()
         self.synchronous = True
+        self._ties.shrink = 1.0
         self.stage.synchronize()
 
     def train(self, batch: Batch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -46,10 +46,13 @@ class Ties:
         num_stages: ``K``.
         mailbox: Reaches the other stages.
         shrink: What gradients are multiplied by at each boundary.
+
+    Attributes:
+        shrink: As given; 1 in a synchronous finish.
     """
 
     def __init__(self, ties: Sequence[Tie], number: int, num_stages: int, mailbox: Mailbox, shrink: float) -> None:
-        self._mailbox, self._number, self._shrink = mailbox, number, shrink
+        self._mailbox, self._number, self.shrink = mailbox, number, shrink
         self._owned = [tie for tie in ties if tie.stages[0] == number]
         self._used = [tie for tie in ties if number in tie.stages[1:]]
         self._ranks = {stage: rank_of_stage(stage, num_stages) for tie in ties for stage in tie.stages}
@@ -82,7 +85,7 @@ class Ties:
             for stage in tie.stages[1:]:
                 grad = self._mailbox.take(self._ranks[stage], TIED_GRADIENT)
                 if grad is not None:
-                    add_gradient(tie.parameter, grad * self._shrink ** (stage - self._number))
+                    add_gradient(tie.parameter, grad * self.shrink ** (stage - self._number))
 
     def nothing(self) -> None:
         """Called for a batch that has no backward here."""

@@ -164,8 +164,8 @@ def check_cut(starts: Sequence[int], forbidden: Mapping[int, tuple[str, str, str
             raise ValueError(
                 f"Stage {stage} cannot start at position {start}: {tensor!r} is used by {before!r} and by {after!r}, "
                 "on both sides of the cut, which is possible for a parameter of the paper's rule alone: not for a "
-                "buffer, nor with `stash=False` in one process or `predict=True` in several. Move the split point so "
-                "that both are in one stage, or give each its own."
+                "buffer, nor with `stash=False` in one process or `extrapolate=True` in several. Move the split point "
+                "so that both are in one stage, or give each its own."
             )
 
 

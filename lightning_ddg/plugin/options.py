@@ -198,7 +198,7 @@ class Options:
         In one process several backwards at once would add to one ``p.grad``; in several, a stage cannot know where
         another's parameter will be.
         """
-        return self.staleness.stash if one_process else not self.staleness.predict
+        return self.staleness.stash if one_process else not self.staleness.extrapolate
 
     def check_carried(self, num_stages: int) -> None:
         """Refuse micro-batches where the step leaves something for its next run.

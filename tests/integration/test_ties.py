@@ -69,6 +69,8 @@ CASES: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any], set[int]]] = [
     ({"all": True, "optimizer": "adamw"}, {"drain": "fit"}, {"gradient_clip_val": 0.1}, {2, 3}),
     ({"optimizer": "adamw"}, {"recompute": True}, {"accumulate_grad_batches": 2}, {2, 3}),
     ({"optimizer": "skips"}, {"staleness": Staleness(shrink=0.5)}, {}, {3}),
+    ({"all": True}, {"staleness": Staleness(shrink=0.5, finish=0.7)}, {}, {3, 4}),
+    ({}, {"staleness": Staleness(shrink=0.5, finish=0.5, compensate=True), "micro_batches": 2}, {}, {3}),
 ]
 
 
@@ -152,9 +154,11 @@ def refused(strategy: dict[str, Any], devices: int) -> str:
 
 
 @pytest.mark.parametrize(
-    ("staleness", "devices"), [(Staleness(stash=False), 1), (Staleness(predict=True), 2)], ids=["live", "extrapolated"]
+    ("staleness", "devices"),
+    [(Staleness(stash=False), 1), (Staleness(extrapolate=True), 2)],
+    ids=["live", "extrapolated"],
 )
 def test_a_rule_that_cannot_share_a_parameter_says_so(staleness: Staleness, devices: int) -> None:
     for error in run_ranks(refused, devices, {"staleness": staleness}, devices):
         assert "'net.embed.weight' is used by 'net.embed' and by 'net.head', on both sides of the cut" in error
-        assert "`stash=False` in one process or `predict=True` in several" in error
+        assert "`stash=False` in one process or `extrapolate=True` in several" in error

@@ -335,7 +335,7 @@ def test_a_cut_of_the_users_that_is_none_is_refused() -> None:
     with pytest.raises(ValueError, match="'net.9' names no layer"):
         decide(layers, 2, ["net.9"])
     layers.layers[1].weight = layers.layers[2].weight
-    with pytest.raises(ValueError, match="is used by 'net.1' and by 'net.2'.*`predict=True` in several"):
+    with pytest.raises(ValueError, match="is used by 'net.1' and by 'net.2'.*`extrapolate=True` in several"):
         decide(layers, 2, ["net.2"], ties=False)
 
 
