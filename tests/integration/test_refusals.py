@@ -183,9 +183,9 @@ class Lbfgs(Classifier):
         return torch.optim.LBFGS(self.parameters())
 
 
-class Twice(Classifier):
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return (self(batch[0]) + self(batch[0])).mean()
+class Twice(ManualClassifier):
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        self.manual_backward((self(batch[0]) + self(batch[0])).mean())
 
 
 class Never(Classifier):
@@ -193,12 +193,12 @@ class Never(Classifier):
         return batch[0].mean().requires_grad_()
 
 
-class OneByOne(Classifier):
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+class OneByOne(ManualClassifier):
+    def training_step(self, batch: Any, batch_idx: int) -> None:
         x = batch[0]
         for layer in self.net:
             x = layer(x)
-        return x.mean()
+        self.manual_backward(x.mean())
 
 
 class WithoutGradients(Classifier):
@@ -207,13 +207,13 @@ class WithoutGradients(Classifier):
             return self(batch[0]).mean()
 
 
-class TrainedInput(Classifier):
+class TrainedInput(ManualClassifier):
     def __init__(self) -> None:
         super().__init__()
         self.before = nn.Linear(6, 6).double()
 
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return self(self.before(batch[0])).mean()
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        self.manual_backward(self(self.before(batch[0])).mean())
 
 
 class NoBackward(ManualClassifier):

@@ -17,7 +17,7 @@ from lightning_ddg.planning.tally import Tally
 def chain(count: int = 4, tie: tuple[int, int] | None = None) -> Chain:
     layers: list[nn.Module] = [nn.Linear(3, 3) for _ in range(count)]
     if tie is not None:
-        layers[tie[1]].weight = layers[tie[0]].weight  # type: ignore[assignment]
+        layers[tie[1]].table = layers[tie[0]].table = nn.BatchNorm1d(3, affine=False)
     return Chain([(f"net.{number}", layer) for number, layer in enumerate(layers)])
 
 
@@ -83,7 +83,7 @@ def test_the_memory_limit_is_kept() -> None:
     assert bound.split_points == ["net.2"]
 
 
-def test_layers_that_share_weights_stay_together() -> None:
+def test_layers_that_share_buffers_stay_together() -> None:
     cut = Cut(chain(tie=(1, 2)), [3], Costs([12.0] * 4, "parameters"))
     assert better_cut(cut, [0.030, 0.010]) is None
 
