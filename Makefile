@@ -6,6 +6,9 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 TESTED := runs/logs/digits/test/metrics.csv
 
+# A worker a core; the tests of a file share what it sets up, and so a worker.
+WORKERS ?= 2
+
 # One thread a process: the stages are the parallelism.
 export OMP_NUM_THREADS ?= 1
 
@@ -28,7 +31,7 @@ demo: $(INSTALLED)  ## train the digits recipe in two processes and test it
 		assert acc >= 0.95, f"test accuracy {acc:.4f} is below 0.95: see $(TESTED)"; print(f"test accuracy {acc:.4f}")'
 
 test: $(INSTALLED)  ## run the tests (the slow ones: .venv/bin/python -m pytest -m slow)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 check: $(INSTALLED)  ## run ruff and mypy
 	$(BIN)/ruff check .
