@@ -427,7 +427,65 @@ class Drops(Net):
         return self.head(F.dropout(self.b(self.a(x)), 0.2, self.training))  # type: ignore[no-any-return]
 
 
+class Adapts(nn.Module):
+    """A layer that is given others: it calls one, and looks at the weights of another, also to decide by them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor, called: nn.Module, looked_at: nn.Linear) -> Tensor:
+        weight = looked_at.weight + called(torch.eye(4, dtype=x.dtype)).T
+        if weight.detach().sum() > 100:
+            weight = weight * 2
+        return x @ (weight / weight.norm(dim=1).detach()) * self.scale
+
+
+class Given(Net):
+    def __init__(self, before: bool = False) -> None:
+        super().__init__()
+        self.adapts, self.before = Adapts(), before
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        if self.before:
+            return self.d(self.c(self.b(y) + self.adapts(y, self.c, self.b)))  # type: ignore[no-any-return]
+        z = self.c(self.b(y))
+        return self.d(z + self.adapts(y, self.c, self.b))  # type: ignore[no-any-return]
+
+
+class Hidden:
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+class Opens(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, hidden: Hidden) -> Tensor:
+        hidden.tensor = hidden.tensor.relu_()
+        return self.fc(hidden.tensor)  # type: ignore[no-any-return]
+
+
+class Hides(Net):
+    """A layer is given a tensor in an object."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.opens = Opens()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.b(self.a(x))
+        hidden = Hidden(self.c(y))
+        return self.d(self.opens(hidden) + hidden.tensor + y)  # type: ignore[no-any-return]
+
+
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "a layer is given others": (Given, 2),
+    "a layer is given a later one": (lambda: Given(before=True), 2),
+    "a layer is given an object": (Hides, 3),
     "residual over a plain list": (PlainList, 3),
     "in place": (InPlace, 5),
     "fills a tensor": (Fills, 3),

@@ -60,8 +60,7 @@ CASES = {
     "LoRA, Llama, all linear": Case(partial(train, "LoraConfig", {**LORA, "target_modules": "all-linear"}, "llama")),
     "LoRA, BERT": Case(partial(train, "LoraConfig", LORA, "bert")),
     "DoRA, Llama": Case(
-        partial(train, "LoraConfig", {**LORA, "use_dora": True, "target_modules": ["q_proj", "v_proj"]}, "llama"),
-        refused=dict.fromkeys(WAYS, "cannot be run in parts"),  # a layer is given other layers, and calls them
+        partial(train, "LoraConfig", {**LORA, "use_dora": True, "target_modules": ["q_proj", "v_proj"]}, "llama")
     ),
     "IA3, Llama": Case(partial(train, "IA3Config", {}, "llama")),
     "prefix tuning, Llama": Case(partial(train, "PrefixTuningConfig", {"num_virtual_tokens": 4}, "llama")),

@@ -233,10 +233,15 @@ class _Watch:
     # ---- the ledger
 
     def read(self, tensor: Tracked, operation: str) -> None:
-        self.reads.append((self.now, self._path, tensor.origin, operation))
+        if self.busy:
+            self._used_inside([tensor])
+        else:
+            self.reads.append((self.now, self._path, tensor.origin, operation))
 
     def compute(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], operands: Sequence[Tracked]) -> Any:
         with torch.no_grad():
+            if self.busy:
+                return func(*args, **kwargs)
             if func not in self._on_meta:
                 try:
                     func(*replaced(on_meta, args), **replaced(on_meta, kwargs))
@@ -253,17 +258,28 @@ class _Watch:
         self.now += 1
         values = tuple(tensor.origin for tensor in operands)
         computed = next((value for value in values if value.input is None), values[0])
-        return Value(computed.what, self.now, self._path, values, drawn=draws(func))
+        layer = self._used_inside(operands) if self.busy else None
+        return Value(computed.what, self.now, self._path, values, layer=layer, drawn=draws(func) and layer is None)
 
     def written(self, func: Any, operands: Sequence[Tracked], into: Sequence[Tracked]) -> None:
         self.now += 1
         values = tuple(tensor.origin for tensor in operands)
+        layer = self._used_inside(operands) if self.busy else None
         for tensor in into:
             if not isinstance(tensor, Tracked):
                 continue
             self._changed(tensor.content)
-            tensor.origin = Value(tensor.origin.what, self.now, self._path, values, drawn=draws(func))
+            what, drawn = tensor.origin.what, draws(func) and layer is None
+            tensor.origin = Value(what, self.now, self._path, values, layer=layer, drawn=drawn)
             self._memory[_address(tensor.content)].append(tensor.origin)
+
+    def _used_inside(self, operands: Sequence[Tracked]) -> nn.Module:
+        """Note what the layer that runs uses beside its arguments, as weights of a layer given to it; return it."""
+        call = self.calls.pop()
+        used = [tensor.origin for tensor in operands if tensor.origin.time < call.time]
+        arguments = (*call.arguments, *(value for value in used if value not in call.arguments))
+        self.calls.append(replace(call, arguments=arguments))
+        return call.layer
 
     # ---- calls
 
@@ -295,7 +311,6 @@ class _Watch:
         for tensor, version in zip(given, versions, strict=True):
             if tensor.content._version != version:
                 self.written(None, [tensor], [tensor])
-                tensor.origin.layer = layer
         form, tensors = flatten(output)
         tracked = [self._returned_by(layer, f"an output of {name!r}", tensor) for tensor in tensors]
         for module, attribute, held in new_tensors(layer, before):
@@ -310,6 +325,7 @@ class _Watch:
 
     def _returned_by(self, layer: nn.Module, what: str, tensor: Tensor) -> Tracked:
         value = Value(what, self.now, self._path, layer=layer)
+        tensor = content_of(tensor)
         self._returned[id(tensor)] = value
         return self.follow(tensor, value)
 
