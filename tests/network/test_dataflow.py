@@ -482,7 +482,33 @@ class Hides(Net):
         return self.d(self.opens(hidden) + hidden.tensor + y)  # type: ignore[no-any-return]
 
 
+class Passes(nn.Module):
+    """A block that hands on its mask, and returns what it makes of no layer's output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.out = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        return self.out(self.fc(x) * mask).tanh(), mask, {"weights": torch.ones_like(x), "count": len(x)}
+
+
+class PassesOn(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Passes(), Passes()
+        self.head = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y, mask, kept = self.first(x, torch.arange(4) % 2)
+        y, mask, more = self.second(y, mask)
+        if mask.sum() > 2:
+            return y, kept["weights"], mask
+        return self.head(y * mask) / kept["count"], kept["weights"] + more["weights"], mask
+
+
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "blocks that pass on a mask": (PassesOn, 4),
     "a layer is given others": (Given, 2),
     "a layer is given a later one": (lambda: Given(before=True), 2),
     "a layer is given an object": (Hides, 3),
@@ -694,6 +720,35 @@ def test_layers_dropped_by_random_numbers_of_python_are_not_cut() -> None:
     assert len(found.layers) > 1
     assert set(found.forbidden) == set(range(1, len(found.layers)))
     assert all("draws random numbers from Python or NumPy before" in reason for reason in found.forbidden.values())
+
+
+class Encodes(Packs):
+    """Encodes and decodes by the same layers: the first is called again after an LSTM, on packed sequences."""
+
+    def __init__(self, packed: bool) -> None:
+        super().__init__()
+        self.embed, self.packed = nn.Linear(1, 1), packed
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = None
+        for part in x.unsqueeze(2).chunk(2, 1):
+            embedded = self.embed(part)
+            if self.packed:
+                lengths = torch.full((len(x),), 2)
+                embedded = pack_padded_sequence(embedded, lengths, batch_first=True, enforce_sorted=False)
+            output, state = self.lstm(embedded, state)
+        if self.packed:
+            output, _ = pad_packed_sequence(output, batch_first=True)
+        return self.head(self.mid(output[:, -1]))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(("packed", "cuts"), [(False, 3), (True, 2)])
+def test_a_layer_called_again_after_one_whose_shape_no_other_stage_knows_stays_with_it(packed: bool, cuts: int) -> None:
+    network = made(lambda: Encodes(packed))
+    assert_all_cuts(network, batch(3), [batch(3), batch(5, seed=1)], cuts)
+    chain = ReplayedChain(network, "net", batch(3))
+    reason = "a LSTM of a later stage is called before, and the shape of its output depends on values"
+    assert chain.reasons == ([reason] if packed else [])
 
 
 class Chooses(Net):

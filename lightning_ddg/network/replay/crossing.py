@@ -7,12 +7,12 @@ in, and so has the same name in every stage that runs the code around it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from lightning_ddg.core.pytree import flatten
+from lightning_ddg.core.pytree import flatten, tensors_of
 from lightning_ddg.core.tensors import TensorSpec
 
 #: The numbers of the modules called, outermost first, each with how often it was called there before.
@@ -70,3 +70,11 @@ def arguments_of(value: Any) -> Iterator[Tensor]:
 def form_of(output: Any) -> tuple[bytes | None, list[Tensor]]:
     """Split a call's output into its form and its tensors."""
     return (None, [output]) if isinstance(output, Tensor) else flatten(output)
+
+
+def tensors_in(output: Any) -> Iterable[Tensor]:
+    """Return the tensors in what a network returns."""
+    try:
+        return tensors_of(output)
+    except Exception:  # noqa: BLE001 - whatever pickling says of an object made for the loss alone
+        return arguments_of(output)

@@ -6,24 +6,22 @@ Time counts what happens: calls that begin or end, and operations.
 
 from __future__ import annotations
 
-import random
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_ddg.core.pytree import flatten, tensors_of, unflatten
+from lightning_ddg.core.pytree import flatten, map_tensors, tensors_of, unflatten
 from lightning_ddg.core.tensors import Slot, parameters_replaced
 from lightning_ddg.network.layers import Call
 from lightning_ddg.network.replay.code import Code
-from lightning_ddg.network.replay.crossing import ARGUMENT, OUTPUT, RESULT, Path, Sight, arguments_of
+from lightning_ddg.network.replay.crossing import ARGUMENT, OUTPUT, RESULT, Path, Sight, arguments_of, tensors_in
 from lightning_ddg.network.replay.frames import in_checkpoint
 from lightning_ddg.network.replay.layers import Place, Tree
 from lightning_ddg.network.replay.module_calls import calls_left, calls_taken, configs_of, plain_calls
@@ -36,8 +34,10 @@ from lightning_ddg.network.replay.noticing import (
     followed_attributes,
     functions_noticed,
     held_tensors,
+    library_state,
     new_tensors,
 )
+from lightning_ddg.network.replay.shapes import Shapes
 from lightning_ddg.network.replay.tracked import Tracked, content_of, on_meta, replaced
 from lightning_ddg.network.restore import gpus_of, in_mode, trial
 
@@ -59,6 +59,7 @@ class Value:
         drawn: Whether it is random, and made between the layers.
         changed: When something is written into its memory.
         applied: Whether an autograd function is called with it.
+        passed: Whether a block returned it that made it of nothing that is followed, such as a mask.
         sights: Where it is seen, each with the time, and whether by code that no gradient goes through.
     """
 
@@ -72,6 +73,7 @@ class Value:
     drawn: bool = False
     changed: int = NEVER
     applied: bool = False
+    passed: bool = False
     sights: list[tuple[int, Sight, bool]] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -89,6 +91,14 @@ class LayerCall:
     checkpoint: FrameType | None = None
 
 
+class StandIn(NamedTuple):
+    """A call of a layer or a block: when, and what fails where the shapes of its output depend on values."""
+
+    module: nn.Module
+    time: int
+    shapes: Callable[[], object]
+
+
 @dataclass(frozen=True)
 class DataFlow:
     """What one call has shown.
@@ -103,6 +113,7 @@ class DataFlow:
         draws_torch: Whether it has drawn any from torch.
         output: The followed values in the network's output, and that of hooks.
         end: When the call was over.
+        stand_ins: What finds the shapes of what each call returns, as a stage must that does not run the module.
         unpicklable: Blocks whose output cannot be described in a message.
         changed: Buffers and numbers of modules outside the layers that each call changes.
         rebound: Whether it has bound attributes of these to something else, or made lists and dictionaries there grow.
@@ -117,6 +128,7 @@ class DataFlow:
     draws_torch: bool
     output: list[Value]
     end: int
+    stand_ins: list[StandIn]
     unpicklable: frozenset[nn.Module]
     changed: list[Place]
     rebound: bool
@@ -174,6 +186,7 @@ def observe(
         watch.draws_torch,
         watch.output,
         watch.now,
+        watch.stand_ins,
         frozenset(watch.unpicklable),
         changed,
         rebound,
@@ -196,6 +209,8 @@ class _Watch:
         self.draws_torch = False
         self.output: list[Value] = []
         self.stands: list[tuple[Slot, Tracked]] = []
+        self.stand_ins: list[StandIn] = []
+        self._shapes = Shapes()
         self._tree = tree
         #: Whether operations can be done without values.
         self._on_meta: dict[Any, bool] = {}
@@ -208,7 +223,7 @@ class _Watch:
         #: What layers have returned, by identity: a hook may put it elsewhere.
         self._returned: dict[int, Value] = {}
         self._own: dict[nn.Module, list[tuple[Slot, Any]]] = {layer: [] for layer in tree.layers}
-        self._libraries = _library_state()
+        self._libraries = library_state()
         owner = {part: layer for layer in tree.layers for part in layer.modules()}
         for path, module in target.named_modules():
             for name, value in module._parameters.items():
@@ -339,8 +354,24 @@ class _Watch:
             self.busy = False
             output = nn.Module.__call__(block, *args, **kwargs)
             self.busy = True
-            output = self._end(outer, block, output)
+            output = self._end(outer, block, self._passed(block, output))
             self.busy = False
+            return output
+
+    def _passed(self, block: nn.Module, output: Any) -> Any:
+        """Follow all that a block returns: no stage after it runs its code again."""
+        what = f"an output of {self._tree.blocks[block]!r}"
+
+        def follow(tensor: Tensor) -> Tensor:
+            if isinstance(tensor, Tracked):
+                return tensor
+            return self.follow(tensor, Value(what, self.now, self._path, passed=True))
+
+        try:
+            if all(isinstance(tensor, Tracked) for tensor in tensors_of(output)):
+                return output
+            return map_tensors(follow, output)
+        except Exception:  # noqa: BLE001 - whatever pickling says
             return output
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Path:
@@ -351,6 +382,7 @@ class _Watch:
         self._called[call] += 1
         self.now += 1
         self._see(arguments_of((args, kwargs)), ARGUMENT)
+        self.stand_ins.append(StandIn(module, self.now, self._shapes.later(module, *args, **kwargs)))
         return outer
 
     def _end(self, outer: Path, module: nn.Module, output: Any) -> Any:
@@ -379,7 +411,7 @@ class _Watch:
         """Note what the network returns."""
         self._check_libraries()
         self.now += 1
-        for tensor in _leaves(output):
+        for tensor in tensors_in(output):
             if isinstance(tensor, Tracked):
                 self.output.append(tensor.origin)
             elif id(tensor) in self._returned:
@@ -393,7 +425,7 @@ class _Watch:
             value.changed = min(value.changed, self.now)
 
     def _check_libraries(self) -> None:
-        state = _library_state()
+        state = library_state()
         if state != self._libraries:
             self.draws.append(self.now)
             self._libraries = state
@@ -411,15 +443,3 @@ class _Watch:
 
 def _address(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr() or id(tensor)
-
-
-def _library_state() -> Any:
-    numpy: Any = np.random.get_state(legacy=False)
-    return random.getstate(), numpy["state"]["pos"], numpy["state"]["key"].tobytes()
-
-
-def _leaves(output: Any) -> Iterable[Tensor]:
-    try:
-        return tensors_of(output)
-    except Exception:  # noqa: BLE001 - whatever pickling says
-        return arguments_of(output)

@@ -5,11 +5,13 @@ That is autograd functions and torch functions, random numbers, and what modules
 
 from __future__ import annotations
 
+import random
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -186,6 +188,12 @@ _EMPTY = {
 def draws(func: Any) -> bool:
     """Return whether an operation draws random numbers."""
     return torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
+
+
+def library_state() -> Any:
+    """Return what Python and NumPy will draw next."""
+    numpy: Any = np.random.get_state(legacy=False)
+    return random.getstate(), numpy["state"]["pos"], numpy["state"]["key"].tobytes()
 
 
 def held_tensors(layer: nn.Module) -> dict[tuple[nn.Module, str], int]:

@@ -30,6 +30,7 @@ from lightning_ddg.network.replay.crossing import (
     Sight,
     arguments_of,
     form_of,
+    tensors_in,
 )
 from lightning_ddg.network.replay.module_calls import calls_left
 from lightning_ddg.network.replay.roles import Role, Roles
@@ -150,7 +151,7 @@ class StageRun:
     def output(self, output: Any) -> Any:
         """Return what the network returns, which the last stage must know."""
         self._check_done()
-        if not any(isinstance(tensor, Tracked) for tensor in _tensors_in(output)):
+        if not any(isinstance(tensor, Tracked) for tensor in tensors_in(output)):
             return output
         return map_tensors(lambda tensor: self._part.absent.present(tensor, "its output"), output)
 
@@ -297,13 +298,6 @@ class _Functions(TorchFunctionMode):
             return self._run.computed(func(*args, **(kwargs or {})))
         finally:
             self._run.busy = False
-
-
-def _tensors_in(output: Any) -> Iterable[Tensor]:
-    try:
-        return tensors_of(output)
-    except Exception:  # noqa: BLE001 - whatever pickling says of an object made for the loss alone
-        return arguments_of(output)
 
 
 def version_of(tensor: Tensor) -> int:

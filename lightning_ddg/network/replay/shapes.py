@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,6 +41,18 @@ class Shapes:
                 form, tensors = flatten(self._copies[module].train(module.training)(*args, **kwargs))
             self._known[key] = form, [spec_of(tensor) for tensor in tensors]
         return self._known[key]
+
+    def later(self, module: nn.Module, *args: Any, **kwargs: Any) -> Callable[[], object]:
+        """Return what does :meth:`of` when it is called, without holding the values of the arguments."""
+        try:
+            args, kwargs = map_tensors(_on_meta, (args, kwargs))
+        except Exception as error:  # noqa: BLE001 - whatever pickling says, it will say again
+            return partial(_fail, error)
+        return partial(self.of, module, *args, **kwargs)
+
+
+def _fail(error: Exception) -> None:
+    raise error
 
 
 def copy_on_meta(module: nn.Module) -> nn.Module:
