@@ -53,7 +53,7 @@ def cheapest_cut(
     Raises:
         ValueError: No cut has so many stages.
     """
-    _check_num_stages(num_layers, num_stages)
+    check_num_stages(num_layers, num_stages)
     places = [*(p for p in range(1, num_layers) if p not in forbidden), num_layers]
     if len(places) < num_stages:
         ties = dict.fromkeys(forbidden.values()) if isinstance(forbidden, Mapping) else {}
@@ -93,7 +93,7 @@ def cut_at(chain: Layers, split_points: Sequence[str], num_stages: int) -> list[
         ValueError: ``num_stages`` does not fit the chain; or the names are too few or too many, unknown, out of order,
             or begin the first stage.
     """
-    _check_num_stages(len(chain), num_stages)
+    check_num_stages(len(chain), num_stages)
     if isinstance(split_points, str):
         raise TypeError(f"split_points={split_points!r} is one string: give a list of names, [{split_points!r}].")
     if len(split_points) != num_stages - 1:
@@ -169,14 +169,16 @@ def check_cut(starts: Sequence[int], forbidden: Mapping[int, tuple[str, str, str
             )
 
 
-def _check_num_stages(num_layers: int, num_stages: int) -> None:
+def check_num_stages(num_layers: int, num_stages: int, reasons: Sequence[str] = ()) -> None:
+    """Raise a ValueError if there are fewer layers than stages; ``reasons`` are why there are no more."""
     if num_stages < 1:
         raise ValueError(f"num_stages={num_stages}: a network is cut into 1 stage or more.")
     if num_stages > num_layers:
         lower = f"lower num_stages to {num_layers} or less" if num_layers > 1 else "train it in one stage"
+        why = f" (elsewhere it cannot be cut: {reasons[0]})" if reasons else ""
         raise ValueError(
             f"num_stages={num_stages}, but the network has {_counted(num_layers, 'layer')} and each stage needs at "
-            f"least one: {lower}, or return smaller layers from `configure_stages()`."
+            f"least one{why}: {lower}, or return smaller layers from `configure_stages()`."
         )
 
 

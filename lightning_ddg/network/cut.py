@@ -12,7 +12,15 @@ from math import inf
 from torch import nn
 
 from lightning_ddg.core.schedule import delay
-from lightning_ddg.network.balance import best_cut, cheapest_cut, check_cut, cut_at, forbidden_cuts, sums_of_layers
+from lightning_ddg.network.balance import (
+    best_cut,
+    cheapest_cut,
+    check_cut,
+    check_num_stages,
+    cut_at,
+    forbidden_cuts,
+    sums_of_layers,
+)
 from lightning_ddg.network.layers import Layers
 from lightning_ddg.network.profile import Profile, parameter_costs
 
@@ -202,6 +210,7 @@ def decide_cut(
         max_memory: Bytes that no stage may need.
         ties: Whether stages may share parameters.
     """
+    check_num_stages(len(chain), num_stages, getattr(chain, "reasons", ()))
     forbidden = forbidden_cuts(chain, ties)
     parameters = Costs.by_parameters(chain)
     if split_points is not None:

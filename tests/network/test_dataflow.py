@@ -507,7 +507,18 @@ class PassesOn(nn.Module):
         return self.head(y * mask) / kept["count"], kept["weights"] + more["weights"], mask
 
 
+class Copies(Net):
+    """Copies tensors between its layers, of which some follow from them and some do not."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        ones = copy.deepcopy(torch.ones(4))
+        y = self.b(self.a(x))
+        kept = copy.deepcopy({"mean": y.detach().mean(), "ones": ones, "none": torch.empty(0)})
+        return self.d(self.c(y) * kept["ones"]) - kept["mean"] + kept["none"].sum()  # type: ignore[no-any-return]
+
+
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "copies of tensors": (Copies, 3),
     "blocks that pass on a mask": (PassesOn, 4),
     "a layer is given others": (Given, 2),
     "a layer is given a later one": (lambda: Given(before=True), 2),

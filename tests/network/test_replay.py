@@ -17,6 +17,7 @@ from lightning_ddg.core.pytree import tensors_of
 from lightning_ddg.core.rng import Batch
 from lightning_ddg.core.stage import Stage
 from lightning_ddg.network.balance import cut_at, forbidden_cuts
+from lightning_ddg.network.cut import Costs, decide_cut
 from lightning_ddg.network.profile import flop_costs
 from lightning_ddg.network.replay.analysis import analyse
 from lightning_ddg.network.replay.chain import ReplayedChain
@@ -353,6 +354,14 @@ def test_what_cannot_be_cut_off_is_found_and_named(mode: str) -> None:
     assert {found.layers[position][1] for position in found.forbidden} == names
     assert names.isdisjoint(chain.names)
     assert set(found.forbidden.values()) == {reason}
+
+
+def test_a_network_that_cannot_be_cut_says_why() -> None:
+    network = made(lambda: Wanders([0, 1, 0]))
+    chain = ReplayedChain(network, "", ((torch.randn(2, 4, dtype=torch.float64),), {}))
+    message = r"has 1 layer and .* one \(elsewhere it cannot be cut: a Linear is called with what .*\): train it in one"
+    with pytest.raises(ValueError, match=message):
+        decide_cut(chain, 2, None, None, lambda: Costs([1.0], "parameters"))
 
 
 @pytest.mark.parametrize("mode", MESSAGES)

@@ -151,6 +151,8 @@ class Functions(TorchFunctionMode):
         watch = self._watch
         if watch.busy:
             return func(*args, **(kwargs or {}))
+        # A copy of a tensor is an empty one at first, whose shape then changes.
+        watch.busy = func is Tensor.__deepcopy__
         result = func(*args, **(kwargs or {}))
         watch.busy = True
         watch.computed(result)
@@ -174,7 +176,7 @@ class Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return result
         if draws(func) and not func._schema.is_mutable:
             return self._watch.drawn(result)
-        return self._watch.made_empty(result) if func in _EMPTY else result
+        return self._watch.made_empty(result) if func in _EMPTY and result.numel() else result
 
 
 _EMPTY = {

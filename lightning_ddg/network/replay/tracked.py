@@ -6,6 +6,7 @@ What is computed from such a tensor is another one. What follows from it is deci
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -61,6 +62,12 @@ class Tracked(Tensor):
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         del tensor_contents
         return f"Tracked({self.origin}, shape={tuple(self.shape)}, dtype={self.dtype})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if self.value is not None:
+            return copy.deepcopy(self.value, memo)
+        memo[id(self)] = copied = self.clone()
+        return copied
 
     @classmethod
     def __torch_function__(
