@@ -507,6 +507,20 @@ class PassesOn(nn.Module):
         return self.head(y * mask) / kept["count"], kept["weights"] + more["weights"], mask
 
 
+class WritesIntoAView(Net):
+    """Writes what a layer returns into a part of a tensor, and uses the whole of it later."""
+
+    def __init__(self, of_input: bool) -> None:
+        super().__init__()
+        self.of_input = of_input
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        z = (x if self.of_input else y) * 2
+        z[:, 0:1] = self.b(y)[:, :1]
+        return self.d(self.c(y) + z)  # type: ignore[no-any-return]
+
+
 class Copies(Net):
     """Copies tensors between its layers, of which some follow from them and some do not."""
 
@@ -518,6 +532,8 @@ class Copies(Net):
 
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "writes into a part of an input": (lambda: WritesIntoAView(True), 3),
+    "writes into a part of an output": (lambda: WritesIntoAView(False), 3),
     "copies of tensors": (Copies, 3),
     "blocks that pass on a mask": (PassesOn, 4),
     "a layer is given others": (Given, 2),

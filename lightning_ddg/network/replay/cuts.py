@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from lightning_ddg.network.replay.crossing import ARGUMENT, OUTPUT, RESULT, Path, Sight, around
-from lightning_ddg.network.replay.dataflow import NEVER, DataFlow, LayerCall, StandIn, Value
+from lightning_ddg.network.replay.dataflow import NEVER, DataFlow, LayerCall, Value
 from lightning_ddg.network.replay.layers import Place
+from lightning_ddg.network.replay.shapes import StandIn
 
 
 @dataclass

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ from lightning_ddg.network.replay.noticing import (
     library_state,
     new_tensors,
 )
-from lightning_ddg.network.replay.shapes import Shapes
+from lightning_ddg.network.replay.shapes import Shapes, StandIn
 from lightning_ddg.network.replay.tracked import Tracked, content_of, on_meta, replaced
 from lightning_ddg.network.restore import gpus_of, in_mode, trial
 
@@ -89,14 +89,6 @@ class LayerCall:
     path: Path
     arguments: tuple[Value, ...]
     checkpoint: FrameType | None = None
-
-
-class StandIn(NamedTuple):
-    """A call of a layer or a block: when, and what fails where the shapes of its output depend on values."""
-
-    module: nn.Module
-    time: int
-    shapes: Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -219,6 +211,7 @@ class _Watch:
         self._called: Counter[Path] = Counter()
         self._functions: Counter[Path] = Counter()
         self._memory: defaultdict[int, list[Value]] = defaultdict(list)
+        self._writes: dict[int, Value] = {}
         self._kept: list[Tensor] = []
         #: What layers have returned, by identity: a hook may put it elsewhere.
         self._returned: dict[int, Value] = {}
@@ -251,7 +244,7 @@ class _Watch:
         if self.busy:
             self._used_inside([tensor])
         else:
-            self.reads.append((self.now, self._path, tensor.origin, operation))
+            self.reads.append((self.now, self._path, self._origin(tensor), operation))
 
     def compute(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], operands: Sequence[Tracked]) -> Any:
         with torch.no_grad():
@@ -271,14 +264,14 @@ class _Watch:
 
     def made(self, func: Any, operands: Sequence[Tracked]) -> Value:
         self.now += 1
-        values = tuple(tensor.origin for tensor in operands)
+        values = tuple(map(self._origin, operands))
         computed = next((value for value in values if value.input is None), values[0])
         layer = self._used_inside(operands) if self.busy else None
         return Value(computed.what, self.now, self._path, values, layer=layer, drawn=draws(func) and layer is None)
 
     def written(self, func: Any, operands: Sequence[Tracked], into: Sequence[Tracked]) -> None:
         self.now += 1
-        values = tuple(tensor.origin for tensor in operands)
+        values = tuple(map(self._origin, operands))
         layer = self._used_inside(operands) if self.busy else None
         for tensor in into:
             if not isinstance(tensor, Tracked):
@@ -287,11 +280,21 @@ class _Watch:
             what, drawn = tensor.origin.what, draws(func) and layer is None
             tensor.origin = Value(what, self.now, self._path, values, layer=layer, drawn=drawn)
             self._memory[_address(tensor.content)].append(tensor.origin)
+            self._writes[_address(tensor.content)] = tensor.origin
+
+    def _origin(self, tensor: Tracked) -> Value:
+        """Return where a tensor comes from, and what was written into it by another view of its memory since."""
+        value = tensor.origin
+        last = self._writes.get(_address(tensor.content))
+        if last is not None and last.time > value.time:
+            value.changed = min(value.changed, last.time)
+            tensor.origin = Value(value.what, last.time, last.path, (value, last))
+        return tensor.origin  # type: ignore[no-any-return]
 
     def _used_inside(self, operands: Sequence[Tracked]) -> nn.Module:
         """Note what the layer that runs uses beside its arguments, as weights of a layer given to it; return it."""
         call = self.calls.pop()
-        used = [tensor.origin for tensor in operands if tensor.origin.time < call.time]
+        used = [value for value in map(self._origin, operands) if value.time < call.time]
         arguments = (*call.arguments, *(value for value in used if value not in call.arguments))
         self.calls.append(replace(call, arguments=arguments))
         return call.layer
@@ -311,7 +314,7 @@ class _Watch:
         outer = self._begin(layer, args, kwargs)
         name = self._tree.layers[layer]
         given = [tensor for tensor in arguments_of((args, kwargs)) if isinstance(tensor, Tracked)]
-        arguments = tuple(tensor.origin for tensor in given)
+        arguments = tuple(map(self._origin, given))
         self.calls.append(LayerCall(layer, self.now, self._path, arguments, in_checkpoint()))
         versions = [tensor.content._version for tensor in given]
         args, kwargs = replaced(content_of, (args, kwargs))
@@ -400,12 +403,12 @@ class _Watch:
         self._functions[self._path] += 1
         for index, tensor in enumerate(arguments_of(result)):
             if isinstance(tensor, Tracked):
-                tensor.origin.sights.append((self.now, (self._path, RESULT + index, place), self.applying > 0))
+                self._origin(tensor).sights.append((self.now, (self._path, RESULT + index, place), self.applying > 0))
 
     def _see(self, tensors: Iterable[Tensor], where: int) -> None:
         for place, tensor in enumerate(tensors):
             if isinstance(tensor, Tracked):
-                tensor.origin.sights.append((self.now, (self._path, where, place), self.applying > 0))
+                self._origin(tensor).sights.append((self.now, (self._path, where, place), self.applying > 0))
 
     def finished(self, output: Any) -> None:
         """Note what the network returns."""
@@ -413,7 +416,7 @@ class _Watch:
         self.now += 1
         for tensor in tensors_in(output):
             if isinstance(tensor, Tracked):
-                self.output.append(tensor.origin)
+                self.output.append(self._origin(tensor))
             elif id(tensor) in self._returned:
                 # A hook has put it there.
                 self.output.append(self._returned[id(tensor)])

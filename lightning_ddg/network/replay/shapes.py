@@ -6,13 +6,21 @@ import copy
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lightning_ddg.core.pytree import flatten, map_tensors
 from lightning_ddg.core.tensors import TensorSpec, spec_of
+
+
+class StandIn(NamedTuple):
+    """A call of a layer or a block: when, and what fails where the shapes of its output depend on values."""
+
+    module: nn.Module
+    time: int
+    shapes: Callable[[], object]
 
 
 class Shapes:
