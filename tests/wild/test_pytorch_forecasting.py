@@ -76,7 +76,7 @@ NETWORKS: dict[str, tuple[bool, dict[str, Any]]] = {
 }
 REFUSED = {
     # In evaluation the decoder calls its layers in a loop.
-    "RecurrentNetwork": {"two processes": "took another way in the stage of"},
+    "RecurrentNetwork": dict.fromkeys(WAYS, "the network has 1 layer"),
     # Validation uses what the network's forward has left in the loss, which only the last stage's process has.
     "DeepAR": {"two processes": "has no attribute '_transformation'"},
 }
