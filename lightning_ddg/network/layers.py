@@ -24,9 +24,13 @@ class Layers(Protocol):
 
     Attributes:
         names: A label for each layer, relative to the root module; it is what a user writes as a split point.
+        evaluates: Whether segments can run in evaluation too; else only the layers one by one.
     """
 
     names: list[str]
+
+    @property
+    def evaluates(self) -> bool: ...
 
     def __len__(self) -> int:
         """How many layers there are."""
@@ -109,6 +113,7 @@ class Chain:
         if not layers:
             raise ValueError("A chain of 0 layers cannot be cut: give it at least one layer.")
         self.names = [name for name, _ in layers]
+        self.evaluates = True
         self.layers = [layer for _, layer in layers]
         self._forward = forward
         repeated = next((name for i, name in enumerate(self.names) if name in self.names[:i]), None)

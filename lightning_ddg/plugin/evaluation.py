@@ -39,6 +39,7 @@ class Evaluation:
     ) -> None:
         self._site, self._execution = site, execution
         self._relay = Relay(site, cut.owners, lambda: redirection.answers)
+        self._in_stages = cut.chain.evaluates
         self._redirection, self._ownership = redirection, ownership
         self._outside = Outside.SHARED
 
@@ -71,7 +72,8 @@ class Evaluation:
             self.share_outside(_trained_or_buffer)
             self._outside = Outside.SHARED
         alone = nullcontext() if self._site.one_process else collectives_refused()
-        with alone, self._relay.step(self._site.evaluated_batch()), self._redirection.handled_by(self._answer):
+        answered = self._redirection.handled_by(self._answer) if self._in_stages else nullcontext()
+        with alone, self._relay.step(self._site.evaluated_batch()), answered:
             yield
 
     def _answer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -48,15 +48,19 @@ def find(site: Site, first_batch: FirstBatch, step: Callable[[], object] | None)
         network = partial(find_network, site.module, layers, requirer=requirer, example=example, points=points)
         if layers is not None or not site.module.automatic_optimization:
             return network(), None
-        target = target_of(site.module, requirer, example)
-        if site.fits:
-            calls = _calls(site, first_batch, target)
-            if calls is not None and calls.keeps:
-                site.options.check_carried(site.num_stages)
-        else:
-            # An evaluation may call a network in any form; without one, its steps are run as they are.
-            calls = StepCalls([], keeps=False) if target is None else None
         of_step = partial(_layers_of_step, site, first_batch=first_batch, points=points)
+        if not site.fits:
+            # An evaluation may call a network in any form; without one that can be cut, each layer is called by itself.
+            with suppress(TypeError):
+                alone = network()
+                if len(alone.chain) >= site.num_stages:
+                    return alone, None
+            program = Program(site.module)
+            return Network(of_step(program), site.module, ""), program
+        target = target_of(site.module, requirer, example)
+        calls = _calls(site, first_batch, target)
+        if calls is not None and calls.keeps:
+            site.options.check_carried(site.num_stages)
         found = choose(site.module, network, target, calls, of_step, site.num_stages)
         if found[1] is not None and found[1].rehearses:
             site.options.check_kept(one_process=site.one_process)

@@ -53,7 +53,7 @@ class StaleCopies:
         self._watched = [
             (copy, copy_name, name, ownership.stage_of(original))
             for copy_name, copy in named
-            if ownership.stage in (None, ownership.stage_of(copy)) and copy not in inside
+            if ownership.stage == ownership.stage_of(copy) and copy not in inside
             for name, original in named
             if original in inside and ownership.stage_of(original) != ownership.stage
             if copy_name.endswith(inside[original]) and copy.shape == original.shape

@@ -165,12 +165,18 @@ def two_processes() -> Any:
     return run_ranks(live_all, 2, "ddg", 2)
 
 
+def without_first(journal: list[Any], event: str) -> list[Any]:
+    at = journal.index(event) if event in journal else len(journal)
+    return journal[:at] + journal[at + 1 :]
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_the_loops_do_what_they_do_without_the_strategy(
     name: str, auto: Any, one_process: Any, two_processes: Any
 ) -> None:
     journal, state, counts = one_process[name]
-    assert journal == auto[name][0]
+    # What the step calls is seen on the first batch, for which the loader is made a little earlier.
+    assert without_first(journal, "train loader") == without_first(auto[name][0], "train loader")
     assert counts == auto[name][2]
     for rank in two_processes:
         assert rank[name][0] == journal

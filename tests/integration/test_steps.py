@@ -149,10 +149,34 @@ class OtherForms(Step):
         return self.net.decode(self.net(x) + 1)
 
 
-def evaluate(devices: int, fitted: bool) -> Any:
+class FeedsBack(Step):
+    """In evaluation the network gets back what it has said, as a decoder does: no stage could run that in one go."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.third = nn.Linear(36, 8), nn.Linear(8, 8), nn.Linear(8, 36)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(1 if self.training else 3):
+                x = self.third(torch.tanh(self.second(torch.tanh(self.first(x)))))
+            return x
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = FeedsBack.Net()
+
+    def loss(self, batch: Any) -> Tensor:
+        return F.mse_loss(self.net(batch[0].flatten(1)), batch[0].flatten(1))
+
+    def predicted(self, x: Tensor) -> Tensor:
+        return self.net(x.flatten(1))
+
+
+def evaluate(kind: type[Step], devices: int, fitted: bool) -> Any:
     warnings.simplefilter("ignore")
     torch.manual_seed(1)
-    module = OtherForms()
+    module = kind()
     trainer = quiet_trainer(max_epochs=1, strategy="ddg", devices=devices, precision="64-true", num_sanity_val_steps=1)
     if fitted:
         trainer.fit(module, batches(1), batches())
@@ -160,10 +184,11 @@ def evaluate(devices: int, fitted: bool) -> Any:
     return validated, trainer.predict(module, batches())
 
 
+@pytest.mark.parametrize("kind", [OtherForms, FeedsBack])
 @pytest.mark.parametrize("fitted", [False, True])
-def test_evaluation_may_call_the_network_in_another_form(fitted: bool) -> None:
-    (metrics,), predicted = evaluate(1, fitted)
-    for rank in run_ranks(evaluate, 2, 2, fitted):
+def test_evaluation_may_call_the_network_in_another_form(kind: type[Step], fitted: bool) -> None:
+    (metrics,), predicted = evaluate(kind, 1, fitted)
+    for rank in run_ranks(evaluate, 2, kind, 2, fitted):
         assert rank[0][0] == pytest.approx(metrics)
         torch.testing.assert_close(rank[1], predicted)
 

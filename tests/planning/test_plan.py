@@ -407,4 +407,4 @@ def test_a_step_of_several_calls_is_planned_as_it_would_be_cut() -> None:
     batch = next(iter(loader("mlp")))
     plan = plan_module(TwoCalls(), batch, [2, 3], micro_batches=[2])
     assert list(plan.rows) == [2, 3]
-    assert plan.split_points(2)[0] in ("net.3", "net.6")
+    assert plan.split_points(2)[0].startswith("net.")

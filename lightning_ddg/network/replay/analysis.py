@@ -57,6 +57,7 @@ class Analysis:
         draws: Whether the code between the layers draws random numbers.
         keeps: Whether the code leaves something in attributes for its next run.
         runs_on: Whether each stage goes on to the end of the code, without the values of later ones.
+        evaluates: Whether an evaluation can be cut as the training can.
     """
 
     code: Code
@@ -70,6 +71,7 @@ class Analysis:
     draws: bool = True
     keeps: bool = False
     runs_on: bool = False
+    evaluates: bool = True
 
     def crosses(self, form: bytes, training: bool, cut: int) -> Crosses:
         """Return what :attr:`crossing` says, or, for a form that was not seen, all that may be of use.
@@ -199,14 +201,20 @@ def _combined(target: nn.Module, tree: Tree, code: Code, training: DataFlow, eva
         ),
         None,
     )
+    trains: dict[int, str] = {}
     for cut in range(1, len(order)):
         needs = [flow.needs(cut) for flow in flows]
-        reason = next((need.reason for need in needs if need.reason is not None), changes)
-        if reason is not None:
-            found.forbidden[cut] = reason
+        reasons = [need.reason or changes for need in needs]
+        if reasons[0] is not None:
+            trains[cut] = reasons[0]
+        if any(reasons):
+            found.forbidden[cut] = next(reason for reason in reasons if reason is not None)
         found.open.append(closed.union(*(need.open for need in needs)))
         for crossing, need, (flow, _) in zip(crossings, needs, observed, strict=True):
             crossing.append(Crosses(frozenset(need.sights), flow.followed - need.inputs, need.aliases, need.draws))
+    # A step that is cut itself is never evaluated so; a network need not be.
+    if code.keeps or len(trains) < len(order) - 1 == len(found.forbidden):
+        found.forbidden, found.evaluates = trains, False
     return found
 
 

@@ -82,6 +82,11 @@ class ReplayedChain:
         return self._found.keeps
 
     @property
+    def evaluates(self) -> bool:
+        """Whether stages can run in evaluation too; else only the layers one by one."""
+        return self._found.evaluates
+
+    @property
     def reasons(self) -> list[str]:
         """Why the network cannot be cut where it cannot."""
         return list(dict.fromkeys(self._found.forbidden.values()))
