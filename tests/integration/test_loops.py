@@ -367,6 +367,8 @@ def test_a_script_ends_with_all_its_processes(number: int, tmp_path: Path) -> No
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        # A job in the background is started with Ctrl-C ignored, and hands that on.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         assert process.stdout is not None
         try:
