@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lightning_ddg.core.execution import InFlight
 from lightning_ddg.core.extrapolation import Outlook
 from lightning_ddg.core.staleness import Staleness, Updates, shrunk
+from lightning_ddg.core.tensors import add_gradient
 
 Gradients = list[Tensor | None]
 
@@ -68,7 +69,7 @@ class GradientQueue(InFlight):
         """Add the oldest gradient to ``p.grad``."""
         for parameter, grad in zip(self.parameters, self.queue.popleft(), strict=True):
             if grad is not None:
-                parameter.grad = grad if parameter.grad is None else parameter.grad + grad
+                add_gradient(parameter, grad)
         self.pending = True
 
     def __len__(self) -> int:

@@ -36,6 +36,11 @@ def allocate(spec: TensorSpec, device: torch.device | str = "cpu", pin_memory: b
     return torch.empty_strided(spec.shape, spec.stride, dtype=spec.dtype, device=device, pin_memory=pin_memory)
 
 
+def add_gradient(parameter: nn.Parameter, grad: Tensor) -> None:
+    """Add to ``p.grad``, out of place: what is there may be held elsewhere."""
+    parameter.grad = grad if parameter.grad is None else parameter.grad + grad
+
+
 #: The dict that holds a parameter, and its name in there.
 Slot = tuple[dict[str, Any], str]
 

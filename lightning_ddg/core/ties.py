@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lightning_ddg.core.execution import Channel, Mailbox
 from lightning_ddg.core.schedule import rank_of_stage
+from lightning_ddg.core.tensors import add_gradient
 
 TIED_WEIGHTS = Channel("tied weights")
 TIED_GRADIENT = Channel("tied gradient")
@@ -83,7 +84,7 @@ class Ties:
             tie.parameter.grad = None
         for tie in self._owned:
             for stage in tie.stages[1:]:
-                grad = self._mailbox.take(self._ranks[stage], TIED_GRADIENT)
+                grad: Tensor | None = self._mailbox.take(self._ranks[stage], TIED_GRADIENT)
                 if grad is not None:
                     add_gradient(tie.parameter, grad * self.shrink ** (stage - self._number))
 
@@ -97,8 +98,3 @@ class Ties:
         self.nothing()
         for tie, grad in zip(self._owned, before, strict=True):
             tie.parameter.grad = grad
-
-
-def add_gradient(parameter: nn.Parameter, grad: Tensor) -> None:
-    """Add to ``p.grad``."""
-    parameter.grad = grad if parameter.grad is None else parameter.grad + grad

@@ -49,8 +49,9 @@ class Evaluation:
             return
         # Rank 0 may have names that others do not know yet.
         self._site.ranks.share(self._site.module, self._ownership.names_outside(wanted), [0])
-        if self._ownership.names_between:
-            own = set(self._ownership.own_names).intersection(self._ownership.names_between)
+        between = self._ownership.names_between
+        if between:
+            own = set(self._ownership.own_names).intersection(between)
             self._site.ranks.share(self._site.module, own, range(self._site.ranks.size))
 
     def begin(self) -> None:

@@ -6,8 +6,8 @@ Called when a fit needs the costs of the layers to cut by, and for a plan of cut
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -49,9 +49,8 @@ def measured_costs(
     Raises:
         NotTheSame: The layers one after the other compute something else than the network.
     """
-    unmute = compat.mute_logging(module)
     try:
-        with trainability_kept(module), untouched(module.modules()):
+        with logging_muted(module), trainability_kept(module), untouched(module.modules()):
             module.to(device)
             args, kwargs = call(device)
             check_same(network.chain, args, kwargs, precision.train_step_context)
@@ -71,12 +70,21 @@ def measured_costs(
         )
         return Costs.by_parameters(network.chain)
     finally:
-        unmute()
         if device.type != "cpu":
             module.to("cpu")
         if device.type == "cuda":
             # What the whole network needed is more than a stage will.
             torch.cuda.empty_cache()
+
+
+@contextmanager
+def logging_muted(module: LightningModule) -> Iterator[None]:
+    """Let the training step log nothing inside."""
+    unmute = compat.mute_logging(module)
+    try:
+        yield
+    finally:
+        unmute()
 
 
 def copies_kept(optimizer: Optimizer | None) -> int:
@@ -124,11 +132,8 @@ def transferred(
     module: LightningModule, batch: Any, precision: Precision, device: torch.device, part: Callable[[Any], Any]
 ) -> Any:
     """Return a batch, or the part of it that ``part`` returns, as the training step gets it."""
-    unmute = compat.mute_logging(module)
-    try:
+    with logging_muted(module):
         return part(compat.transfer_batch(module, precision.convert_input(batch), device))
-    finally:
-        unmute()
 
 
 def call_of_network(

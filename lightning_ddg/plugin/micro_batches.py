@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from lightning_ddg.core.pytree import map_tensors
 from lightning_ddg.core.split import join
+from lightning_ddg.core.tensors import add_gradient
 from lightning_ddg.plugin import compat
 from lightning_ddg.plugin.one_log import OneLog
 from lightning_ddg.plugin.site import Part, Site
@@ -150,4 +151,4 @@ class MicroBatches:
         added, self._added = self._added, []
         for parameter, grad in zip(self._parameters if added else (), added, strict=True):
             if grad is not None:
-                parameter.grad = grad if parameter.grad is None else parameter.grad + grad
+                add_gradient(parameter, grad)

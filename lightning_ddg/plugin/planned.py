@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -24,7 +24,7 @@ from lightning_ddg.planning.simulate import SECONDS_PER_BYTE
 from lightning_ddg.plugin import compat
 from lightning_ddg.plugin.finding import Found, choose, target_of
 from lightning_ddg.plugin.host import LightningModule
-from lightning_ddg.plugin.measure import NotCalled, call_of_network
+from lightning_ddg.plugin.measure import NotCalled, call_of_network, logging_muted
 from lightning_ddg.plugin.program import Program, calls_in_step, layers_of_step, step_on
 
 
@@ -69,7 +69,7 @@ def plan_module(
     configure = getattr(module, "configure_stages", None)
     layers = configure() if callable(configure) else None
 
-    with in_mode(module, training=True), _quiet(module):
+    with in_mode(module, training=True), logging_muted(module):
         network, program = _found(module, layers, batch, min(numbers), context)
 
         def call(part: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -122,15 +122,6 @@ def _found(
     with suppress(Exception), context():
         calls = calls_in_step(module, target, step_on(module, map_tensors(torch.clone, batch)))
     return choose(module, network, target, calls, of_step, num_stages)
-
-
-@contextmanager
-def _quiet(module: LightningModule) -> Iterator[None]:
-    unmute = compat.mute_logging(module)
-    try:
-        yield
-    finally:
-        unmute()
 
 
 def _first_of(batch: Any, count: int) -> Any:

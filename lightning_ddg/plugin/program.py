@@ -30,7 +30,7 @@ from lightning_ddg.plugin import compat
 from lightning_ddg.plugin.attached import replaced
 from lightning_ddg.plugin.feedback import StepFeedback
 from lightning_ddg.plugin.host import LightningModule, Precision
-from lightning_ddg.plugin.measure import transferred
+from lightning_ddg.plugin.measure import logging_muted, transferred
 from lightning_ddg.plugin.redirection import Redirection
 from lightning_ddg.plugin.step import StepRunner
 
@@ -91,11 +91,10 @@ class Program:
         return self.returned.get("loss") if isinstance(self.returned, dict) else self.returned
 
     def _part(self, batch: Any, numbers: Tensor) -> None:
-        unmute = compat.mute_logging(self._module)
         try:
-            self._whole(batch, numbers)
+            with logging_muted(self._module):
+                self._whole(batch, numbers)
         finally:
-            unmute()
             compat.forget_in_metrics(self._module, lambda value: isinstance(value, Tracked))
 
     def _observed(self, batch: Any, numbers: Tensor) -> Any:
