@@ -6,6 +6,7 @@ seconds. Only what all tests of several processes need may be added here.
 
 from __future__ import annotations
 
+import functools
 import io
 import multiprocessing as mp
 import os
@@ -40,6 +41,8 @@ def free_port() -> int:
 
 def _rank_main(pipe: Any, function: Callable[..., Any], rank: int, world_size: int, port: int, args: Any) -> None:
     torch.set_num_threads(1)
+    # A child of the server has the server's start method: loaders' workers would import Lightning for seconds.
+    mp.set_start_method("fork", force=True)
     os.environ.update(
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_RANK=str(rank), NODE_RANK="0", WORLD_SIZE=str(world_size)
     )
@@ -56,6 +59,14 @@ def _rank_main(pipe: Any, function: Callable[..., Any], rank: int, world_size: i
         raise SystemExit(1)
 
 
+@functools.cache
+def _start_server() -> None:
+    """Waits for the server's imports, so that they do not count as a test's time."""
+    first = _context.Process(target=int)
+    first.start()
+    first.join(120.0)
+
+
 def run_ranks_raw(
     function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0
 ) -> list[RankResult]:
@@ -64,6 +75,7 @@ def run_ranks_raw(
     Raises:
         TimeoutError: If a rank has not ended in time; all are killed first.
     """
+    _start_server()
     port = free_port()
     processes, pipes = [], []
     for rank in range(world_size):
