@@ -13,9 +13,10 @@ from lightning import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
+
+from recipes.optimizers import Name, make_optimizer
 
 Batch = tuple[Tensor, Tensor]  # inputs and targets, both (batch, context): the targets are one token ahead
 
@@ -141,18 +142,25 @@ def warmup_then_cosine(step: int, warmup_steps: int, total_steps: int) -> float:
 class LanguageModel(LightningModule):
     """Trains a network to say which token comes next.
 
-    AdamW decays the weights of the linear layers only; the learning rate warms up, then falls along a cosine over all
-    steps of the fit.
+    The weights of the linear layers alone decay; the learning rate warms up, then falls along a cosine over all steps
+    of the fit.
 
     Args:
         network: Maps tokens ``(batch, t)`` to logits ``(batch, t, vocabulary)``.
         lr: The learning rate after the warm-up.
         weight_decay: Of the weights of linear layers.
         warmup_steps: Steps of the warm-up.
+        optimizer: ``"adamw"``, or one that bears delayed gradients better: ``"nadam"``, ``"muon"`` or ``"soap"``, see
+            ``recipes/optimizers.py``.
     """
 
     def __init__(
-        self, network: nn.Module, lr: float = 1e-3, weight_decay: float = 0.1, warmup_steps: int = 100
+        self,
+        network: nn.Module,
+        lr: float = 1e-3,
+        weight_decay: float = 0.1,
+        warmup_steps: int = 100,
+        optimizer: Name = "adamw",
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore="network")
@@ -160,6 +168,7 @@ class LanguageModel(LightningModule):
         self.lr = lr
         self.weight_decay = weight_decay
         self.warmup_steps = warmup_steps
+        self.optimizer = optimizer
         self.val_mean = MeanMetric()
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -185,11 +194,11 @@ class LanguageModel(LightningModule):
         self.log("val_perplexity", self.val_mean.compute().exp(), prog_bar=True)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        decayed = [module.weight for module in self.modules() if isinstance(module, nn.Linear)]
-        chosen = set(decayed)
+        linear = [module.weight for module in self.modules() if isinstance(module, nn.Linear)]
+        chosen = set(linear)
         others = [parameter for parameter in self.parameters() if parameter not in chosen]
-        groups = [{"params": decayed, "weight_decay": self.weight_decay}, {"params": others, "weight_decay": 0.0}]
-        optimizer = AdamW(groups, lr=self.lr, betas=(0.9, 0.99))
         total = int(self.trainer.estimated_stepping_batches)
+        # The last gives the logits, which Muon is not for.
+        optimizer = make_optimizer(self.optimizer, linear[:-1], linear[-1:], others, self.lr, self.weight_decay, total)
         schedule = LambdaLR(optimizer, lambda step: warmup_then_cosine(step, self.warmup_steps, total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -6,6 +6,7 @@ another host, the stages would train another model than anybody has asked for, a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -35,8 +36,8 @@ Facts = dict[str, str]
 def facts_of_run(site: Site) -> Facts:
     """Return what a rank knows before the network is cut."""
     options = {name: value for name, value in asdict(site.options).items() if name not in _OWN}
-    facts = {f"the strategy's `{name}`": repr(value) for name, value in options.items()}
-    facts |= {f"the Trainer's `{name}`": repr(getattr(site.trainer, name, None)) for name in _TRAINER}
+    facts = {f"the strategy's `{name}`": _text(value) for name, value in options.items()}
+    facts |= {f"the Trainer's `{name}`": _text(getattr(site.trainer, name, None)) for name in _TRAINER}
     facts["what the Trainer runs"] = repr(str(site.trainer.state.fn))
     facts["`automatic_optimization`"] = repr(site.module.automatic_optimization)
     facts |= {f"the type of {_called(name)}": type(child).__name__ for name, child in site.module.named_modules()}
@@ -92,6 +93,11 @@ def check_same_on_all_ranks(facts: Sequence[Facts]) -> None:
             " it was given itself, and together they would train a model that nobody asked for. Give all ranks the same"
             " arguments, module and optimizer."
         )
+
+
+def _text(value: object) -> str:
+    """Its text without where it lies in memory, which each process has for itself."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 
 
 def _called(name: str) -> str:

@@ -12,8 +12,8 @@ import os
 import threading
 import traceback
 import warnings
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from queue import SimpleQueue
@@ -27,13 +27,13 @@ class RunError(RuntimeError):
 
 
 def share_out(
-    function: Callable[[Job], Any], jobs: Sequence[Job], processes: int, log: Path
+    function: Callable[[Job], Any], jobs: Iterable[Job], processes: int, log: Path
 ) -> Iterator[tuple[Job, Any]]:
     """Calls a function with each job, in new processes.
 
     Args:
         function: Found by its name in the other process.
-        jobs: Begun in this order.
+        jobs: Begun in this order; the next is asked for when a process is free.
         processes: How many run side by side.
         log: A file to which the processes write what they would print.
 
@@ -44,18 +44,18 @@ def share_out(
         RunError: If a run has failed, or its process has ended; those that ran beside it are given up too.
     """
     context = multiprocessing.get_context("spawn")
-    left = deque(jobs)
+    left = iter(jobs)
     doing: dict[Connection, Job] = {}
     crew: list[Any] = []
     try:
-        for _ in range(min(processes, len(left))):
+        for job in islice(left, processes):
             ours, theirs = context.Pipe()
             process = context.Process(target=_work, args=(theirs, function, str(log)))
             process.start()
             theirs.close()
             crew.append(process)
-            doing[ours] = left.popleft()
-            ours.send(doing[ours])
+            doing[ours] = job
+            ours.send(job)
         while doing:
             for connection in wait(list(doing)):
                 assert isinstance(connection, Connection)
@@ -66,11 +66,12 @@ def share_out(
                     value, error = None, f"Its process has ended; {log} may say why."
                 if error:
                     raise RunError(error)
-                if left:
-                    doing[connection] = left.popleft()
-                    connection.send(doing[connection])
-                else:
+                following = next(left, None)
+                if following is None:
                     connection.close()
+                else:
+                    doing[connection] = following
+                    connection.send(following)
                 yield job, value
     finally:
         for process in crew:

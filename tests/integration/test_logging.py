@@ -103,8 +103,9 @@ def fit(strategy: str, devices: int, folder: str) -> dict[str, Any]:
         loggers.append(WandbLogger("run", folder, offline=True))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        ddg = DDGStrategy(num_stages=3, split_points=["net.2", "net.5"])
         trainer = quiet_trainer(
-            devices=devices, strategy=DDGStrategy(num_stages=3) if strategy == "ddg" else "auto", max_epochs=3,
+            devices=devices, strategy=ddg if strategy == "ddg" else "auto", max_epochs=3,
             logger=loggers, log_every_n_steps=2, callbacks=[logs], val_check_interval=3,
         )  # fmt: skip
         data = loader("mlp")

@@ -177,7 +177,10 @@ def evaluate(kind: type[Step], devices: int, fitted: bool) -> Any:
     warnings.simplefilter("ignore")
     torch.manual_seed(1)
     module = kind()
-    trainer = quiet_trainer(max_epochs=1, strategy="ddg", devices=devices, precision="64-true", num_sanity_val_steps=1)
+    strategy = DDGStrategy(2, ["net.second" if kind is FeedsBack else "net.down.4"])
+    trainer = quiet_trainer(
+        max_epochs=1, strategy=strategy, devices=devices, precision="64-true", num_sanity_val_steps=1
+    )
     if fitted:
         trainer.fit(module, batches(1), batches())
     validated = trainer.validate(module, batches(), verbose=False)

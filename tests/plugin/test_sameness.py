@@ -6,13 +6,14 @@ import os
 import re
 import warnings
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
 
 from lightning_ddg import DDGStrategy, Staleness
-from lightning_ddg.plugin.sameness import check_same_on_all_ranks, differences
+from lightning_ddg.plugin.sameness import check_same_on_all_ranks, differences, facts_of_run
 from tests.harness import run_ranks
 from tests.networks import Classifier, loader, quiet_trainer
 
@@ -25,6 +26,24 @@ def test_what_differs_is_named_with_both_values() -> None:
     assert found[2].endswith("... on rank 2")
     check_same_on_all_ranks([facts[0]] * 3)
     check_same_on_all_ranks([facts[0]])
+
+
+def test_functions_of_the_same_name_are_the_same() -> None:
+    def facts() -> dict[str, str]:
+        def backend() -> None: ...
+
+        kept.append(backend)
+        module = Classifier("mlp")
+        strategy = DDGStrategy(num_stages=2, compile={"backend": backend})
+        trainer = quiet_trainer(devices=1, strategy=strategy)
+        site: Any = SimpleNamespace(options=strategy._options, trainer=trainer, module=module)
+        return facts_of_run(site)
+
+    kept: list[Any] = []
+    first, second = facts(), facts()
+    assert kept[0] is not kept[1]
+    assert "function" in first["the strategy's `compile`"]
+    check_same_on_all_ranks([first, second])
 
 
 class Configured(Classifier):
