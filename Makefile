@@ -20,7 +20,7 @@ help:  ## list the targets
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(BIN)/uv pip install --python $(BIN)/python --editable '.[recipes,dev]'
+	$(BIN)/uv pip install --compile-bytecode --python $(BIN)/python --editable '.[recipes,dev]'
 	touch $@
 
 demo: $(INSTALLED)  ## train the digits recipe in two processes and test it

@@ -1,7 +1,7 @@
 """Runs are shared out among processes here, some side by side; nothing is known here of what a run is.
 
-A process does one run after the other, because starting Python and importing torch takes longer than a short epoch. It
-ends when the study does, however that ends: then nobody is left at the other end of its pipe.
+A process does one run after the other, because starting one takes longer than a short epoch. It ends when the study
+does, however that ends: then nobody is left at the other end of its pipe.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ def share_out(
     Raises:
         RunError: If a run has failed, or its process has ended; those that ran beside it are given up too.
     """
-    context = multiprocessing.get_context("spawn")
+    # Forked from one process that has imported what they need, which takes longer than a short run.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([function.__module__])
     left = iter(jobs)
     doing: dict[Connection, Job] = {}
     crew: list[Any] = []

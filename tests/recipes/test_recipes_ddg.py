@@ -10,16 +10,23 @@ from pathlib import Path
 
 import pytest
 
+from lightning_ddg.cli import main
+
 ROOT = Path(__file__).parents[2]
 
 
-def fit(recipe: str, devices: int, options: list[str], folder: Path) -> str:
-    """Run ``fit`` in ``folder`` on a few batches, and return what it printed."""
-    command = [sys.executable, "-m", "lightning_ddg", "fit", "--config", str(ROOT / "recipes" / recipe)]
-    command += ["--trainer.accelerator", "cpu", "--trainer.devices", str(devices), "--trainer.max_epochs", "1"]
-    command += ["--trainer.limit_train_batches", "3", "--trainer.limit_val_batches", "2", *options]
+def fit(recipe: str, devices: int, options: list[str], folder: Path) -> None:
+    """Run ``fit`` in ``folder`` on a few batches."""
+    words = ["fit", "--config", str(ROOT / "recipes" / recipe)]
+    words += ["--trainer.accelerator", "cpu", "--trainer.devices", str(devices), "--trainer.max_epochs", "1"]
+    words += ["--trainer.limit_train_batches", "3", "--trainer.limit_val_batches", "2", *options]
+    if devices == 1:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(folder)
+            main(words)
+        return
     ended = subprocess.run(
-        command,
+        [sys.executable, "-m", "lightning_ddg", *words],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         check=False,
@@ -28,7 +35,6 @@ def fit(recipe: str, devices: int, options: list[str], folder: Path) -> str:
         timeout=240,
     )
     assert ended.returncode == 0, ended.stderr
-    return ended.stdout
 
 
 def columns(folder: Path) -> Iterator[str]:
