@@ -103,6 +103,7 @@ except ModuleNotFoundError as error:
 if TYPE_CHECKING:
     from lightning.fabric.plugins import CheckpointIO as CheckpointIO
     from lightning.fabric.plugins import ClusterEnvironment as ClusterEnvironment
+    from lightning.fabric.plugins import TorchCheckpointIO as TorchCheckpointIO
     from lightning.fabric.utilities.exceptions import MisconfigurationException as MisconfigurationException
     from lightning.pytorch import Callback as Callback
     from lightning.pytorch import LightningDataModule as LightningDataModule

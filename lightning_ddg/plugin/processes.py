@@ -21,6 +21,7 @@ from lightning_ddg.comm.ranks import LocalRanks, PipelineRanks, Ranks
 from lightning_ddg.core.schedule import delay, stage_of_rank
 from lightning_ddg.core.staleness import Staleness
 from lightning_ddg.plugin import compat, host
+from lightning_ddg.plugin.checkpoint_file import WholeFileCheckpointIO
 from lightning_ddg.plugin.host import Accelerator, CheckpointIO, ClusterEnvironment, ParallelStrategy, Precision
 from lightning_ddg.plugin.options import Options, check_backend, check_precision, check_started
 
@@ -42,7 +43,7 @@ class StageProcesses(ParallelStrategy):
         accelerator: As in Lightning's strategies.
         parallel_devices: As in Lightning's strategies.
         cluster_environment: As in Lightning's strategies.
-        checkpoint_io: As in Lightning's strategies.
+        checkpoint_io: As in Lightning's strategies; by default, files appear whole or not at all.
         precision_plugin: As in Lightning's strategies.
     """
 
@@ -147,6 +148,22 @@ class StageProcesses(ParallelStrategy):
     def precision_plugin(self, precision_plugin: Precision | None) -> None:
         check_precision(precision_plugin)
         self._precision_plugin = precision_plugin
+
+    @property
+    @override
+    def checkpoint_io(self) -> CheckpointIO:
+        if self._checkpoint_io is None:
+            self._checkpoint_io = WholeFileCheckpointIO()
+        # One that wraps another, to write in the background.
+        wrapping: Any = self._checkpoint_io
+        if getattr(wrapping, "checkpoint_io", wrapping) is None:
+            wrapping.checkpoint_io = WholeFileCheckpointIO()
+        return self._checkpoint_io
+
+    @checkpoint_io.setter
+    @override
+    def checkpoint_io(self, io: CheckpointIO | None) -> None:
+        self._checkpoint_io = io
 
     @override
     def _configure_launcher(self) -> None:
