@@ -32,6 +32,7 @@ _log = logging.getLogger("lightning_ddg.comm")
 
 ERROR = Channel("error")
 BYE = Channel("bye")
+WAITS = Channel("waits", varied=True)
 
 # The channel's name, number of the description, length of the description if it follows, flags.
 _HEADER = struct.Struct("<16s3q")
@@ -41,6 +42,8 @@ _INLINE_BYTES = _HEADER_BYTES - _HEADER.size
 _MAX_CACHED_BYTES = 1 << 14
 _MAX_CACHED = 256
 _GRACE = 3.0
+#: After so many seconds a rank tells whom it waits for, so that two who wait for each other know it.
+_PATIENCE = 2.0
 
 
 class PeerError(RuntimeError):
@@ -82,6 +85,10 @@ class GroupMailbox:
         self._arrived: defaultdict[tuple[int, str], deque[Any]] = defaultdict(deque)
         self._ending: set[tuple[int, str]] = set()
         self._news = threading.Condition()
+        # How many messages have gone to a peer and come from it, and what it has said that it waits for.
+        self._posted: defaultdict[int, int] = defaultdict(int)
+        self._received: defaultdict[int, int] = defaultdict(int)
+        self._waits: dict[int, tuple[str, int]] = {}
         self._known: dict[tuple[int, bytes], int] = {}
         self._logged: set[tuple[str, str, int]] = set()
         self._closing = False
@@ -123,6 +130,8 @@ class GroupMailbox:
 
     def _post(self, peer: int, channel: Channel, packed: Packed) -> None:
         self._log_first("sends", channel.name, peer)
+        if channel is not WAITS:
+            self._posted[peer] += 1
         key = (peer, packed.meta)
         spec = self._known.get(key, 0)
         meta = b"" if spec else packed.meta
@@ -180,7 +189,8 @@ class GroupMailbox:
         return value
 
     def _wait_for(self, source: int, name: str) -> Any:
-        deadline = time.monotonic() + self._timeout.total_seconds()
+        start = time.monotonic()
+        deadline, told = start + self._timeout.total_seconds(), -1
         with self._news:
             queue = self._arrived[source, name]
             while not queue:
@@ -197,14 +207,30 @@ class GroupMailbox:
                         f"{waits} finished: the ranks count different numbers of batches. Make the data loader yield"
                         " as many batches as its length says."
                     )
+                if (awaited := self._awaited_in_vain(source)) is not None:
+                    raise PeerError(
+                        f"{waits} sent none and waits for one ({awaited}) from {self._names[self.rank]}: each waits for"
+                        " the other. Do on all ranks what one of them does here, or on none: `trainer.save_checkpoint`,"
+                        " `trainer.validate` and all that Lightning does on all ranks, not only `if"
+                        " trainer.is_global_zero`."
+                    )
                 left = deadline - time.monotonic()
                 if left <= 0:
                     raise TimeoutError(
                         f"{self._names[self.rank]} waited {self._timeout} for a message ({name}) from"
                         f" {self._names[source]}. If a batch can really take that long, raise `timeout` of DDGStrategy."
                     )
-                self._news.wait(left)
+                patience = start + _PATIENCE - time.monotonic()
+                if patience <= 0 and told != self._received[source]:
+                    told = self._received[source]
+                    self._post(source, WAITS, pack((name, told)))
+                self._news.wait(min(left, patience) if patience > 0 else left)
             return queue.popleft()
+
+    def _awaited_in_vain(self, source: int) -> str | None:
+        """What a rank that is waited for waits for itself, if it has got everything that was sent to it."""
+        awaited, received = self._waits.get(source, ("", -1))
+        return awaited if received == self._posted[source] else None
 
     def _ended(self, source: int, awaited: str) -> str | None:
         """What the source has said to have ended, in a message that nobody has taken yet."""
@@ -233,7 +259,12 @@ class GroupMailbox:
                         self.failure = value
                     if flags & _ENDS:
                         self._ending.add((peer, name))
-                    self._arrived[peer, name].append((value, ready))
+                    if name == WAITS.name:
+                        self._waits[peer] = value
+                    else:
+                        self._waits.pop(peer, None)
+                        self._received[peer] += 1
+                        self._arrived[peer, name].append((value, ready))
                     self._news.notify_all()
         except Exception as error:  # noqa: BLE001 - whatever ends this thread must reach the training thread
             self._lost(peer, error)

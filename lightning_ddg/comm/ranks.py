@@ -25,8 +25,13 @@ from lightning_ddg.core.schedule import rank_of_stage, stage_of_rank
 
 STATE = Channel("state", on_host=True)
 PROBE = Channel("probe")
+BARRIER = Channel("barrier")
+BROADCAST = Channel("broadcast", on_host=True, varied=True)
+VOTE = Channel("vote")
 
 _GROUP = "lightning_ddg"
+#: The least time that ranks which are all there are given to connect.
+_CONNECTING = timedelta(seconds=30)
 _PROBE_BYTES = 4 << 20
 _PROBE_ROUNDS = 5
 _T = TypeVar("_T")
@@ -199,15 +204,22 @@ class PipelineRanks(Ranks):
 
     @classmethod
     def connect(cls, num_stages: int, device: torch.device, timeout: timedelta, backend: str) -> PipelineRanks:
-        """Wait for all ranks, then connect them; the arguments are those of the class."""
-        # Making groups waits for every rank without noticing that one is gone; a barrier notices.
-        _barrier(device)
+        """Wait for all ranks, then connect them; the arguments are those of the class.
+
+        Raises:
+            RuntimeError: If a rank has not come within the timeout.
+        """
+        # Making groups waits for every rank without noticing that one is gone; a barrier notices, gloo's says who.
+        if backend == "gloo":
+            dist.monitored_barrier(timeout=timeout, wait_all_ranks=True)
+        else:
+            _barrier(device)
         return cls(num_stages, device, timeout, backend)
 
     def _open(self, observers: Observers | None = None) -> GroupMailbox:
         def connect(those: list[int], backend: str) -> dist.ProcessGroup:
-            # The mailbox keeps the limit of a message; the group's must not be shorter.
-            timeout = max(self._timeout, timedelta(minutes=30))
+            # The mailbox keeps the limit of a message; NCCL's own, which would end the process, must not be shorter.
+            timeout = max(self._timeout, timedelta(minutes=30) if backend == "nccl" else _CONNECTING)
             return cast(dist.ProcessGroup, dist.new_group(those, timeout=timeout, backend=backend, group_desc=_GROUP))
 
         ranks = list(range(self.size))
@@ -225,23 +237,44 @@ class PipelineRanks(Ranks):
         return self._mesh
 
     def barrier(self) -> None:
-        if dist.is_initialized():
+        if self._talks():
+            _swap(self.mailbox, BARRIER, None)
+        elif dist.is_initialized():
             _barrier(self._device)
 
     def broadcast(self, obj: _T, src: int = 0) -> _T:
-        if not dist.is_initialized():
+        if self._talks():
+            if self.rank != src:
+                return cast(_T, self.mailbox.take(src, BROADCAST))
+            self.mailbox.send(self.others, BROADCAST, obj)
+            self.mailbox.flush()
             return obj
         box = [obj]
-        dist.broadcast_object_list(box, src)
+        if dist.is_initialized():
+            dist.broadcast_object_list(box, src)
         return box[0]
 
     def agree(self, decision: bool, all: bool = True) -> bool:
-        if not dist.is_initialized():
+        if self._talks():
+            votes = sum(_swap(self.mailbox, VOTE, bool(decision)))
+        elif dist.is_initialized():
+            device = self._device if dist.get_backend() == "nccl" else torch.device("cpu")
+            counted = torch.tensor(int(decision), device=device)
+            dist.all_reduce(counted)
+            votes = int(counted)
+        else:
             return decision
-        device = self._device if dist.get_backend() == "nccl" else torch.device("cpu")
-        votes = torch.tensor(int(decision), device=device)
-        dist.all_reduce(votes)
-        return bool(votes == self.size) if all else bool(votes)
+        return votes == self.size if all else votes > 0
+
+    def _talks(self) -> bool:
+        """Whether the mailbox carries what ranks decide together: it knows who fails, and how long to wait.
+
+        Raises:
+            PeerError: If a rank has failed.
+        """
+        if self._failure is not None:
+            raise PeerError(self._failure)
+        return self._connected
 
     def gather(self, own: dict[Any, Any]) -> list[dict[Any, Any]]:
         with self._conversation() as mailbox:
@@ -263,10 +296,7 @@ class PipelineRanks(Ranks):
 
     def exchange(self, value: _T) -> list[_T]:
         with self._conversation() as mailbox:
-            mailbox.send(self.others, STATE, value)
-            values = {rank: mailbox.take(rank, STATE) for rank in self.others}
-            mailbox.flush()
-        return [values.get(rank, value) for rank in range(self.size)]
+            return _swap(mailbox, STATE, value)
 
     def share(self, module: nn.Module, names: Collection[str], sources: Collection[int]) -> None:
         named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
@@ -351,6 +381,14 @@ def _barrier(device: torch.device) -> None:
         dist.barrier(device_ids=[device.index])
     else:
         dist.barrier()
+
+
+def _swap(mailbox: GroupMailbox, channel: Channel, value: _T) -> list[_T]:
+    others = [rank for rank in range(mailbox.size) if rank != mailbox.rank]
+    mailbox.send(others, channel, value)
+    values = {rank: mailbox.take(rank, channel) for rank in others}
+    mailbox.flush()
+    return [values.get(rank, value) for rank in range(mailbox.size)]
 
 
 def _gather(mailbox: GroupMailbox, own: dict[Any, Any]) -> list[dict[Any, Any]]:

@@ -28,6 +28,9 @@ from lightning_ddg.plugin.options import Options, check_backend, check_precision
 _T = TypeVar("_T")
 
 
+#: The least time that processes are given to start: they import, and may be started one after the other.
+_STARTING = timedelta(minutes=5)
+
 _STRATEGIES = {
     "ddg": ("popen", "Decoupled parallel backpropagation, one process per stage started as scripts"),
     "ddg_spawn": ("spawn", "Decoupled parallel backpropagation, one process per stage started by spawning"),
@@ -206,7 +209,7 @@ class StageProcesses(ParallelStrategy):
         compat.init_dist_connection(
             cast(ClusterEnvironment, self.cluster_environment),
             backend,
-            timeout=max(self._options.timeout, timedelta(minutes=30)),
+            timeout=max(self._options.timeout, _STARTING),
             # Of a group bound to a device, torch 2.6 makes other groups by splitting it, which only NCCL can.
             device_id=self.root_device if "nccl" in backend else None,
         )

@@ -6,7 +6,9 @@ A function that runs on the ranks asserts there; ``run_ranks`` shows the first r
 from __future__ import annotations
 
 import os
+import re
 import threading
+import time
 from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any, cast
@@ -476,3 +478,48 @@ def connect_twice() -> int:
 
 def test_ranks_may_connect_again() -> None:
     assert run_ranks(connect_twice, 2) == [0, 0]
+
+
+def wait_for_each_other() -> str:
+    mailbox = connect(timedelta(days=1))
+    peer = 1 - mailbox.rank
+    mailbox.send(peer, FLAG, mailbox.rank)
+    if mailbox.rank == 0:
+        # One message of the other's is left untaken, and one of this rank's arrives while the other waits.
+        mailbox.take(peer, ACTIVATION)
+        mailbox.send(peer, BATCH, None)
+    else:
+        mailbox.send(peer, ACTIVATION, 1)
+    with pytest.raises(PeerError) as caught:
+        mailbox.take(peer, GRADIENT if mailbox.rank else STATE)
+    mailbox.abort(str(caught.value))
+    return str(caught.value)
+
+
+def test_ranks_that_wait_for_each_other_know_it() -> None:
+    for said in run_ranks(wait_for_each_other, 2, timeout=60):
+        assert re.match(
+            r"rank . by name waits for a message \((state|gradient)\) from rank . by name, which has sent none and"
+            r" waits for one \((state|gradient)\) from rank . by name: each waits for the other. Do on all ranks what",
+            said,
+        )
+        assert "`trainer.save_checkpoint`" in said
+
+
+def work_while_the_other_waits() -> int:
+    mailbox = connect(timedelta(days=1))
+    if mailbox.rank == 0:
+        # Longer than the patience of the other, which must not take it for a wait.
+        ended = time.monotonic() + 2.5
+        while time.monotonic() < ended:
+            torch.randn(100).sum()
+        mailbox.send(1, ACTIVATION, 7)
+        return int(mailbox.take(1, GRADIENT))
+    value = mailbox.take(0, ACTIVATION)
+    mailbox.send(0, GRADIENT, value)
+    mailbox.flush()
+    return int(value)
+
+
+def test_a_rank_that_works_is_not_taken_for_one_that_waits() -> None:
+    assert run_ranks(work_while_the_other_waits, 2, timeout=60) == [7, 7]

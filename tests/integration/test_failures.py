@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
+import time
 import warnings
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +152,70 @@ def test_every_rank_ends(what: str, stage: int, tmp_path: Path) -> None:
     if what == "kill":
         said = "".join(str(result.error) for rank, result in enumerate(results) if rank != guilty)
         assert f"Rank {guilty} (stage {stage}) is gone" in said
+
+
+class Hangs(Classifier):
+    """One rank hangs in a hook until the others have ended."""
+
+    def __init__(self, hook: str, folder: str) -> None:
+        super().__init__("mlp")
+        self.hook, self.folder = hook, Path(folder)
+
+    def here(self, hook: str) -> None:
+        if hook == self.hook and self.trainer.strategy.stage == 2:  # type: ignore[attr-defined]
+            deadline = time.monotonic() + LIMIT - 5
+            while len(list(self.folder.glob("*.ended"))) < 2 and time.monotonic() < deadline:
+                time.sleep(0.05)
+            os._exit(0)
+
+    def setup(self, stage: str) -> None:
+        self.here("setup")
+
+    def configure_optimizers(self) -> Any:
+        self.here("configure_optimizers")
+        return super().configure_optimizers()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.here("on_save_checkpoint")
+
+
+def wait_for_a_rank_that_hangs(hook: str, folder: str) -> None:
+    warnings.simplefilter("ignore")
+    strategy = DDGStrategy(num_stages=3, split_points=["net.2", "net.5"], timeout=timedelta(seconds=2))
+    saving = ModelCheckpoint(folder)
+    trainer = quiet_trainer(devices=3, strategy=strategy, callbacks=[saving], enable_checkpointing=True, max_epochs=1)
+    try:
+        trainer.fit(Hangs(hook, folder), loader("mlp"))
+    finally:
+        (Path(folder) / f"{trainer.global_rank}.ended").touch()
+
+
+@pytest.mark.parametrize("hook", ["setup", "configure_optimizers", "on_save_checkpoint"])
+def test_a_rank_that_hangs_ends_the_others_within_the_timeout(hook: str, tmp_path: Path) -> None:
+    first, hanging, last = run_ranks_raw(wait_for_a_rank_that_hangs, 3, hook, str(tmp_path), timeout=LIMIT)
+    assert hanging.value is None
+    assert len(list(tmp_path.glob("*.ended"))) == 2
+    for result in (first, last):
+        assert re.search(
+            r"Rank \d \(stage \d\) waited 0:00:02 for a message \(\w+\) from Rank 1 \(stage 2\)", result.error or ""
+        )
+
+
+class SavesAlone(Callback):
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        if trainer.is_global_zero and trainer.global_step == 2:
+            trainer.save_checkpoint("alone.ckpt")
+
+
+def save_alone() -> None:
+    warnings.simplefilter("ignore")
+    quiet_trainer(devices=2, strategy="ddg", callbacks=[SavesAlone()]).fit(Classifier("mlp"), loader("mlp"))
+
+
+def test_a_rank_that_saves_alone_is_told_so_at_once() -> None:
+    """Not at the timeout, of half an hour."""
+    for result in run_ranks_raw(save_alone, 2, timeout=LIMIT):
+        assert "each waits for the other. Do on all ranks what one of them does here" in (result.error or "")
 
 
 class Diverging(Classifier):
