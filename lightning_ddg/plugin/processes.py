@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from typing_extensions import override
 
+from lightning_ddg.comm.interface import choose_interface
 from lightning_ddg.comm.ranks import LocalRanks, PipelineRanks, Ranks
 from lightning_ddg.core.schedule import delay, stage_of_rank
 from lightning_ddg.core.staleness import Staleness
@@ -206,6 +207,7 @@ class StageProcesses(ParallelStrategy):
             torch.set_num_threads(1)
         backend = cast(str, self.process_group_backend)
         check_backend(backend, self.parallel_devices or [])
+        choose_interface(cast(ClusterEnvironment, self.cluster_environment).main_address)
         compat.init_dist_connection(
             cast(ClusterEnvironment, self.cluster_environment),
             backend,

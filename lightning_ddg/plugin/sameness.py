@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from lightning_ddg.plugin import host
 from lightning_ddg.plugin.host import LightningModule, Trainer
 from lightning_ddg.plugin.site import Site
 
@@ -38,6 +40,7 @@ def facts_of_run(site: Site) -> Facts:
     options = {name: value for name, value in asdict(site.options).items() if name not in _OWN}
     facts = {f"the strategy's `{name}`": _text(value) for name, value in options.items()}
     facts |= {f"the Trainer's `{name}`": _text(getattr(site.trainer, name, None)) for name in _TRAINER}
+    facts |= {f"the version of {name}": number for name, number in _versions().items()}
     facts["what the Trainer runs"] = repr(str(site.trainer.state.fn))
     facts["`automatic_optimization`"] = repr(site.module.automatic_optimization)
     facts |= {f"the type of {_called(name)}": type(child).__name__ for name, child in site.module.named_modules()}
@@ -93,6 +96,14 @@ def check_same_on_all_ranks(facts: Sequence[Facts]) -> None:
             " it was given itself, and together they would train a model that nobody asked for. Give all ranks the same"
             " arguments, module and optimizer."
         )
+
+
+def _versions() -> dict[str, str]:
+    try:
+        own = version("lightning-ddg")
+    except PackageNotFoundError:
+        own = "not installed"
+    return {"torch": torch.__version__, host.HOST: host.part("pytorch").__version__, "lightning_ddg": own}
 
 
 def _text(value: object) -> str:

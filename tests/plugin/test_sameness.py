@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from lightning_ddg import DDGStrategy, Staleness
+from lightning_ddg.plugin import host
 from lightning_ddg.plugin.sameness import check_same_on_all_ranks, differences, facts_of_run
 from tests.harness import run_ranks
 from tests.networks import Classifier, loader, quiet_trainer
@@ -43,6 +44,8 @@ def test_functions_of_the_same_name_are_the_same() -> None:
     first, second = facts(), facts()
     assert kept[0] is not kept[1]
     assert "function" in first["the strategy's `compile`"]
+    assert first["the version of torch"] == torch.__version__
+    assert {"the version of lightning_ddg", f"the version of {host.HOST}"} <= first.keys()
     check_same_on_all_ranks([first, second])
 
 
