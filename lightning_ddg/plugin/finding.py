@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_ddg.core.pytree import map_tensors
 from lightning_ddg.network.find import Example, Network, called_network, find_network
+from lightning_ddg.network.layers import Chain
 from lightning_ddg.network.replay.chain import ReplayedChain
 from lightning_ddg.plugin.collectives import collectives_refused
 from lightning_ddg.plugin.first_batch import FirstBatch
@@ -39,6 +40,18 @@ def find(site: Site, first_batch: FirstBatch, step: Callable[[], object] | None)
         TypeError: There is neither.
         ValueError: What is found cannot be trained so.
     """
+    if site.fits or next(site.module.parameters(), None) is not None:
+        return _find(site, first_batch, step)
+    with suppress(TypeError, ValueError):
+        found = _find(site, first_batch, step)
+        if len(found[0].chain) >= site.num_stages:
+            return found
+    # Evaluated only, and by every process as a whole: a network that nobody calls stands for what could be cut.
+    names = site.options.split_points or [f"stage {stage}" for stage in range(2, site.num_stages + 1)]
+    return Network(Chain([(name, nn.Identity()) for name in ["stage 1", *names]]), nn.Identity(), ""), None
+
+
+def _find(site: Site, first_batch: FirstBatch, step: Callable[[], object] | None) -> Found:
     configure = getattr(site.module, "configure_stages", None)
     layers = configure() if callable(configure) else None
     points = site.options.split_points or site.recorded_cut or ()
