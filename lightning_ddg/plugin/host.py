@@ -9,7 +9,12 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 VARIABLE = "LIGHTNING_DDG_HOST"
@@ -79,17 +84,47 @@ def if_mixed() -> str | None:
 
 
 def register(strategy: Any) -> None:
-    """Register the strategies; those who ask the other package for them, if it is in use, get told why it has none."""
+    """Register the strategies; those who ask the other package for them get told why it has none.
+
+    That package is not imported for it: where the program does so later, that is heard of.
+    """
 
     def refuse(**_: Any) -> None:
         raise ImportError(if_mixed())
 
-    registry = part("pytorch.strategies").StrategyRegistry
-    strategy.register_strategies(registry)
-    if _imported(OTHER):
+    def register_refusals() -> None:
         others = part("pytorch.strategies", OTHER).StrategyRegistry
         for name in [name for name, entry in registry.items() if entry["strategy"] is strategy]:
             others.register(name, refuse, description=f"lightning_ddg works with {HOST} in this process", override=True)
+
+    registry = part("pytorch.strategies").StrategyRegistry
+    strategy.register_strategies(registry)
+    if _imported(OTHER):
+        register_refusals()
+    else:
+        sys.meta_path.insert(0, _WhenImported(f"{_PACKAGES[OTHER]['pytorch']}.strategies", register_refusals))
+
+
+class _WhenImported(MetaPathFinder):
+    """Finds no module, but calls a function once a certain one has been imported."""
+
+    def __init__(self, name: str, then: Callable[[], object]) -> None:
+        self._name, self._then = name, then
+
+    def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name != self._name:
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(name)
+        if spec is not None and spec.loader is not None:
+            run = spec.loader.exec_module
+
+            def run_and_call(module: ModuleType) -> None:
+                run(module)
+                self._then()
+
+            spec.loader.exec_module = run_and_call  # type: ignore[method-assign]
+        return spec
 
 
 try:
@@ -129,7 +164,6 @@ if TYPE_CHECKING:
     from lightning.pytorch.utilities.model_helpers import is_overridden as is_overridden
     from lightning.pytorch.utilities.rank_zero import rank_zero_info as rank_zero_info  # type: ignore[attr-defined]
     from lightning.pytorch.utilities.rank_zero import rank_zero_only as rank_zero_only  # type: ignore[attr-defined]
-    from lightning.pytorch.utilities.rank_zero import rank_zero_warn as rank_zero_warn  # type: ignore[attr-defined]
     from lightning.pytorch.utilities.signature_utils import (
         is_param_in_hook_signature as is_param_in_hook_signature,
     )

@@ -124,6 +124,28 @@ def test_where_both_are_imported_the_other_one_says_why_it_fails(tmp_path: Path)
     assert module.startswith("TypeError: `model` must be a `LightningModule`")
 
 
+def test_the_other_one_is_not_imported_and_says_why_it_fails_where_that_comes_later(tmp_path: Path) -> None:
+    out = run(
+        tmp_path,
+        "import lightning_ddg\nimport lightning.pytorch as pl",
+        """
+        print(">", host.HOST, "pytorch_lightning" in sys.modules, type(pl.Trainer(strategy="ddg").strategy).__name__)
+        finders = len(sys.meta_path)
+        import pytorch_lightning
+        print(">", finders - len(sys.meta_path))
+        for strategy in ("ddg", "ddg_spawn", "ddg_notebook", lightning_ddg.DDGStrategy()):
+            print(">", error_of(pytorch_lightning.Trainer, strategy=strategy))
+        """,
+    )
+    facts, finders, *mixed = lines(out)
+    assert facts == "lightning False DDGStrategy"
+    assert finders == "1"
+    assert len(mixed) == 4
+    for line in mixed:
+        assert "lightning_ddg works with `lightning` in this process" in line
+        assert "Import `pytorch_lightning`, and not `lightning`, before lightning_ddg" in line
+
+
 def test_the_variable_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     for package in PACKAGES:
         monkeypatch.setenv(host.VARIABLE, package)
