@@ -8,44 +8,64 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
-from torch.distributed import distributed_c10d
+import torch.distributed._functional_collectives as functional
+from torch.distributed import ProcessGroup, distributed_c10d
 
 from lightning_ddg.comm.ranks import is_own_group
+
+# What torch's functions call before they communicate: whether the rank is in the group, how a new group is called, and
+# which group a functional collective means. Also those that were imported by name before come here.
+_RESOLVE = "_resolve_group" if hasattr(functional, "_resolve_group") else "_resolve_group_name"
+_ASKED: Any = (
+    (distributed_c10d, "_rank_not_in_group"),
+    (distributed_c10d, "_process_group_name"),
+    (functional, _RESOLVE),
+)
 
 
 @contextmanager
 def collectives_refused() -> Iterator[None]:
-    """Refuse collectives, and messages of the user's, that the calling thread starts inside.
+    """Refuse collectives, messages and new groups of the user's, that the calling thread starts inside.
 
-    Each of these functions of torch first asks whether the rank is in the group. This is the one place that also those
-    pass through which were imported by name before, so it is changed there.
+    Methods of a process group and torch's operators themselves, of which its functions are made, are not noticed.
 
     Raises:
         RuntimeError: Where one is called.
     """
-    torch_part: Any = distributed_c10d
-    inside, thread = torch_part._rank_not_in_group, threading.get_ident()
-
-    def ask(group: Any = None) -> bool:
-        if threading.get_ident() == thread and not is_own_group(group):
-            name = sys._getframe(1).f_code.co_name
-            # Questions such as `get_rank` ask the same, and are answered.
-            if not name.startswith(("get_", "_get_", "set_")):
-                raise RuntimeError(
-                    f"`{name}` was called in a step, but there is one replica of the data: the processes are stages of"
-                    " it. In training they run different parts of the step, so that others would never join; in an"
-                    " evaluation all have the same batch, and each value would count as often as there are stages."
-                    " Leave the call out, also where `torch.distributed.is_initialized()`: values in the step are those"
-                    " of the whole batch."
-                )
-        return bool(inside(group))
-
-    torch_part._rank_not_in_group = ask
+    before = [getattr(module, name) for module, name in _ASKED]
+    for (module, name), inside in zip(_ASKED, before, strict=True):
+        setattr(module, name, partial(_ask, inside, threading.get_ident()))
     try:
         yield
     finally:
-        torch_part._rank_not_in_group = inside
+        for (module, name), inside in zip(_ASKED, before, strict=True):
+            setattr(module, name, inside)
+
+
+def _ask(inside: Callable[..., Any], thread: int, group: Any = None, *args: Any, **kwargs: Any) -> Any:
+    own = isinstance(group, ProcessGroup) and is_own_group(group)
+    if threading.get_ident() == thread and not own:
+        name = _caller()
+        # Questions such as `get_rank` ask the same, and are answered.
+        if not name.startswith(("get_", "_get_", "set_")):
+            raise RuntimeError(
+                f"`{name}` was called in a step, but there is one replica of the data: the processes are stages of"
+                " it. In training they run different parts of the step, so that others would never join; in an"
+                " evaluation all have the same batch, and each value would count as often as there are stages."
+                " Leave the call out, also where `torch.distributed.is_initialized()`: values in the step are those"
+                " of the whole batch."
+            )
+    return inside(group, *args, **kwargs)
+
+
+def _caller() -> str:
+    """The function of torch that the user has called, or another part of torch has."""
+    frame = sys._getframe(2)
+    while frame.f_code.co_name in ("_new_group_with_tag", "_resolve_group_name") and frame.f_back is not None:
+        frame = frame.f_back
+    return frame.f_code.co_name

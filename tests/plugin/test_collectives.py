@@ -11,9 +11,12 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as functional
 from torch import Tensor
 from torch.distributed import all_reduce, distributed_c10d
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.nn.functional import all_reduce as differentiable_all_reduce
+from torch.distributed.tensor import distribute_tensor
 from torchmetrics import MeanMetric
 
 from lightning_ddg import DDGStrategy
@@ -41,6 +44,26 @@ CALLS: dict[str, tuple[Callable[[Any, Tensor], Any], str]] = {
     "barrier": (lambda module, value: dist.barrier(), "barrier"),
     "send": (lambda module, value: dist.send(value, 1 - dist.get_rank()), "isend|send"),
     "group": (own_group, "all_reduce"),
+    "new_group": (lambda module, value: dist.new_group([0, 1]), "new_group"),
+    "new_subgroups": (lambda module, value: dist.new_subgroups(2), "new_group"),
+    "a mesh of its own": (lambda module, value: init_device_mesh("cpu", (2, 1)), "new_group|split_group"),
+    "functional": (lambda module, value: functional.all_reduce(value, "sum", dist.group.WORLD), "all_reduce"),
+    "functional, by ranks": (lambda module, value: functional.all_reduce(value, "sum", [0, 1]), "all_reduce"),
+    "functional, with gradients": (
+        lambda module, value: functional.all_gather_tensor_autograd(value.reshape(1), 0, dist.group.WORLD),
+        "all_gather_single|all_gather_tensor",
+    ),
+    "functional, coalesced": (
+        lambda module, value: functional.all_reduce_coalesced([value], "sum", dist.group.WORLD), "all_reduce_coalesced",
+    ),
+    "functional, scattered": (
+        lambda module, value: functional.reduce_scatter_tensor(torch.zeros(2), "sum", 0, dist.group.WORLD),
+        "reduce_scatter_single|reduce_scatter_tensor",
+    ),
+    "distributed tensor": (
+        lambda module, value: distribute_tensor(torch.zeros(2), module.trainer.strategy.device_mesh["stage"]),
+        "scatter|broadcast",
+    ),
     "strategy.barrier": (lambda module, value: module.trainer.strategy.barrier(), "barrier"),
     "strategy.broadcast": (lambda module, value: module.trainer.strategy.broadcast(1), "broadcast_object_list"),
     "strategy.reduce_boolean_decision": (
@@ -145,25 +168,30 @@ def test_one_process_may_call_what_it_likes() -> None:
     assert not dist.is_initialized()
 
 
-class InEvaluation(Classifier):
+class InEvaluation(Calls):
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self.all_gather(torch.ones(1))
         loss = torch.nn.functional.cross_entropy(self(batch[0]), batch[1])
-        dist.all_reduce(loss)
+        self.call(self, loss)
         self.log("val_loss", loss)
 
 
-def validate() -> str:
+EVALUATED = ("dist.all_reduce", "new_group", "functional")
+
+
+def validate() -> list[str]:
     warnings.simplefilter("ignore")
-    trainer = quiet_trainer(devices=2, strategy=DDGStrategy(2, ["net.3"]))
-    try:
-        trainer.validate(InEvaluation("mlp"), loader("mlp"), verbose=False)
-    except RuntimeError as error:
-        return str(error)
-    return "validated"
+    said = []
+    for call in EVALUATED:
+        trainer = quiet_trainer(devices=2, strategy=DDGStrategy(2, ["net.3"]))
+        with pytest.raises(RuntimeError) as caught:
+            trainer.validate(InEvaluation(call), loader("mlp"), verbose=False)
+        said.append(str(caught.value))
+    return said
 
 
 def test_collectives_in_an_evaluation_are_refused() -> None:
     for said in run_ranks(validate, 2):
-        assert "`all_reduce` was called in a step" in said
-        assert "each value would count as often as there are stages" in said
+        for call, message in zip(EVALUATED, said, strict=True):
+            assert f"`{CALLS[call][1]}` was called in a step" in message
+            assert "each value would count as often as there are stages" in message
