@@ -25,8 +25,9 @@ from lightning_ddg.planning.stages import work_of
 from lightning_ddg.planning.tally import Tally
 from lightning_ddg.planning.timeline import check_picture
 from lightning_ddg.plugin import compat
-from lightning_ddg.plugin.host import Callback, LightningModule, Trainer, rank_zero_warn
+from lightning_ddg.plugin.host import Callback, LightningModule, Trainer
 from lightning_ddg.plugin.strategy import DDGStrategy
+from lightning_ddg.plugin.warn import warn_on_rank_zero
 
 if TYPE_CHECKING:
     from lightning_ddg.plugin.assembly import Run
@@ -134,7 +135,7 @@ class DDGMonitor(Callback):
         """Forget the fit before; say so if there is nothing to measure."""
         self._forget()
         if not isinstance(trainer.strategy, DDGStrategy) or trainer.strategy.num_stages == 1:
-            rank_zero_warn(
+            warn_on_rank_zero(
                 f"DDGMonitor measures nothing here, as {type(trainer.strategy).__name__} does not train in stages. Use"
                 " strategy='ddg' and 2 stages or more, or leave the monitor out."
             )
@@ -255,7 +256,7 @@ class DDGMonitor(Callback):
         warning = idle_warning(run.cut, tallies, run.options.max_memory)
         if warning is not None:
             self._warned = True
-            rank_zero_warn(f"DDGMonitor: {warning}")
+            warn_on_rank_zero(f"DDGMonitor: {warning}")
 
     def _stop(self) -> None:
         if self._undo is not None:

@@ -26,14 +26,15 @@ from lightning_ddg.plugin.host import (
     LightningModule,
     ModelCheckpoint,
     OnExceptionCheckpoint,
+    ParallelStrategy,
     Strategy,
     Timer,
     Trainer,
     is_overridden,
     is_param_in_hook_signature,
     rank_zero_only,
-    rank_zero_warn,
 )
+from lightning_ddg.plugin.warn import warn_on_rank_zero
 
 # Used as they are; their names are Lightning's own without the underscore.
 MultiProcessingLauncher = host.part("pytorch.strategies.launchers")._MultiProcessingLauncher
@@ -87,7 +88,7 @@ def _if_allowed(hook: Callable[..., None], allowed: Callable[[BaseException], bo
         if allowed(exception):
             hook(trainer, module, exception)
         else:
-            rank_zero_warn(
+            warn_on_rank_zero(
                 f"No checkpoint is saved on {type(exception).__name__}: the weights of the other stages are out of"
                 " reach. For such cases save regularly: ModelCheckpoint(every_n_train_steps=..., save_last=True)."
             )
@@ -211,10 +212,6 @@ def after_hook(module: LightningModule | Callback, name: str, function: Callable
     return replaced(module, name, hook_and_function)
 
 
-def _never_distributed() -> bool:
-    return False
-
-
 def hide_example_input(module: LightningModule) -> Undo:
     """Keep Lightning from calling a network with it that is spread over several devices.
 
@@ -222,32 +219,24 @@ def hide_example_input(module: LightningModule) -> Undo:
     """
     if module.example_input_array is None:
         return lambda: None
-    rank_zero_warn(
+    warn_on_rank_zero(
         "`example_input_array` is not used in this fit, as each process has one stage only on its device: a summary"
         " shows no sizes, and loggers draw no graph. Leave the attribute out to be rid of this warning."
     )
     return replaced(module, "_example_input_array", None)
 
 
-def keep_metrics_local() -> Undo:
-    """There is one replica of the data, so a metric is complete on every rank that updates it; syncing would hang.
+def before_others_set_up(kind: type[Strategy], function: Callable[[], object]) -> Undo:
+    """Call a function before a strategy that is none of this kind sets several processes up, in a later run."""
+    setup = Strategy.setup_environment
 
-    All metrics of the process: those in a callback, in a list, or made in a hook are no submodules of the module.
-    """
-    original = Metric.sync
+    def setup_environment(self: Strategy) -> None:
+        if isinstance(self, ParallelStrategy) and not isinstance(self, kind):
+            function()
+        setup(self)
 
-    def sync(
-        self: Metric,
-        dist_sync_fn: Callable[..., Any] | None = None,
-        process_group: Any = None,
-        should_sync: bool = True,
-        distributed_available: Callable[[], bool] | None = None,
-    ) -> None:
-        del distributed_available
-        original(self, dist_sync_fn, process_group, should_sync, _never_distributed)
-
-    setattr(Metric, "sync", sync)  # noqa: B010
-    return lambda: setattr(Metric, "sync", original)
+    setattr(Strategy, "setup_environment", setup_environment)  # noqa: B010
+    return lambda: setattr(Strategy, "setup_environment", setup)
 
 
 def silence_sync_dist_advice() -> Undo:
@@ -338,7 +327,10 @@ def logger_step(trainer: Trainer) -> int:
 
 def warn_of_no_loss() -> None:
     """Say once that a training step has returned ``None``, as Lightning does where it sees that."""
-    Closure.warning_cache.warn("`training_step` returned `None`. If this was on purpose, ignore this warning...")
+    message = "`training_step` returned `None`. If this was on purpose, ignore this warning..."
+    if message not in Closure.warning_cache:
+        Closure.warning_cache.add(message)
+        warn_on_rank_zero(message)
 
 
 def without_outputs(trainer: Trainer, skipped: Callable[[], bool]) -> Undo:
@@ -416,7 +408,7 @@ def filter_on_optimizer_by_identity() -> Undo:
         params = list(params)
         new = [parameter for parameter in params if id(parameter) not in known]
         if len(new) < len(params):
-            rank_zero_warn(f"{len(params) - len(new)} parameters to unfreeze are in the optimizer already.")
+            warn_on_rank_zero(f"{len(params) - len(new)} parameters to unfreeze are in the optimizer already.")
         return new
 
     setattr(BaseFinetuning, "filter_on_optimizer", staticmethod(filter_on_optimizer))  # noqa: B010

@@ -8,7 +8,6 @@ has, the batch is read on trial, and all is set up again in Lightning's own orde
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -21,6 +20,7 @@ from lightning_ddg.core.pytree import map_tensors
 from lightning_ddg.core.rng import Generators
 from lightning_ddg.plugin import compat_data as compat
 from lightning_ddg.plugin.site import Site
+from lightning_ddg.plugin.warn import warn
 
 
 class FirstBatch:
@@ -98,11 +98,10 @@ class FirstBatch:
             return batch
         told = ranks.broadcast(_text(failure), ranks.reading_rank)
         if failure is not None or told is not None:
-            warnings.warn(
+            warn(
                 f"The first training batch cannot be read before `on_fit_start` ({_text(failure) or told}), so that it"
                 " is read after it, and is not there to cut the network by. Make the data in `setup`, or give"
                 " `split_points`.",
-                stacklevel=2,
             )
         compat.forget_training_data(trainer)
         for restore in undo:

@@ -5,7 +5,6 @@ Called when a fit needs the costs of the layers to cut by, and for a plan of cut
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
@@ -23,6 +22,7 @@ from lightning_ddg.plugin import compat
 from lightning_ddg.plugin.host import LightningModule, Precision
 from lightning_ddg.plugin.redirection import Redirection, StepDone
 from lightning_ddg.plugin.step import no_call_of
+from lightning_ddg.plugin.warn import warn
 
 
 def measured_costs(
@@ -62,11 +62,10 @@ def measured_costs(
         raise
     except Exception as error:  # noqa: BLE001 - any layer and any user code may fail here; training will tell
         # Not on rank zero only: the rank that reads, and so measures, is another one.
-        warnings.warn(
+        warn(
             f"The layers could not be measured for balance={balance!r} ({type(error).__name__}: {error}),"
             " so that the network is cut by its parameters. Give `split_points` or balance='parameters' to decide"
             " it yourself.",
-            stacklevel=2,
         )
         return Costs.by_parameters(network.chain)
     finally:

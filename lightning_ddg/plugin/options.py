@@ -25,8 +25,8 @@ from lightning_ddg.plugin.host import (
     Precision,
     Trainer,
     is_param_in_hook_signature,
-    rank_zero_warn,
 )
+from lightning_ddg.plugin.warn import warn_on_rank_zero
 
 _SHOWN = 3
 _CHOICES = {
@@ -173,7 +173,7 @@ class Options:
         norms = [where for where, part in module.named_modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
         if norms:
             shown = ", ".join(map(repr, norms[:_SHOWN])) + (f" and {len(norms) - _SHOWN} more" * (len(norms) > _SHOWN))
-            rank_zero_warn(
+            warn_on_rank_zero(
                 f"micro_batches={self.micro_batches!r}: BatchNorm normalises each micro-batch by itself, and so with"
                 f" the statistics of fewer samples than a batch has: {shown}. So it is with all pipelines that split"
                 " batches. Normalisations of single samples (GroupNorm, LayerNorm) are not changed."

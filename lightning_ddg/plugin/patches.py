@@ -14,6 +14,7 @@ from lightning_ddg.core.execution import Execution
 from lightning_ddg.plugin import compat
 from lightning_ddg.plugin.clipping import clip_norm_per_stage, clip_values_that_exist
 from lightning_ddg.plugin.drain import Drain
+from lightning_ddg.plugin.local_metrics import keep_metrics_local
 from lightning_ddg.plugin.ownership import Ownership
 from lightning_ddg.plugin.site import Site
 
@@ -23,7 +24,7 @@ def patch_run(site: Site) -> None:
     if site.one_process:
         return
     keep, trainer, module = site.undo.callback, site.trainer, site.module
-    keep(compat.keep_metrics_local())
+    keep_metrics_local(type(trainer.strategy))
     keep(compat.silence_sync_dist_advice())
     keep(clip_values_that_exist(site.precision))
     keep(compat.silence_sigterm_broadcast(trainer))

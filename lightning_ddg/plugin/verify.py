@@ -13,7 +13,6 @@ one are proved together, if none of them sees a step: the last one's gradient is
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from math import isfinite
 from typing import Any
@@ -33,6 +32,7 @@ from lightning_ddg.plugin.ownership import Ownership
 from lightning_ddg.plugin.redirection import Redirection
 from lightning_ddg.plugin.rounding import Rounding, difference, largest, rounding_of
 from lightning_ddg.plugin.site import Site
+from lightning_ddg.plugin.warn import warn
 
 # How far the loss of a batch may be, relatively, from the mean of its micro-batches' without a word.
 _SAME_LOSS = 0.01
@@ -236,19 +236,17 @@ class Proof:
         whole, mean = plain.split or (0.0, 0.0)
         allowed = max(_SAME_LOSS, self._rounding(plain.loss.dtype).relative)
         if isfinite(whole) and isfinite(mean) and abs(whole - mean) > allowed * max(abs(whole), abs(mean)):
-            warnings.warn(
+            warn(
                 f"micro_batches={self._site.options.micro_batches!r}: the loss of the first batch is {whole:.6g}, but"
                 f" the mean of its micro-batches' is {mean:.6g} (each by its number of samples, in evaluation mode),"
                 " and that is what is trained. It is the same for a loss that is a mean over samples. Make it one (not"
                 " a sum), or leave micro_batches out if the loss compares samples with each other.",
-                stacklevel=2,
             )
 
     def _warn(self, reason: str, *, part: bool = False) -> None:
-        warnings.warn(
+        warn(
             f"The first batch's gradients are {'only in part' if part else 'not'} compared with those of plain"
             f" backpropagation, as {reason}. DDGStrategy(verify=False) leaves the comparison out, and this warning.",
-            stacklevel=2,
         )
 
 

@@ -13,8 +13,9 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
-from torchmetrics import Accuracy, MetricCollection
+from torchmetrics import Accuracy, MetricCollection, SumMetric
 
 from lightning_ddg import DDGStrategy
 from tests.harness import run_ranks
@@ -255,3 +256,127 @@ def test_a_fit_then_anything() -> None:
                 assert torch.equal(ours, theirs)
             else:
                 assert ours[0] == pytest.approx(theirs[0], rel=1e-9)
+
+
+class Counts(Classifier):
+    """Metrics of all kinds, whose values user code asks for after the run."""
+
+    def __init__(self) -> None:
+        super().__init__("mlp")
+        self.seen, self.listed = SumMetric(), [SumMetric()]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        self.listed[0].update(loss.detach())
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        super().validation_step(batch, batch_idx)
+        self.seen.update(len(batch[0]))
+
+
+def metrics_after(devices: int) -> list[float]:
+    warnings.simplefilter("ignore")
+    module, found = Counts(), []
+    trainer = quiet_trainer(devices=devices, strategy=DDGStrategy(2, ["net.3"]), max_epochs=1)
+    trainer.fit(module, loader("mlp"))
+    # One rank alone may ask.
+    found.append(float(module.listed[0].compute()) if trainer.is_global_zero else -1.0)
+    trainer.validate(module, loader("mlp"), verbose=False)
+    found.append(float(module.seen.compute()))
+    later = SumMetric()
+    later.update(1.0)
+    found.append(float(later.compute()))
+    if devices == 2:
+        # Where the data is spread over the processes, the same module counts all of it.
+        module.seen.reset()
+        quiet_trainer(devices=2, strategy=DDPStrategy()).validate(module, loader("mlp"), verbose=False)
+        found.append(float(module.seen.compute()))
+    return found
+
+
+def test_metrics_after_a_run_are_each_ranks_own_until_data_is_spread() -> None:
+    (alone,) = run_ranks(metrics_after, 1, 1)
+    assert alone[1:] == [22.0, 1.0]
+    last, first = run_ranks(metrics_after, 2, 2)
+    assert last == pytest.approx([*alone, 22.0], rel=1e-6), "of which each process of DDP has seen 11"
+    assert first == [-1.0, *last[1:]]
+
+
+class Bare(pl.LightningModule):
+    """No parameters at all."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("value", self.value(batch[0]) + torch.rand(()) * 0)
+
+    test_step = validation_step
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.value(batch[0])
+
+    def value(self, x: Tensor) -> Tensor:
+        return x.mean()
+
+
+class WithoutWeights(Bare):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Flatten(), nn.Tanh(), nn.ReLU())
+
+    def value(self, x: Tensor) -> Tensor:
+        return self.net(x).mean()  # type: ignore[no-any-return]
+
+
+class Forward(WithoutWeights):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().value(x)
+
+    def value(self, x: Tensor) -> Tensor:
+        return self(x)  # type: ignore[no-any-return]
+
+
+class Buffers(WithoutWeights):
+    def __init__(self) -> None:
+        super().__init__()
+        # Without a seed, each process makes its own.
+        self.net = nn.Sequential(nn.BatchNorm1d(6, affine=False).double())
+
+
+class ByHand(Bare):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+
+BARE = (Bare, WithoutWeights, Forward, Buffers, ByHand)
+
+
+def evaluated(devices: int, strategy: str) -> list[Any]:
+    found: list[Any] = []
+    for number, kind in enumerate(BARE):
+        points = ["net.1"] if number % 2 else None
+        given = DDGStrategy(2, points) if strategy == "ddg" else "auto"
+        trainer = quiet_trainer(devices=devices, strategy=given)
+        module = kind()
+        found += trainer.validate(module, loader("mlp"), verbose=False)
+        found += trainer.test(module, loader("mlp"), verbose=False)
+        found.append([float(value) for value in trainer.predict(module, loader("mlp"))])  # type: ignore[arg-type]
+    return found
+
+
+def test_what_has_no_parameters_is_evaluated_as_by_plain_lightning() -> None:
+    plain = evaluated(1, "auto")
+    assert evaluated(1, "ddg") == plain
+    assert run_ranks(evaluated, 2, 2, "ddg") == [plain, plain]
+
+
+def test_what_has_no_parameters_is_not_trained() -> None:
+    class Fits(Bare):
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            return None
+
+        def configure_optimizers(self) -> None:
+            return None
+
+    with pytest.raises((TypeError, ValueError), match="there is nothing to cut"):
+        quiet_trainer(devices=1, strategy=DDGStrategy(2)).fit(Fits(), loader("mlp"))

@@ -143,9 +143,11 @@ def test_a_forgotten_loss_is_warned_of() -> None:
     Closure.warning_cache.clear()
     strategy = DDGStrategy(2, ["net.3"])
     module = Skips("mlp", when="after", skipped=set(range(5)))
-    with pytest.warns(UserWarning, match="`training_step` returned `None`"):
+    with pytest.warns(UserWarning, match="`training_step` returned `None`") as caught:
         quiet_trainer(devices=1, strategy=strategy, max_epochs=1).fit(module, loader("mlp"))
     assert largest_difference(state_of(module.net), state_of(seeded_network("mlp"))) == 0.0
+    of_step = [one for one in caught if "returned `None`" in str(one.message)]
+    assert [one.filename for one in of_step] == [__file__], "said once, in the line of the user's"
 
 
 class Disagrees(Classifier):

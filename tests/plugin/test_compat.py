@@ -29,7 +29,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from torchmetrics import Accuracy, MetricCollection
 
+from lightning_ddg import DDGStrategy
 from lightning_ddg.plugin import compat
+from lightning_ddg.plugin.local_metrics import keep_metrics_local
 from tests.networks import SAFELY, Classifier, dataset, loader, quiet_trainer
 
 
@@ -150,7 +152,7 @@ def test_metrics_do_not_sync_wherever_they_are() -> None:
 
     module = Classifier()
     module.metric, module.plain_list, module.collection = accuracy(), [accuracy()], MetricCollection({"a": accuracy()})
-    undo = compat.keep_metrics_local()
+    undo = keep_metrics_local(DDGStrategy)
     made_later = accuracy(dist_sync_on_step=True)
     metrics = [module.metric, module.plain_list[0], module.collection["a"], made_later]
     for metric in metrics:
