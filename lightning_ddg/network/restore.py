@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import copy
 import random
-from collections import deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
+from types import FunctionType, MethodType
 from typing import Any
 
 import numpy as np
@@ -22,12 +23,22 @@ from lightning_ddg.core import rng
 #: Of a tensor in an attribute: larger ones, such as a whole data set, are taken not to be written into.
 _MOST_ELEMENTS = 1 << 24
 _REGISTRIES = frozenset(vars(nn.Module())) - {"training"}
+_CONTAINERS = (list, set, dict, deque, OrderedDict, defaultdict)
+#: Whose objects a hook may use, but keeps nothing in.
+_NOT_KEEPING = frozenset(("builtins", "lightning", "lightning_ddg", "numpy", "pytorch_lightning", "torch"))
 
 
 @contextmanager
 def untouched(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Restore the modules' buffers, their attributes, what their lists and dictionaries hold, and their generators."""
-    undo = [function for module in dict.fromkeys(modules) for function in (_buffers(module), *_attributes(module))]
+    """Restore the modules' buffers, their attributes, what their lists and dictionaries hold, and their generators.
+
+    So too modules, such as metrics, that are in these without being registered, and what hooks may have kept elsewhere.
+    """
+    registered = list(dict.fromkeys(modules))
+    found = dict.fromkeys(part for module in registered for held in _unregistered(module) for part in held.modules())
+    undo = [function for module in {**dict.fromkeys(registered), **found} for function in _of_module(module)]
+    kept = {id(thing): thing for module in registered for hook in hooks_of(module) for thing in reached(hook)}
+    undo += [function for thing in kept.values() for function in _things(thing)]
     try:
         yield
     finally:
@@ -100,7 +111,7 @@ def _buffers(module: nn.Module) -> Callable[[], None]:
     return undo
 
 
-def _attributes(module: nn.Module) -> Iterator[Callable[[], object]]:
+def _attributes(module: Any) -> Iterator[Callable[[], object]]:
     held = vars(module)
     before = {name: value for name, value in held.items() if name not in _REGISTRIES}
 
@@ -111,7 +122,7 @@ def _attributes(module: nn.Module) -> Iterator[Callable[[], object]]:
 
     yield undo
     for value in before.values():
-        if type(value) in (list, set, dict, deque):
+        if type(value) in _CONTAINERS:
             yield partial(_refill, value, copy.copy(value))
         elif isinstance(value, Tensor) and value.numel() <= _MOST_ELEMENTS:
             yield partial(value.detach().copy_, value.detach().clone())
@@ -121,6 +132,46 @@ def _attributes(module: nn.Module) -> Iterator[Callable[[], object]]:
             yield partial(value.setstate, value.getstate())
         elif isinstance(value, torch.Generator):
             yield partial(value.set_state, value.get_state())
+
+
+def _of_module(module: nn.Module) -> Iterator[Callable[[], object]]:
+    yield _buffers(module)
+    yield from _attributes(module)
+
+
+def _unregistered(module: nn.Module) -> Iterator[nn.Module]:
+    for name, value in vars(module).items():
+        if name not in _REGISTRIES and type(value) in _CONTAINERS:
+            items = value.values() if isinstance(value, dict) else value
+            yield from (item for item in items if isinstance(item, nn.Module))
+
+
+def _things(thing: Any) -> Iterator[Callable[[], object]]:
+    if type(thing) in _CONTAINERS:
+        yield partial(_refill, thing, copy.copy(thing))
+    elif hasattr(thing, "__dict__") and type(thing).__module__.partition(".")[0] not in _NOT_KEEPING:
+        yield from _attributes(thing)
+
+
+def hooks_of(module: nn.Module) -> Iterator[Callable[..., Any]]:
+    """Yield the hooks that fire around a module's forward and backward."""
+    for hooks in (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks):
+        yield from hooks.values()
+
+
+def reached(hook: Any) -> Iterator[Any]:
+    """Yield what a hook may keep something in: itself, its object, what it closes over, and global variables."""
+    if isinstance(hook, partial):
+        yield from (*hook.args, *hook.keywords.values(), *reached(hook.func))
+    elif isinstance(hook, MethodType):
+        yield from (hook.__self__, *reached(hook.__func__))
+    elif isinstance(hook, FunctionType):
+        for cell in hook.__closure__ or ():
+            with suppress(ValueError):
+                yield cell.cell_contents
+        yield from (hook.__globals__[name] for name in hook.__code__.co_names if name in hook.__globals__)
+    else:
+        yield hook
 
 
 def _refill(container: Any, content: Any) -> None:

@@ -7,8 +7,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
@@ -33,6 +33,7 @@ from lightning_ddg.planning.simulate import SECONDS_PER_BYTE
 from lightning_ddg.plugin import compat
 from lightning_ddg.plugin.agreements import Agreements, time_on_rank_zero
 from lightning_ddg.plugin.clipping import remembered_clipping
+from lightning_ddg.plugin.collectives import collectives_refused
 from lightning_ddg.plugin.compiling import compile_stage
 from lightning_ddg.plugin.data import share_generators
 from lightning_ddg.plugin.drain import Drain
@@ -41,6 +42,7 @@ from lightning_ddg.plugin.feedback import StepFeedback
 from lightning_ddg.plugin.finding import find
 from lightning_ddg.plugin.finish import Finish
 from lightning_ddg.plugin.first_batch import FirstBatch
+from lightning_ddg.plugin.foreign_hooks import misses_explained
 from lightning_ddg.plugin.hooks import FitHooks
 from lightning_ddg.plugin.measure import copies_kept, first_call, measured_costs
 from lightning_ddg.plugin.micro_batches import MicroBatches
@@ -182,10 +184,11 @@ def build(
     site.undo.callback(redirection.remove)
     proof = Proof(site, cut, ownership, redirection) if site.fits and site.options.verify else None
     execution = execution if proof is None else proof.witness(execution)
-    runner = make_step(site, network, program, cut, ownership, execution, redirection, proof)
+    around = alone(site, cut)
+    runner = make_step(site, network, program, cut, ownership, execution, redirection, proof, around)
     steps = MicroBatches(site, runner, proof)
     sharing = Sharing(site, ownership)
-    evaluation = Evaluation(site, cut, execution, redirection, ownership)
+    evaluation = Evaluation(site, cut, execution, redirection, ownership, around)
     agreements = Agreements(site.trainer, site.ranks, site.num_stages)
     drain = make_drain(site, execution, optimizers)
     finish = Finish(site.options.staleness.finish, site.trainer, execution, drain)
@@ -318,6 +321,7 @@ def make_step(
     execution: Execution,
     redirection: Redirection,
     proof: Proof | None,
+    around: Callable[[], AbstractContextManager[object]],
 ) -> StepRunner:
     """Make what runs training steps: the user's own where the loss or the batch is, or where hooks need its outputs."""
     stage, module = site.ranks.stage, site.module
@@ -332,11 +336,26 @@ def make_step(
     # A delay line has all gradients of a batch at once, also those that a loss takes past the network.
     at_once = stage is None and site.options.staleness.stash
     first_backward = _nothing if at_once else ownership.check_foreign_grads
-    parts = (site, network, execution, redirection, placeholder, first_forward, first_backward, proof)
+    parts = (site, network, execution, redirection, placeholder, first_forward, first_backward, proof, around)
     if program is None:
         return StepRunner(*parts)
     own = None if stage is None else cast(ReplayedSegment, ownership.segments[stage - 1])
     return ProgramRunner(program, None if own is None else StepFeedback(site, own), *parts)
+
+
+def alone(site: Site, cut: Cut) -> Callable[[], AbstractContextManager[object]]:
+    """Make what surrounds a step of which other processes run other parts: nobody joins it, and hooks fire there."""
+    if site.one_process:
+        return nullcontext
+    owners, own = cut.chain.owners(cut.starts), site.ranks.stage
+    elsewhere = {part: stage for module, stage in owners.items() if stage != own for part in module.modules()}
+
+    @contextmanager
+    def surrounded() -> Iterator[None]:
+        with collectives_refused(), misses_explained(site.module, elsewhere):
+            yield
+
+    return surrounded
 
 
 def make_drain(site: Site, execution: Execution, optimizers: Sequence[Optimizer]) -> Drain:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from enum import Enum
 from typing import Any
 
@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from lightning_ddg.core.execution import Execution
 from lightning_ddg.network.cut import Cut
-from lightning_ddg.plugin.collectives import collectives_refused
 from lightning_ddg.plugin.data import share_generators
 from lightning_ddg.plugin.ownership import Ownership
 from lightning_ddg.plugin.redirection import Redirection
@@ -35,9 +34,15 @@ class Evaluation:
     """
 
     def __init__(
-        self, site: Site, cut: Cut, execution: Execution, redirection: Redirection, ownership: Ownership
+        self,
+        site: Site,
+        cut: Cut,
+        execution: Execution,
+        redirection: Redirection,
+        ownership: Ownership,
+        alone: Callable[[], AbstractContextManager[object]],
     ) -> None:
-        self._site, self._execution = site, execution
+        self._site, self._execution, self._alone = site, execution, alone
         self._relay = Relay(site, cut.owners, lambda: redirection.answers)
         self._in_stages = cut.chain.evaluates
         self._redirection, self._ownership = redirection, ownership
@@ -72,9 +77,8 @@ class Evaluation:
         if self._outside is Outside.TRAINED:
             self.share_outside(_trained_or_buffer)
             self._outside = Outside.SHARED
-        alone = nullcontext() if self._site.one_process else collectives_refused()
         answered = self._redirection.handled_by(self._answer) if self._in_stages else nullcontext()
-        with alone, self._relay.step(self._site.evaluated_batch()), answered:
+        with self._alone(), self._relay.step(self._site.evaluated_batch()), answered:
             yield
 
     def _answer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

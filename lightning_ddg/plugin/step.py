@@ -14,9 +14,8 @@ has no backward, on any stage.
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager
 from enum import Enum
 from functools import partial
 from typing import Any
@@ -30,13 +29,14 @@ from lightning_ddg.core.pytree import tensors_of
 from lightning_ddg.core.rng import Batch
 from lightning_ddg.network.find import Network
 from lightning_ddg.plugin import compat
-from lightning_ddg.plugin.collectives import collectives_refused
 from lightning_ddg.plugin.feedback import Feedback
+from lightning_ddg.plugin.foreign_hooks import kept_by_hooks
 from lightning_ddg.plugin.host import LightningModule
 from lightning_ddg.plugin.placeholder import Placeholder, end_step
 from lightning_ddg.plugin.redirection import Redirection, StepDone
 from lightning_ddg.plugin.site import Site
 from lightning_ddg.plugin.verify import Proof
+from lightning_ddg.plugin.warn import warn
 
 _log = logging.getLogger(__name__)
 
@@ -167,6 +167,7 @@ class StepRunner:
         first_forward: Checks what the first batch's forward has left behind.
         first_backward: Checks what the first batch's backward of the loss has left behind.
         proof: Compares the first batch's gradients with those of plain backpropagation, if that is wanted.
+        alone: Surrounds a step.
     """
 
     def __init__(
@@ -179,12 +180,12 @@ class StepRunner:
         first_forward: Callable[[], None],
         first_backward: Callable[[], None],
         proof: Proof | None,
+        alone: Callable[[], AbstractContextManager[object]],
     ) -> None:
         self.step = TrainingStep(site.module, network)
         self._network_name, self._feedback = network.target_name, Feedback(site)
         self._site, self._execution, self._redirection = site, execution, redirection
-        self._placeholder, self._proof = placeholder, proof
-        self._alone = nullcontext if site.one_process else collectives_refused
+        self._placeholder, self._proof, self._alone = placeholder, proof, alone
         self._after_forward, self._after_backward = _Once(first_forward), _Once(first_backward)
         # Elsewhere the stage alone has something to do.
         self._runs_step = site.has_loss or site.ranks.reads or placeholder is not end_step
@@ -317,7 +318,7 @@ def no_call_of(target_name: str) -> str:
 
 
 def warn_of_kept_tensors(segment: nn.Module, stage: int) -> None:
-    """Warn of tensors that a forward has left on layers: the loss, in another process, does not see them.
+    """Warn of tensors that a forward, or a hook, has left: the loss, in another process, does not see them.
 
     Args:
         segment: The layers of a stage before the last, after a training forward.
@@ -331,12 +332,13 @@ def warn_of_kept_tensors(segment: nn.Module, stage: int) -> None:
         if attribute != "_flat_weights" and not {f"{attribute}_g", f"{attribute}_orig"} & module._parameters.keys()
         if any(isinstance(item, Tensor) and item.grad_fn is not None for item in _items(value))
     ]
+    kept += [f"what a hook of {name} keeps" for name in kept_by_hooks(segment)]
     if kept:
-        warnings.warn(
-            f"Stage {stage} leaves tensors with gradients in attributes of its layers ({', '.join(kept[:3])}"
-            f"{', ...' if len(kept) > 3 else ''}). The loss is computed in another process, which does not see them: if"
-            " it uses them, return them from the network's forward, or train in one process (`devices=1`).",
-            stacklevel=2,
+        warn(
+            f"Stage {stage} leaves tensors with gradients in attributes of its layers, or their hooks do"
+            f" ({', '.join(kept[:3])}{', ...' if len(kept) > 3 else ''}). The loss is computed in another process,"
+            " which does not see them: if it uses them, return them from the network's forward, or train in one"
+            " process (`devices=1`)."
         )
 
 

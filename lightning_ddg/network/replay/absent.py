@@ -80,6 +80,12 @@ class Absent:
         """See :class:`~lightning_ddg.network.replay.tracked.Ledger`."""
         if self._inside is not None:
             raise self._unknown(operands[0], f"the layer {self._inside!r}")
+        if not self.running:
+            raise self.error(
+                f"has left {operands[0].origin} where it is used after the call, as a hook may keep it, but it has no"
+                f" values in the stage of {self._stage!r}. Return it from the network's forward and use that, or train"
+                " in one process (`devices=1`)."
+            )
         return next((tensor.origin for tensor in operands if tensor.origin.later), operands[0].origin)
 
     def written(self, func: Any, operands: Sequence[Tracked], into: Sequence[Tracked]) -> None:
