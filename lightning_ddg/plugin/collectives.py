@@ -27,6 +27,9 @@ _ASKED: Any = (
     (functional, _RESOLVE),
 )
 
+# Whether this thread is where they are refused.
+_here = threading.local()
+
 
 @contextmanager
 def collectives_refused() -> Iterator[None]:
@@ -38,13 +41,34 @@ def collectives_refused() -> Iterator[None]:
         RuntimeError: Where one is called.
     """
     before = [getattr(module, name) for module, name in _ASKED]
+    outer, _here.refused = getattr(_here, "refused", False), True
     for (module, name), inside in zip(_ASKED, before, strict=True):
         setattr(module, name, partial(_ask, inside, threading.get_ident()))
     try:
         yield
     finally:
+        _here.refused = outer
         for (module, name), inside in zip(_ASKED, before, strict=True):
             setattr(module, name, inside)
+
+
+def check_outside_step(name: str) -> None:
+    """Refuse a method of the strategy's for which all ranks have to meet, where collectives are refused.
+
+    Raises:
+        RuntimeError: Naming it.
+    """
+    if getattr(_here, "refused", False):
+        raise _refusal(name)
+
+
+def _refusal(name: str) -> RuntimeError:
+    return RuntimeError(
+        f"`{name}` was called in a step, but there is one replica of the data: the processes are stages of it. In"
+        " training they run different parts of the step, so that others would never join; in an evaluation all have"
+        " the same batch, and each value would count as often as there are stages. Leave the call out, also where"
+        " `torch.distributed.is_initialized()`: values in the step are those of the whole batch."
+    )
 
 
 def _ask(inside: Callable[..., Any], thread: int, group: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -53,13 +77,7 @@ def _ask(inside: Callable[..., Any], thread: int, group: Any = None, *args: Any,
         name = _caller()
         # Questions such as `get_rank` ask the same, and are answered.
         if not name.startswith(("get_", "_get_", "set_")):
-            raise RuntimeError(
-                f"`{name}` was called in a step, but there is one replica of the data: the processes are stages of"
-                " it. In training they run different parts of the step, so that others would never join; in an"
-                " evaluation all have the same batch, and each value would count as often as there are stages."
-                " Leave the call out, also where `torch.distributed.is_initialized()`: values in the step are those"
-                " of the whole batch."
-            )
+            raise _refusal(name)
     return inside(group, *args, **kwargs)
 
 

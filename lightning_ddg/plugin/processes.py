@@ -23,6 +23,7 @@ from lightning_ddg.core.schedule import delay, stage_of_rank
 from lightning_ddg.core.staleness import Staleness
 from lightning_ddg.plugin import compat, host
 from lightning_ddg.plugin.checkpoint_file import WholeFileCheckpointIO
+from lightning_ddg.plugin.collectives import check_outside_step
 from lightning_ddg.plugin.host import Accelerator, CheckpointIO, ClusterEnvironment, ParallelStrategy, Precision
 from lightning_ddg.plugin.options import Options, check_backend, check_precision, check_started
 
@@ -237,10 +238,12 @@ class StageProcesses(ParallelStrategy):
 
     @override
     def barrier(self, name: str | None = None) -> None:
+        check_outside_step("barrier")
         self._ranks.barrier()
 
     @override
     def broadcast(self, obj: _T, src: int = 0) -> _T:
+        check_outside_step("broadcast")
         return self._ranks.broadcast(obj, src)
 
     @override
@@ -251,6 +254,7 @@ class StageProcesses(ParallelStrategy):
     @override
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
         """Agree on a decision among all ranks: whether all (or any) of them say yes."""
+        check_outside_step("reduce_boolean_decision")
         return self._ranks.agree(decision, all)
 
     @override

@@ -65,9 +65,9 @@ CALLS: dict[str, tuple[Callable[[Any, Tensor], Any], str]] = {
         "scatter|broadcast",
     ),
     "strategy.barrier": (lambda module, value: module.trainer.strategy.barrier(), "barrier"),
-    "strategy.broadcast": (lambda module, value: module.trainer.strategy.broadcast(1), "broadcast_object_list"),
+    "strategy.broadcast": (lambda module, value: module.trainer.strategy.broadcast(1), "broadcast"),
     "strategy.reduce_boolean_decision": (
-        lambda module, value: module.trainer.strategy.reduce_boolean_decision(True), "all_reduce",
+        lambda module, value: module.trainer.strategy.reduce_boolean_decision(True), "reduce_boolean_decision",
     ),
 }  # fmt: skip
 
