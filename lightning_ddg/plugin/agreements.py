@@ -13,6 +13,7 @@ once, as Lightning has it.
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import signal
 import threading
@@ -23,8 +24,12 @@ from typing import Any, NamedTuple
 
 from lightning_ddg.comm.ranks import Ranks
 from lightning_ddg.core.execution import GRADIENT, Channel, Observer
-from lightning_ddg.plugin import compat
+from lightning_ddg.plugin import compat, host
 from lightning_ddg.plugin.host import ModelCheckpoint, SIGTERMException, Timer, Trainer, rank_zero_info
+from lightning_ddg.plugin.launcher import STOPPED_BY_SIGTERM
+
+# Lightning's own, which is shown on every rank.
+_log = logging.getLogger(host.part("pytorch").__name__)
 
 METRICS = Channel("metrics")
 NOTICE = Channel("notice")
@@ -108,6 +113,10 @@ class Signals:
 
     def ends_all(self, exception: BaseException) -> bool:
         """Return whether an exception is what ends all ranks together, after the same batch and still connected."""
+        if isinstance(exception, SIGTERMException) and self._trainer.local_rank == 0:
+            # Lightning's would end the program as if nothing had happened. It is nobody's business but the first's:
+            # whoever has started the others takes a code other than 0 for a failure, and kills what still saves.
+            exception.code = STOPPED_BY_SIGTERM
         return bool(self._obeyed) and isinstance(exception, SIGTERMException | KeyboardInterrupt)
 
     def _restore(self) -> None:
@@ -120,9 +129,12 @@ class Signals:
         launcher = self._trainer.strategy.launcher
         if launcher is not None:
             launcher.kill(number)
+        rank = self._trainer.global_rank
         if self._waits:
+            _log.info("SIGTERM came to rank %s: all stages stop after the same batch.", rank)
             self.asked.add(TERMINATE)
         else:
+            _log.info("SIGTERM came to rank %s, which stops.", rank)
             compat.mark_sigterm(self._trainer)
 
     def _interrupt(self, number: int, frame: Any) -> None:

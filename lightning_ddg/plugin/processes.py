@@ -25,7 +25,9 @@ from lightning_ddg.plugin import compat, host
 from lightning_ddg.plugin.checkpoint_file import WholeFileCheckpointIO
 from lightning_ddg.plugin.collectives import check_outside_step
 from lightning_ddg.plugin.host import Accelerator, CheckpointIO, ClusterEnvironment, ParallelStrategy, Precision
+from lightning_ddg.plugin.launcher import ForkLauncher, ScriptLauncher
 from lightning_ddg.plugin.options import Options, check_backend, check_precision, check_started
+from lightning_ddg.plugin.warn import warn
 
 _T = TypeVar("_T")
 
@@ -154,6 +156,16 @@ class StageProcesses(ParallelStrategy):
         check_precision(precision_plugin)
         self._precision_plugin = precision_plugin
 
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        if isinstance(self._launcher, ForkLauncher) and self._launcher.failed:
+            warn(
+                f"No checkpoint is written to {str(filepath)!r}: this process only waits for those that train, which"
+                " have ended, and has none of their weights. Save every so many steps, or start by `ddg` or torchrun."
+            )
+            return
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
     @property
     @override
     def checkpoint_io(self) -> CheckpointIO:
@@ -187,9 +199,9 @@ class StageProcesses(ParallelStrategy):
         if started_by is not None:
             return
         if self._options.start_method == "popen":
-            self._launcher = compat.SubprocessScriptLauncher(environment, self.num_processes, self.num_nodes)
+            self._launcher = ScriptLauncher(environment, self.num_processes, self.num_nodes)
         else:
-            self._launcher = compat.MultiProcessingLauncher(self, start_method=self._options.start_method)
+            self._launcher = ForkLauncher(self, start_method=self._options.start_method)
 
     @override
     def setup_environment(self) -> None:
