@@ -12,7 +12,7 @@ from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_ddg.core.extrapolation import Options, Outlook
-from lightning_ddg.plugin.host import is_overridden
+from lightning_ddg.plugin.host import is_overridden, rank_zero_info
 from lightning_ddg.plugin.site import Site
 
 
@@ -32,7 +32,20 @@ def outlook_of(site: Site, optimizers: Sequence[Optimizer]) -> Outlook | None:
     def options(groups: Sequence[Options], count: int) -> list[Sequence[Options]]:
         return next_options(groups, count, optimizer, _schedulers(site))
 
-    return Outlook(optimizer, options)
+    outlook = Outlook(optimizer, options)
+    if rule.extrapolate:
+        rank_zero_info(_said(outlook, site.options.micro_batches_for(site.num_stages)))
+    return outlook
+
+
+def _said(outlook: Outlook, micro_batches: int) -> str:
+    """What becomes of stale gradients, in a sentence."""
+    optimizer = outlook.optimizer
+    name = type(optimizer).__name__
+    known = any(outlook.knows(parameter) for group in optimizer.param_groups for parameter in group["params"])
+    how = f"by {name}'s own recursion" if known else f"on the line of the last step, as none is known for {name}"
+    parts = f", and a batch travels in up to {micro_batches} micro-batches" if micro_batches > 1 else ""
+    return f"Stale gradients are corrected: forwards run on weights that are extrapolated {how}{parts}."
 
 
 def check_momentum(optimizer: Optimizer) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from lightning_ddg.core.schedule import enough_micro_batches
-from lightning_ddg.core.staleness import Staleness
+from lightning_ddg.core.staleness import PAPER, Staleness
 from lightning_ddg.plugin import compat
 from lightning_ddg.plugin.host import (
     LightningModule,
@@ -34,6 +34,25 @@ _CHOICES = {
     "drain": ("epoch", "fit", "never"),
     "start_method": ("popen", "spawn", "fork", "forkserver"),
 }
+
+
+#: What `staleness` may be as a word.
+CORRECTED = "corrected"
+
+
+def rules(staleness: Staleness | str | None, micro_batches: int | Literal["auto"]) -> dict[str, Any]:
+    """Return the options that are asked for by rules for stale gradients, or by a word for them.
+
+    Raises:
+        ValueError: If the word is not known.
+    """
+    if staleness == CORRECTED:
+        staleness, micro_batches = Staleness(extrapolate=True), "auto" if micro_batches == 1 else micro_batches
+    elif isinstance(staleness, str):
+        raise ValueError(
+            f"staleness={staleness!r} is not known. Use {CORRECTED!r}, or Staleness(...) with its options."
+        )
+    return {"staleness": PAPER if staleness is None else staleness, "micro_batches": micro_batches}
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_ddg.core.staleness import PAPER, Staleness
+from lightning_ddg.core.staleness import Staleness
 from lightning_ddg.planning.units import parse_bytes
 from lightning_ddg.plugin import compat, host
 from lightning_ddg.plugin.assembly import Run, build, move_all_but
 from lightning_ddg.plugin.checkpoint import CheckpointAssembler, record_cut, recorded_cut
 from lightning_ddg.plugin.data import BatchExchange, check_steps, put_loader_states, run_on_cpu
-from lightning_ddg.plugin.options import Options, check_trainer
+from lightning_ddg.plugin.options import Options, check_trainer, rules
 from lightning_ddg.plugin.ownership import Weights, check_optimizers
 from lightning_ddg.plugin.planned import plan_module
 from lightning_ddg.plugin.processes import StageProcesses
@@ -54,7 +54,8 @@ class DDGStrategy(StageProcesses):
             backward, to the same weights. In one process it has an effect with ``stash=False`` only.
         verify: Whether the first batch's gradients, as they are really computed, are compared with those of plain
             backpropagation, and a difference ends the fit. It costs one more forward and backward in a fit.
-        staleness: What stages do with stale gradients; by default what the paper says.
+        staleness: What stages do with stale gradients; by default what the paper says. ``"corrected"`` is
+            ``extrapolate=True`` with ``micro_batches="auto"``, or as many micro-batches as are given.
         process_group_backend: Backend of ``torch.distributed``; by default NCCL on CUDA devices, gloo otherwise. With
             gloo, tensors on CUDA devices travel through pinned host memory.
         timeout: The longest a rank waits for a message from another.
@@ -78,7 +79,7 @@ class DDGStrategy(StageProcesses):
         micro_batches: int | Literal["auto"] = 1,
         recompute: bool = False,
         verify: bool = True,
-        staleness: Staleness | None = None,
+        staleness: Staleness | Literal["corrected"] | None = None,
         process_group_backend: str | None = None,
         timeout: timedelta = timedelta(minutes=30),
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
@@ -95,10 +96,9 @@ class DDGStrategy(StageProcesses):
             max_memory=None if max_memory is None else parse_bytes(max_memory),
             compile=compile,
             drain=drain,
-            micro_batches=micro_batches,
             recompute=recompute,
             verify=verify,
-            staleness=PAPER if staleness is None else staleness,
+            **rules(staleness, micro_batches),
             process_group_backend=process_group_backend,
             timeout=timeout,
             start_method=start_method,

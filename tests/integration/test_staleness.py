@@ -251,6 +251,28 @@ def test_options_from_a_yaml_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert made._options.recompute
     with pytest.raises(ValueError, match="shrink=2.0 is not a factor that shrinks"):
         main(["fit", "--config", "config.yaml", "--trainer.strategy.init_args.staleness.shrink=2"])
+    corrected = "--trainer.strategy.init_args.staleness=corrected"
+    main(["fit", "--config", "config.yaml", corrected, "--trainer.strategy.init_args.recompute=false"])
+    assert SEEN[1].staleness == Staleness(extrapolate=True)
+    assert SEEN[1]._options.micro_batches == "auto"
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "how"),
+    [
+        ("adam", "by Adam's own recursion, and"),
+        ("rmsprop", "on the line of the last step, as none is known for RMSprop"),
+    ],
+)
+def test_what_is_chosen_is_said(optimizer: str, how: str, caplog: pytest.LogCaptureFixture) -> None:
+    module = Classifier("tanh_mlp", "adam")
+    if optimizer == "rmsprop":
+        module.configure_optimizers = lambda: torch.optim.RMSprop(module.parameters(), lr=1e-3)  # type: ignore[method-assign]
+    chosen = DDGStrategy(3, split_points=["net.2", "net.5"], staleness="corrected")
+    quiet_trainer(devices=1, strategy=chosen, max_epochs=1).fit(module, loader("tanh_mlp", COUNT))
+    (said,) = [line for line in caplog.messages if line.startswith("Stale gradients are corrected")]
+    assert how in said
+    assert said.endswith("a batch travels in up to 2 micro-batches.")
 
 
 def test_a_strategy_with_options_pickles() -> None:

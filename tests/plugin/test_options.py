@@ -48,6 +48,7 @@ ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ),
     ({"compile": {"options": {"triton.cudagraphs": True}}}, ValueError, "triton.cudagraphs.* records CUDA graphs"),
     ({"staleness": {"shrink": 0.5}}, TypeError, "staleness=.*'shrink': 0.5.* is no Staleness. Use lightning_ddg.Stal"),
+    ({"staleness": "none"}, ValueError, "staleness='none' is not known. Use 'corrected', or Staleness"),
     ({"recompute": 1}, TypeError, "recompute=1 is not a bool. Use True or False"),
     (
         {"staleness": Staleness(stash=False), "compile": True},
@@ -69,6 +70,12 @@ NAMES = [re.sub(r" at 0x\w+", "", str(case[0])) for case in ARGUMENTS]
 def test_arguments(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         DDGStrategy(**arguments)
+
+
+@pytest.mark.parametrize(("given", "parts"), [({}, "auto"), ({"micro_batches": 4}, 4)])
+def test_a_word_stands_for_the_correction(given: dict[str, Any], parts: Any) -> None:
+    options = DDGStrategy(staleness="corrected", **given)._options
+    assert (options.staleness, options.micro_batches) == (Staleness(extrapolate=True), parts)
 
 
 def test_nccl_between_processes_that_share_a_device() -> None:
