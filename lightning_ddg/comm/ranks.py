@@ -237,6 +237,9 @@ class PipelineRanks(Ranks):
         return self._mesh
 
     def barrier(self) -> None:
+        # What is done while a failure is on its way up, such as taking files away, has nobody to wait for.
+        if self._failure is not None:
+            return
         if self._talks():
             _swap(self.mailbox, BARRIER, None)
         elif dist.is_initialized():
@@ -296,7 +299,9 @@ class PipelineRanks(Ranks):
 
     def exchange(self, value: _T) -> list[_T]:
         with self._conversation() as mailbox:
-            return _swap(mailbox, STATE, value)
+            values = _swap(mailbox, STATE, value)
+            mailbox.flush()
+        return values
 
     def share(self, module: nn.Module, names: Collection[str], sources: Collection[int]) -> None:
         named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
@@ -387,7 +392,6 @@ def _swap(mailbox: GroupMailbox, channel: Channel, value: _T) -> list[_T]:
     others = [rank for rank in range(mailbox.size) if rank != mailbox.rank]
     mailbox.send(others, channel, value)
     values = {rank: mailbox.take(rank, channel) for rank in others}
-    mailbox.flush()
     return [values.get(rank, value) for rank in range(mailbox.size)]
 
 
