@@ -269,7 +269,7 @@ def run_script(tmp_path: Path, **values: Any) -> subprocess.CompletedProcess[str
     )
 
 
-@pytest.mark.parametrize(("start", "position"), [("popen", 7), ("spawn", 1)])
+@pytest.mark.parametrize(("start", "position"), [("popen", 7), pytest.param("spawn", 1, marks=pytest.mark.slow)])
 def test_started_processes_end_with_the_first_error(start: str, position: int, tmp_path: Path) -> None:
     done = run_script(tmp_path, position=position, where="forward", start=start)
     assert done.returncode != 0

@@ -95,7 +95,7 @@ def fit_all(num_stages: int, devices: int) -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize("num_stages", [2, 3])
+@pytest.mark.parametrize("num_stages", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_processes_train_what_one_process_trains(num_stages: int) -> None:
     expected = fit_all(num_stages, 1)
     for rank, found in enumerate(run_ranks(fit_all, num_stages, num_stages, num_stages, timeout=240)):

@@ -43,7 +43,7 @@ def columns(folder: Path) -> Iterator[str]:
         yield from path.read_text().splitlines()[0].split(",")
 
 
-@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_resnet_trains(devices: int, image_folder: Path, tmp_path: Path) -> None:
     options = ["--data.root", str(image_folder), "--data.batch_size", "6", "--data.num_workers", "0"]
     fit("resnet_cifar.yaml", devices, [*options, "--model.network.depth", "8"], tmp_path)
