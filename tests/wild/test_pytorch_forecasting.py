@@ -75,8 +75,6 @@ NETWORKS: dict[str, tuple[bool, dict[str, Any]]] = {
     "TimeXer": (True, {"hidden_size": 8, "n_heads": 2, "e_layers": 2, "d_ff": 16, "patch_length": 4, "dropout": 0.0}),
 }
 REFUSED = {
-    # In evaluation the decoder calls its layers in a loop.
-    "RecurrentNetwork": dict.fromkeys(WAYS, "the network has 1 layer"),
     # Validation uses what the network's forward has left in the loss, which only the last stage's process has.
     "DeepAR": {"two processes": "has no attribute '_transformation'"},
 }
