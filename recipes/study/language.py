@@ -9,7 +9,6 @@ same settings, it goes on where it stopped.
 
 from __future__ import annotations
 
-import csv
 import json
 import logging
 import sys
@@ -31,7 +30,7 @@ from lightning_ddg import DDGStrategy, Staleness
 from recipes.gpt import GPT, LanguageModel
 from recipes.study.equivalence import Pairs, compare
 from recipes.study.processes import share_out
-from recipes.study.results import differences, write
+from recipes.study.results import differences, write, write_table
 from recipes.text import TextData
 
 #: What the strategy is given beside the number of stages; plain backpropagation has none.
@@ -228,18 +227,11 @@ class Folder:
         """Reads all finished runs, and writes the table of them."""
         rows = [json.loads(path.read_text()) for path in sorted(self.path.glob("runs/*.json"))]
         columns = [*(field.name for field in fields(Run)), "val_loss", "seconds"]
-        partial = self.path / "results.part"
-        with partial.open("w", newline="") as file:
-            csv.writer(file).writerows([columns, *([_short(row[name]) for name in columns] for row in rows)])
-        partial.replace(self.path / "results.csv")
+        write_table(self.path / "results.csv", columns, rows)
         return rows
 
     def _file(self, run: Run) -> Path:
         return self.path / "runs" / f"{run.name}.json"
-
-
-def _short(value: Any) -> Any:
-    return f"{value:.6g}" if isinstance(value, float) else value
 
 
 def best_rates(rows: Sequence[Mapping[str, Any]], sweep: Mapping[str, Sequence[float]]) -> dict[str, float]:

@@ -99,15 +99,19 @@ class Results:
     def collect(self) -> list[Row]:
         """Writes the table of all finished runs, and returns its rows."""
         rows = [row for path in sorted(self.folder.glob("runs/*.json")) for row in json.loads(path.read_text())]
-        lines = [[_cell(row[column]) for column in COLUMNS] for row in rows]
-        partial = self.table.with_suffix(".part")
-        with partial.open("w", newline="") as file:
-            csv.writer(file).writerows([list(COLUMNS), *lines])
-        partial.replace(self.table)
+        write_table(self.table, COLUMNS, rows)
         return rows
 
     def _path(self, run: Run) -> Path:
         return self.folder / "runs" / f"{run.name}.json"
+
+
+def write_table(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes some columns of rows as a CSV file that appears whole or not at all."""
+    partial = path.with_suffix(".part")
+    with partial.open("w", newline="") as file:
+        csv.writer(file).writerows([list(columns), *([_cell(row[column]) for column in columns] for row in rows)])
+    partial.replace(path)
 
 
 def _cell(value: Any) -> Any:
