@@ -195,25 +195,7 @@ class GroupMailbox:
             queue = self._arrived[source, name]
             while not queue:
                 self.raise_failure()
-                waits = f"{self._names[self.rank]} waits for a message ({name}) from {self._names[source]}, which has"
-                if ended := self._ended(source, name):
-                    raise PeerError(
-                        f"{waits} already ended the {ended}: the ranks count different numbers of batches. Make the"
-                        " data loader's length, `limit_*_batches` and everything that stops an epoch the same on all"
-                        " ranks."
-                    )
-                if self._arrived[source, BYE.name]:
-                    raise PeerError(
-                        f"{waits} finished: the ranks count different numbers of batches. Make the data loader yield"
-                        " as many batches as its length says."
-                    )
-                if (awaited := self._awaited_in_vain(source)) is not None:
-                    raise PeerError(
-                        f"{waits} sent none and waits for one ({awaited}) from {self._names[self.rank]}: each waits for"
-                        " the other. Do on all ranks what one of them does here, or on none: `trainer.save_checkpoint`,"
-                        " `trainer.validate` and all that Lightning does on all ranks, not only `if"
-                        " trainer.is_global_zero`."
-                    )
+                self._raise_if_in_vain(source, name)
                 left = deadline - time.monotonic()
                 if left <= 0:
                     raise TimeoutError(
@@ -226,6 +208,28 @@ class GroupMailbox:
                     self._post(source, WAITS, pack((name, told)))
                 self._news.wait(min(left, patience) if patience > 0 else left)
             return queue.popleft()
+
+    def _raise_if_in_vain(self, source: int, name: str) -> None:
+        """Raise :class:`PeerError` if a message that is waited for cannot come."""
+        waits = f"{self._names[self.rank]} waits for a message ({name}) from {self._names[source]}, which has"
+        if ended := self._ended(source, name):
+            raise PeerError(
+                f"{waits} already ended the {ended}: the ranks count different numbers of batches. Make the"
+                " data loader's length, `limit_*_batches` and everything that stops an epoch the same on all"
+                " ranks."
+            )
+        if self._arrived[source, BYE.name]:
+            raise PeerError(
+                f"{waits} finished: the ranks count different numbers of batches. Make the data loader yield"
+                " as many batches as its length says."
+            )
+        if (awaited := self._awaited_in_vain(source)) is not None:
+            raise PeerError(
+                f"{waits} sent none and waits for one ({awaited}) from {self._names[self.rank]}: each waits for"
+                " the other. Do on all ranks what one of them does here, or on none: `trainer.save_checkpoint`,"
+                " `trainer.validate` and all that Lightning does on all ranks, not only `if"
+                " trainer.is_global_zero`."
+            )
 
     def _awaited_in_vain(self, source: int) -> str | None:
         """What a rank that is waited for waits for itself, if it has got everything that was sent to it."""

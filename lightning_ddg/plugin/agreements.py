@@ -113,10 +113,6 @@ class Signals:
 
     def ends_all(self, exception: BaseException) -> bool:
         """Return whether an exception is what ends all ranks together, after the same batch and still connected."""
-        if isinstance(exception, SIGTERMException) and self._trainer.local_rank == 0:
-            # Lightning's would end the program as if nothing had happened. It is nobody's business but the first's:
-            # whoever has started the others takes a code other than 0 for a failure, and kills what still saves.
-            exception.code = STOPPED_BY_SIGTERM
         return bool(self._obeyed) and isinstance(exception, SIGTERMException | KeyboardInterrupt)
 
     def _restore(self) -> None:
@@ -351,7 +347,11 @@ class Agreements:
             self._signals.obey(wanted)
 
     def end_all(self, exception: BaseException) -> bool:
-        """Return whether an exception ends all ranks after the same batch, by what they have decided."""
+        """Return whether an exception ends all ranks after the same batch; SIGTERM's gets the program's exit code."""
+        if isinstance(exception, SIGTERMException) and self._trainer.local_rank == 0:
+            # Lightning's would end the program as if nothing had happened. It is nobody's business but the first's:
+            # whoever has started the others takes a code other than 0 for a failure, and kills what still saves.
+            exception.code = STOPPED_BY_SIGTERM
         return self._signals.ends_all(exception)
 
     @property

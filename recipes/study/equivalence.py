@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import sqrt
-from statistics import fmean, stdev
 from typing import Any
+
+from recipes.study.summary import paired
 
 #: 95 % quantiles of Student's t by degrees of freedom; from ten on the last is a little too cautious.
 _STUDENT = (6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833, 1.812)
@@ -47,10 +47,5 @@ class Pairs:
 
 def compare(ours: Mapping[Any, float], theirs: Mapping[Any, float]) -> Pairs | None:
     """Compares values with the same key, such as a seed; ``None`` where no key is common to both."""
-    values = [ours[key] - theirs[key] for key in ours if key in theirs]
-    if not values:
-        return None
-    if len(values) == 1:
-        return Pairs(values[0], None, 1)
-    student = _STUDENT[min(len(values) - 1, len(_STUDENT)) - 1]
-    return Pairs(fmean(values), student * stdev(values) / sqrt(len(values)), len(values))
+    found = paired(ours, theirs, _STUDENT)
+    return None if found is None else Pairs(*found)

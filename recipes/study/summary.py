@@ -83,16 +83,33 @@ class Difference(NamedTuple):
         return None if self.half is None else abs(self.mean) <= self.half
 
 
-def difference(ours: Mapping[Any, float], theirs: Mapping[Any, float]) -> Difference | None:
-    """Compares values with the same key, such as a seed; ``None`` where no key is common to both."""
+def paired(
+    ours: Mapping[Any, float], theirs: Mapping[Any, float], student: Sequence[float]
+) -> tuple[float, float | None, int] | None:
+    """Compares values with the same key, such as a seed.
+
+    Args:
+        ours: Values by key.
+        theirs: The same.
+        student: Quantiles of Student's t by degrees of freedom, from one on; the last stands for all after it.
+
+    Returns:
+        The mean difference, half the width of its confidence interval (``None`` for a single pair), and the number of
+        pairs; ``None`` where no key is common to both.
+    """
     values = [ours[key] - theirs[key] for key in ours if key in theirs]
     if not values:
         return None
     mean, deviation = mean_sd(values)
     if deviation is None:
-        return Difference(mean, None)
-    student = _STUDENT[min(len(values) - 1, len(_STUDENT)) - 1]
-    return Difference(mean, student * deviation / sqrt(len(values)))
+        return mean, None, 1
+    return mean, student[min(len(values) - 1, len(student)) - 1] * deviation / sqrt(len(values)), len(values)
+
+
+def difference(ours: Mapping[Any, float], theirs: Mapping[Any, float]) -> Difference | None:
+    """Compares values with the same key, such as a seed; ``None`` where no key is common to both."""
+    found = paired(ours, theirs, _STUDENT)
+    return None if found is None else Difference(*found[:2])
 
 
 def difference_over_all(
