@@ -50,6 +50,10 @@ class PeerError(RuntimeError):
     """Another rank failed; the message says which one and how."""
 
 
+class UnmatchedError(PeerError):
+    """This rank waits for a message that no rank will send."""
+
+
 class GroupMailbox:
     """Messages between the ranks of one pipeline: a :class:`~lightning_ddg.core.execution.Mailbox` over a group.
 
@@ -179,7 +183,8 @@ class GroupMailbox:
         """Wait for the next message of a channel from a rank, and return its value.
 
         Raises:
-            PeerError: If a rank has failed, or ``source`` has already ended the epoch in which the message was due.
+            PeerError: If a rank has failed.
+            UnmatchedError: If ``source`` has ended the epoch in which the message was due, or waits for this rank.
             TimeoutError: If nothing came within the timeout.
         """
         self._observers.before_take(source, channel)
@@ -210,21 +215,21 @@ class GroupMailbox:
             return queue.popleft()
 
     def _raise_if_in_vain(self, source: int, name: str) -> None:
-        """Raise :class:`PeerError` if a message that is waited for cannot come."""
+        """Raise :class:`UnmatchedError` if a message that is waited for cannot come."""
         waits = f"{self._names[self.rank]} waits for a message ({name}) from {self._names[source]}, which has"
         if ended := self._ended(source, name):
-            raise PeerError(
+            raise UnmatchedError(
                 f"{waits} already ended the {ended}: the ranks count different numbers of batches. Make the"
                 " data loader's length, `limit_*_batches` and everything that stops an epoch the same on all"
                 " ranks."
             )
         if self._arrived[source, BYE.name]:
-            raise PeerError(
+            raise UnmatchedError(
                 f"{waits} finished: the ranks count different numbers of batches. Make the data loader yield"
                 " as many batches as its length says."
             )
         if (awaited := self._awaited_in_vain(source)) is not None:
-            raise PeerError(
+            raise UnmatchedError(
                 f"{waits} sent none and waits for one ({awaited}) from {self._names[self.rank]}: each waits for"
                 " the other. Do on all ranks what one of them does here, or on none: `trainer.save_checkpoint`,"
                 " `trainer.validate` and all that Lightning does on all ranks, not only `if"
@@ -311,8 +316,11 @@ class GroupMailbox:
             raise PeerError(self.failure)
 
     def _lost(self, peer: int, error: Exception) -> None:
+        # What gloo says of a process that has ended is not what has happened.
+        detail = "" if "by peer" in str(error) else f" ({error})"
+        _log.debug("the connection to %s broke: %s", self._names[peer], error)
         self._fail(
-            f"{self._names[peer]} is gone: its process ended or the connection to it broke ({error}). Its own output,"
+            f"{self._names[peer]} is gone: its process ended or the connection to it broke{detail}. Its own output,"
             " above or in its log, says why."
         )
 

@@ -136,6 +136,7 @@ class Signals:
     def _interrupt(self, number: int, frame: Any) -> None:
         if not self._waits or INTERRUPT in self.asked:
             signal.default_int_handler(number, frame)
+        _log.info("Ctrl-C came to rank %s: all stages stop after the same batch.", self._trainer.global_rank)
         self.asked.add(INTERRUPT)
         rank_zero_info("Ctrl-C: all stages stop after the same batch. Press it again to stop at once.")
 

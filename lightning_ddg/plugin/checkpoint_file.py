@@ -56,7 +56,7 @@ class WholeFileCheckpointIO(host.TorchCheckpointIO):
                     reason.errno,
                     f"The checkpoint {str(target)!r} could not be written ({reason}); what was there before is"
                     " unchanged. Free space, or choose another folder, as with `dirpath` of ModelCheckpoint.",
-                ) from reason
+                ) from None
             raise
         _sync_folder(target.parent)
 

@@ -45,6 +45,9 @@ optimizer_to_device = host.part("fabric.utilities.optimizer")._optimizer_to_devi
 optimizers_to_device = host.part("fabric.utilities.optimizer")._optimizers_to_device
 reset_seed = host.part("fabric.utilities.seed").reset_seed
 
+#: The method of the Trainer that is running while loops are, as tracebacks name it.
+RUNS_LOOPS = "_run_stage"
+
 # Since Lightning 2.6.
 WeightAveraging: type[Callback] | None = getattr(host.part("pytorch.callbacks"), "WeightAveraging", None)
 StochasticWeightAveraging = host.part("pytorch.callbacks").StochasticWeightAveraging

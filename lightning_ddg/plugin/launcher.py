@@ -1,12 +1,13 @@
 """Lightning's launchers, so that no process that one of them has started outlives a run that has failed or was stopped.
 
 A process that hangs or is frozen cannot be told anything. Who has started it waits for it until the others have ended,
-and kills it then.
+and kills it then. The process that has started the others as scripts may be frozen itself: they kill it when they end.
 """
 
 from __future__ import annotations
 
 import atexit
+import os
 import signal
 import subprocess
 import sys
@@ -14,14 +15,18 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from typing_extensions import override
 
-from lightning_ddg.plugin import compat
+from lightning_ddg.plugin import compat, first_error
 
 #: How long a process may go on after the run has failed in the one that has started it, in seconds.
 GRACE = 10.0
+
+#: How long a process whose failure is another's lets that one end first, in seconds.
+GIVING_WAY = 5.0
 
 STOPPED_BY_SIGTERM = 128 + signal.SIGTERM
 
@@ -38,7 +43,9 @@ class ScriptLauncher(compat.SubprocessScriptLauncher):  # type: ignore[misc]
             return super().launch(function, *args, **kwargs)
         except BaseException:
             if self.procs:
-                atexit.register(kill_those_left, self.procs)
+                atexit.register(kill_those_left, list(self.procs))
+                # Lightning's watch over this list would kill this process too, before it has said why it ends.
+                self.procs.clear()
             raise
 
 
@@ -50,6 +57,19 @@ class ForkLauncher(compat.MultiProcessingLauncher):  # type: ignore[misc]
     """
 
     failed = False
+
+    @override
+    def _wrapping_function(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super()._wrapping_function(*args, **kwargs)
+        except BaseException as exception:
+            # Lightning tells the strategy of what happens in the process that waits, not of what happens here.
+            self._strategy.on_exception(exception)
+            if first_error.is_told(exception):
+                # The first process that ends decides which error is raised in the one that waits, which ends this one.
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                threading.Event().wait(GIVING_WAY)
+            raise
 
     @override
     def launch(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -83,6 +103,30 @@ class ForkLauncher(compat.MultiProcessingLauncher):  # type: ignore[misc]
             signal.signal(signal.SIGTERM, before)
 
 
+def kill_if_stopped(process: int) -> None:
+    """Give a process that has been stopped :data:`GRACE` seconds to go on or end, then kill it, saying so."""
+    deadline = time.monotonic() + GRACE
+    while _is_stopped(process):
+        if time.monotonic() > deadline:
+            _say(f"the process of local rank 0 (PID {process}) is stopped, and is killed.")
+            os.kill(process, signal.SIGKILL)
+            return
+        time.sleep(0.1)
+
+
+def _is_stopped(process: int) -> bool:
+    """Return whether a process is stopped, as by SIGSTOP; not where the system does not say so."""
+    try:
+        # After the name of the program, in parentheses, comes the state.
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    except OSError:
+        return False
+
+
+def _say(text: str) -> None:
+    print(f"lightning_ddg: {text}", file=sys.stderr, flush=True)
+
+
 def kill_those_left(processes: Sequence[subprocess.Popen[Any]]) -> None:
     """Give processes :data:`GRACE` seconds in all to end, then kill those that have not, saying so."""
     deadline = time.monotonic() + GRACE
@@ -90,11 +134,9 @@ def kill_those_left(processes: Sequence[subprocess.Popen[Any]]) -> None:
         try:
             process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
-            print(
-                f"lightning_ddg: the process of local rank {rank} (PID {process.pid}) has not ended within {GRACE:.0f}"
-                " seconds after the failure of local rank 0, and is killed.",
-                file=sys.stderr,
-                flush=True,
+            _say(
+                f"the process of local rank {rank} (PID {process.pid}) has not ended within {GRACE:.0f} seconds after"
+                " the failure of local rank 0, and is killed."
             )
             process.kill()
             process.wait()

@@ -6,6 +6,8 @@ which logs and decides in Lightning, has the loss.
 
 from __future__ import annotations
 
+import atexit
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
@@ -21,11 +23,18 @@ from lightning_ddg.comm.interface import choose_interface
 from lightning_ddg.comm.ranks import LocalRanks, PipelineRanks, Ranks
 from lightning_ddg.core.schedule import delay, stage_of_rank
 from lightning_ddg.core.staleness import Staleness
-from lightning_ddg.plugin import compat, host
+from lightning_ddg.plugin import compat, first_error, host
 from lightning_ddg.plugin.checkpoint_file import WholeFileCheckpointIO
 from lightning_ddg.plugin.collectives import check_outside_step
-from lightning_ddg.plugin.host import Accelerator, CheckpointIO, ClusterEnvironment, ParallelStrategy, Precision
-from lightning_ddg.plugin.launcher import ForkLauncher, ScriptLauncher
+from lightning_ddg.plugin.host import (
+    Accelerator,
+    CheckpointIO,
+    ClusterEnvironment,
+    LightningModule,
+    ParallelStrategy,
+    Precision,
+)
+from lightning_ddg.plugin.launcher import ForkLauncher, ScriptLauncher, kill_if_stopped
 from lightning_ddg.plugin.options import Options, check_backend, check_precision, check_started
 from lightning_ddg.plugin.warn import warn
 
@@ -70,6 +79,8 @@ class StageProcesses(ParallelStrategy):
         self.num_nodes = 1
         self._options = options
         self._ranks: Ranks = LocalRanks(1)
+        # The ID of rank 0's process, which may be the one that has started this one.
+        self._first_process: int | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the run out where a Trainer is copied or pickled."""
@@ -211,6 +222,7 @@ class StageProcesses(ParallelStrategy):
             compat.reset_seed()
         self.set_world_ranks()
         self._ranks = self._connected() if self.world_size > 1 else LocalRanks(self.num_stages)
+        self._first_process = self._ranks.broadcast(os.getpid())
 
     def _connected(self) -> Ranks:
         if self._options.start_method == "popen":
@@ -229,7 +241,18 @@ class StageProcesses(ParallelStrategy):
             device_id=self.root_device if "nccl" in backend else None,
         )
         self._options.check_world_size(dist.get_world_size())
+        first_error.silence_told()
         return PipelineRanks.connect(self.num_stages, self.root_device, self._options.timeout, backend)
+
+    def _tell(self, exception: BaseException) -> None:
+        """Tell the other ranks what ends this one, and who reads its output what has come first."""
+        if not self._ranks.others:
+            return
+        rank = f"Rank {self.global_rank} (stage {self.stage})"
+        trainer = cast(LightningModule, self.lightning_module).trainer
+        first_error.sign(exception, rank, self._ranks.abort(first_error.reason(rank, trainer, exception)))
+        if os.getppid() == self._first_process:
+            atexit.register(kill_if_stopped, self._first_process)
 
     def set_world_ranks(self) -> None:
         """Tell the cluster environment and Lightning's rank-zero functions which process this is."""

@@ -337,8 +337,7 @@ class DDGStrategy(StageProcesses):
     def on_exception(self, exception: BaseException) -> None:
         """Tell the other ranks, so that none of them waits for this one."""
         if self._run is None or not self._run.agreements.end_all(exception):
-            name = f"Rank {self.global_rank} (stage {self.stage})"
-            self._ranks.abort(f"{name} failed with {type(exception).__name__}: {exception}")
+            self._tell(exception)
 
     @override
     def teardown(self) -> None:

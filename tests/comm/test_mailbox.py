@@ -363,7 +363,7 @@ def take_after_goodbye() -> str | None:
 
 
 def test_a_rank_that_has_said_goodbye_is_not_waited_for() -> None:
-    assert run_ranks(take_after_goodbye, 2)[1] == "PeerError"
+    assert run_ranks(take_after_goodbye, 2)[1] == "UnmatchedError"
 
 
 # ---- devices, as far as they can be told without one

@@ -12,7 +12,7 @@ import pytest
 
 from lightning_ddg import DDGStrategy
 from lightning_ddg.plugin import compat, launcher
-from lightning_ddg.plugin.launcher import ForkLauncher, ScriptLauncher, kill_those_left
+from lightning_ddg.plugin.launcher import ForkLauncher, ScriptLauncher, kill_if_stopped, kill_those_left
 
 
 def test_a_frozen_process_is_killed_and_said(
@@ -28,6 +28,24 @@ def test_a_frozen_process_is_killed_and_said(
     assert "local rank 1" not in said
 
 
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="the system does not say which processes are stopped")
+def test_the_first_process_is_killed_only_if_it_is_stopped(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(launcher, "GRACE", 0.2)
+    with subprocess.Popen(["sleep", "600"]) as running, subprocess.Popen(["sleep", "600"]) as stopped:
+        os.kill(stopped.pid, signal.SIGSTOP)
+        # It is stopped when the one that waits for it is told.
+        os.waitid(os.P_PID, stopped.pid, os.WSTOPPED | os.WNOWAIT)
+        kill_if_stopped(running.pid)
+        kill_if_stopped(stopped.pid)
+        assert (running.poll(), stopped.wait(10)) == (None, -signal.SIGKILL)
+        running.kill()
+    kill_if_stopped(stopped.pid)
+    said = capfd.readouterr().err
+    assert said == f"lightning_ddg: the process of local rank 0 (PID {stopped.pid}) is stopped, and is killed.\n"
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_scripts_are_looked_after_when_a_run_fails(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     registered: list[Any] = []
@@ -41,6 +59,8 @@ def test_scripts_are_looked_after_when_a_run_fails(fails: bool, monkeypatch: pyt
     else:
         assert starts.launch(lambda: 7) == 7
     assert registered == ([(kill_those_left, ["a process"])] if fails else [])
+    # Lightning's own watch would kill this process, before it has said why it ends.
+    assert starts.procs == ([] if fails else ["a process"])
 
 
 class Process:

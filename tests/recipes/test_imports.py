@@ -13,6 +13,7 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 MAY_IMPORT = {
     ".": set(),
     "experiments": set(),
+    "faults": set(),
     "study": {"planning"},
     "benchmarks": {"core", "comm", "network", "planning"},
 }

@@ -1,0 +1,1 @@
+"""Faults on purpose: programs that fail in every way and place, judged by how all their processes end."""

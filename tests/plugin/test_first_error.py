@@ -1,0 +1,110 @@
+"""Tests of what a rank says last: which rank it is, what came first, and where."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from lightning.pytorch.trainer.states import RunningStage
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from lightning_ddg.comm.mailbox import PeerError, UnmatchedError
+from lightning_ddg.plugin import first_error
+
+RANK, OTHER = "Rank 1 (stage 2)", "Rank 0 (stage 3) failed in set-up, with ValueError: no"
+
+
+def trainer_in(stage: RunningStage, hook: str | None = None) -> Any:
+    return SimpleNamespace(
+        state=SimpleNamespace(stage=stage),
+        training=stage is RunningStage.TRAINING,
+        current_epoch=2,
+        fit_loop=SimpleNamespace(batch_idx=7),
+        strategy=SimpleNamespace(lightning_module=SimpleNamespace(_current_fx_name=hook)),
+    )
+
+
+def raised(where: str) -> ArithmeticError:
+    """An exception that has come through a function of a name."""
+    functions: dict[str, Any] = {}
+    exec(f"def {where}():\n    raise ArithmeticError('bang')", functions)
+    with pytest.raises(ArithmeticError) as caught:
+        functions[where]()
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("stage", "through", "hook", "place"),
+    [
+        (RunningStage.TRAINING, "_run_stage", None, "while training (epoch 2, batch 7)"),
+        (RunningStage.TRAINING, "_run_stage", "on_x", "while training (epoch 2, batch 7), in `on_x`"),
+        (RunningStage.TRAINING, "setup", "setup", "in set-up, in `setup`"),
+        (RunningStage.TRAINING, "save_checkpoint", None, "while saving a checkpoint"),
+        (RunningStage.VALIDATING, "_run_stage", "validation_step", "while validating, in `validation_step`"),
+        (RunningStage.SANITY_CHECKING, "_run_stage", None, "in the sanity check"),
+    ],
+)  # fmt: skip
+def test_the_place_is_told(stage: RunningStage, through: str, hook: str | None, place: str) -> None:
+    trainer = trainer_in(stage, hook)
+    assert first_error.place(trainer, raised(through)) == place
+    assert first_error.reason(RANK, trainer, raised(through)) == f"{RANK} failed {place}, with ArithmeticError: bang"
+
+
+@pytest.mark.parametrize(
+    ("exception", "says"),
+    [
+        (KeyboardInterrupt(), "was interrupted by Ctrl-C in set-up"),
+        (SIGTERMException(), "was ended by SIGTERM in set-up"),
+        (AssertionError(), "failed in set-up, with AssertionError"),
+    ],
+)
+def test_what_has_no_text_is_told_in_words(exception: BaseException, says: str) -> None:
+    assert first_error.reason(RANK, trainer_in(RunningStage.TRAINING), exception) == f"{RANK} {says}"
+
+
+def test_the_first_failure_is_the_last_line_of_its_traceback(capfd: pytest.CaptureFixture[str]) -> None:
+    error = raised("setup")
+    for _ in range(2):
+        first_error.sign(error, RANK, f"{RANK} failed in set-up,\n with ArithmeticError: bang")
+    line = f"{RANK} failed in set-up, with ArithmeticError: bang"
+    assert error.__notes__ == [line]
+    assert capfd.readouterr().err == ("" if sys.version_info >= (3, 11) else f"{line}\n")
+
+
+def test_what_another_has_done_is_said_in_one_line_at_once(capfd: pytest.CaptureFixture[str]) -> None:
+    error = PeerError(OTHER)
+    for _ in range(2):
+        first_error.sign(error, RANK, OTHER)
+    assert capfd.readouterr().err == f"{RANK} ends: {OTHER}\n"
+
+
+def test_a_rank_that_fails_because_of_another_names_it() -> None:
+    error = RuntimeError("Connection closed by peer")
+    first_error.sign(error, RANK, OTHER)
+    assert error.__notes__ == [f"{RANK} ends: {OTHER}"]
+
+
+def test_a_line_has_an_end() -> None:
+    assert first_error.one_line("a\n  b") == "a b"
+    assert len(first_error.one_line("long " * 1000)) < 700
+
+
+SCRIPT = """
+from lightning_ddg.comm.mailbox import PeerError, UnmatchedError
+from lightning_ddg.plugin import first_error
+first_error.silence_told()
+first_error.silence_told()
+raise {error}("of another")
+"""
+
+
+@pytest.mark.parametrize("error", [PeerError, UnmatchedError])
+def test_only_what_others_have_told_prints_no_traceback(error: type[Exception]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT.format(error=error.__name__)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr.count("Traceback") == (error is UnmatchedError)
