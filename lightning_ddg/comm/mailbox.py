@@ -42,7 +42,8 @@ _INLINE_BYTES = _HEADER_BYTES - _HEADER.size
 _MAX_CACHED_BYTES = 1 << 14
 _MAX_CACHED = 256
 _GRACE = 3.0
-#: After so many seconds a rank tells whom it waits for, so that two who wait for each other know it.
+#: After so many seconds a rank tells all others whom it waits for: two who wait for each other know it then, and who
+#: gives up waiting can say who has not been waiting for anybody.
 _PATIENCE = 2.0
 
 
@@ -89,10 +90,11 @@ class GroupMailbox:
         self._arrived: defaultdict[tuple[int, str], deque[Any]] = defaultdict(deque)
         self._ending: set[tuple[int, str]] = set()
         self._news = threading.Condition()
-        # How many messages have gone to a peer and come from it, and what it has said that it waits for.
+        # How many messages have gone to a peer and come from it, and what it has said that it waits for: from whom,
+        # on which channel, and how many of that rank's messages it has got.
         self._posted: defaultdict[int, int] = defaultdict(int)
         self._received: defaultdict[int, int] = defaultdict(int)
-        self._waits: dict[int, tuple[str, int]] = {}
+        self._waits: dict[int, tuple[int, str, int]] = {}
         self._known: dict[tuple[int, bytes], int] = {}
         self._logged: set[tuple[str, str, int]] = set()
         self._closing = False
@@ -205,14 +207,31 @@ class GroupMailbox:
                 if left <= 0:
                     raise TimeoutError(
                         f"{self._names[self.rank]} waited {self._timeout} for a message ({name}) from"
-                        f" {self._names[source]}. If a batch can really take that long, raise `timeout` of DDGStrategy."
+                        f" {self._names[source]}{self._waits_itself(source)}. If a batch can really take that long,"
+                        " raise `timeout` of DDGStrategy."
                     )
                 patience = start + _PATIENCE - time.monotonic()
                 if patience <= 0 and told != self._received[source]:
                     told = self._received[source]
-                    self._post(source, WAITS, pack((name, told)))
+                    self._say_waiting((source, name, told))
                 self._news.wait(min(left, patience) if patience > 0 else left)
+            if told >= 0:
+                self._say_waiting(None)
             return queue.popleft()
+
+    def _say_waiting(self, what: tuple[int, str, int] | None) -> None:
+        packed = pack(what)
+        for peer in self._peers:
+            self._post(peer, WAITS, packed)
+
+    def _waits_itself(self, source: int) -> str:
+        """Return what a rank that is waited for waits for itself, as it has said, and so on: the last is to blame."""
+        text, seen = "", {self.rank}
+        while source not in seen and source in self._waits:
+            seen.add(source)
+            source, name, _ = self._waits[source]
+            text += f", which itself waits for one ({name}) from {self._names[source]}"
+        return text
 
     def _raise_if_in_vain(self, source: int, name: str) -> None:
         """Raise :class:`UnmatchedError` if a message that is waited for cannot come."""
@@ -238,8 +257,8 @@ class GroupMailbox:
 
     def _awaited_in_vain(self, source: int) -> str | None:
         """What a rank that is waited for waits for itself, if it has got everything that was sent to it."""
-        awaited, received = self._waits.get(source, ("", -1))
-        return awaited if received == self._posted[source] else None
+        whom, awaited, received = self._waits.get(source, (None, "", -1))
+        return awaited if (whom, received) == (self.rank, self._posted[source]) else None
 
     def _ended(self, source: int, awaited: str) -> str | None:
         """What the source has said to have ended, in a message that nobody has taken yet."""
@@ -268,10 +287,11 @@ class GroupMailbox:
                         self.failure = value
                     if flags & _ENDS:
                         self._ending.add((peer, name))
+                    self._waits.pop(peer, None)
                     if name == WAITS.name:
-                        self._waits[peer] = value
+                        if value is not None:
+                            self._waits[peer] = value
                     else:
-                        self._waits.pop(peer, None)
                         self._received[peer] += 1
                         self._arrived[peer, name].append((value, ready))
                     self._news.notify_all()
@@ -356,7 +376,11 @@ class GroupMailbox:
         """End the conversation: say goodbye and wait until all others have, so that nothing is lost in transit.
 
         When a rank has failed, only wait, shortly, for one's own threads: a process that ends under them is aborted.
+
+        Raises:
+            TimeoutError: If a rank has not said goodbye within the timeout.
         """
+        late: list[str] = []
         if self.failure is None:
             for peer in self._peers:
                 self._post(peer, BYE, pack(None))
@@ -364,7 +388,11 @@ class GroupMailbox:
         with self._news:
             while self.failure is None and not all(self._arrived[peer, BYE.name] for peer in self._peers):
                 if not self._news.wait(max(0.0, deadline - time.monotonic())):
-                    break
+                    late = [self._names[peer] for peer in self._peers if not self._arrived[peer, BYE.name]]
+                    self.failure = (
+                        f"{self._names[self.rank]} waited {self._timeout} for {' and '.join(late)} to end the run too."
+                        " If what is done after training can really take that long, raise `timeout` of DDGStrategy."
+                    )
             self._closing = True
         if self.failure is None:
             self.flush()
@@ -374,6 +402,8 @@ class GroupMailbox:
         deadline = time.monotonic() + _GRACE
         for thread in self._threads:
             thread.join(timeout=max(0.0, deadline - time.monotonic()))
+        if late:
+            raise TimeoutError(self.failure)
 
     def disconnect(self) -> None:
         """Close, and give the groups back, which hold sockets and threads; after a failure they are left alone."""

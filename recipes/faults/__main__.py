@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from recipes.faults import hosts
 from recipes.faults.campaign import Outcome, run
 from recipes.faults.cases import FAULTS, draw
 
@@ -68,7 +69,13 @@ def main(arguments: Sequence[str]) -> int:
         from recipes.faults.soak import soak
 
         return soak(asked.soak, console)
-    cases = [case for case in draw(asked.seed, asked.cases) if asked.only is None or case.number in asked.only]
+    cases = list(draw(asked.seed, asked.cases))
+    reason = hosts.why_not()
+    if reason is None:
+        cases += hosts.cases(asked.cases + 1)
+    else:
+        console.print(f"Two hosts: skipped, as this machine does not let one make network namespaces ({reason}).")
+    cases = [case for case in cases if asked.only is None or case.number in asked.only]
     outcomes = []
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(asked.jobs) as pool:
         running = [pool.submit(run, case, Path(scratch) / str(case.number)) for case in cases]

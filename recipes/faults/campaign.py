@@ -15,13 +15,16 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from recipes.faults import hosts
 from recipes.faults.cases import Case
 from recipes.faults.program import STRUCK, TIMEOUT, VARIABLE
 
 #: After the timeout, in seconds, all ranks that can still end have ended.
 MORE = 10.0
 #: Who has started a process that is frozen or hangs waits so long before killing it: this package, and torch.
-KILLING = {"popen": 10.0, "spawn": 35.0, "fork": 35.0, "torchrun": 35.0}
+KILLING = {"popen": 10.0, "spawn": 35.0, "fork": 35.0, "torchrun": 35.0, "hosts": 0.0}
+#: Faults that nobody is told of: the others wait until the timeout.
+SLOW = ("hang", "freeze", "cut")
 #: The longest that a program may take to start, in seconds.
 STARTING = 180.0
 #: Prefixes of the names of files in the memory that processes share, and of folders for temporary files, of ours.
@@ -56,7 +59,7 @@ class Outcome:
     def misses(self) -> list[str]:
         """What is not as it should be."""
         case, missed = self.case, []
-        slow = case.fault in ("hang", "freeze")
+        slow = case.fault in SLOW
         limit = MORE + (TIMEOUT + KILLING[case.launcher] if slow else 0)
         if self.seconds is None:
             missed.append("did not end")
@@ -127,6 +130,8 @@ def run(case: Case, folder: Path) -> Outcome:
 def command(case: Case) -> list[str]:
     """The command line that starts a case."""
     module = ["-m", "recipes.faults.program"]
+    if case.launcher == "hosts":
+        return hosts.start(sys.executable, "-m", "recipes.faults.hosts")
     if case.launcher != "torchrun":
         return [sys.executable, *module]
     with socket.socket() as probe:
@@ -141,8 +146,9 @@ def told(case: Case, output: str) -> bool:
     name = re.escape(case.name)
     words = {
         "raise": rf"{name} failed .* with ArithmeticError: bang",
-        "hang": rf"waited 0:00:{TIMEOUT:02d} for .* {name}",
-        "freeze": rf"waited 0:00:{TIMEOUT:02d} for .* {name}",
+        "hang": rf"waited 0:00:{TIMEOUT:02d} for .*{name}",
+        "freeze": rf"waited 0:00:{TIMEOUT:02d} for .*{name}",
+        "cut": rf"waited 0:00:{TIMEOUT:02d} for .*{name}",
         "kill": rf"{name} is gone",
         "exit": rf"{name} is gone",
         "sigterm": rf"SIGTERM came to rank {case.rank}\b|{name} was ended by SIGTERM",

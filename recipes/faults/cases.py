@@ -16,6 +16,7 @@ FAULTS = {
     "sigterm": "gets SIGTERM",
     "sigint": "gets Ctrl-C",
     "full disk": "cannot write to the disk",
+    "cut": "is cut off from the other host",
 }
 
 #: Hooks of a callback or of the module, in their order; "forward" and "backward" are a layer's of the stage.
@@ -44,7 +45,7 @@ class Case:
 
     Attributes:
         number: Of the case, in the order in which it was drawn.
-        launcher: Of ``LAUNCHERS``.
+        launcher: Of ``LAUNCHERS``, or ``"hosts"``: one process on each of two hosts.
         stages: K, and the number of processes.
         fault: Of ``FAULTS``.
         place: Of ``PLACES``.
@@ -77,7 +78,7 @@ def draw(seed: int, cases: int) -> Iterator[Case]:
     """Draws cases; the first of them are the same however many are asked for."""
     chance = random.Random(seed)
     for number in range(1, cases + 1):
-        stages, fault = chance.choice((2, 3)), chance.choice(list(FAULTS))
+        stages, fault = chance.choice((2, 3)), chance.choice([name for name in FAULTS if name != "cut"])
         launcher, place, stage = chance.choice(LAUNCHERS), chance.choice(PLACES), chance.randint(1, stages)
         if fault == "full disk":
             # Only rank 0 writes.

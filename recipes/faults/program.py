@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_ddg import DDGStrategy
+from recipes.faults import hosts
 from recipes.faults.cases import Case
 
 #: Describes the case; it marks all processes of the case, too.
@@ -61,6 +62,8 @@ class Fault:
                     time.sleep(3600)
             case "exit":
                 os._exit(0)
+            case "cut":
+                hosts.cut()
             case "full disk":
                 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
             case name:
@@ -143,11 +146,13 @@ def main() -> None:
     case = fault.case
     torch.set_num_threads(1)
     data = DataLoader(TensorDataset(torch.randn(64, WIDTH)), batch_size=4)
-    started = {} if case.launcher == "torchrun" else {"start_method": case.launcher}
+    started = {"start_method": case.launcher} if case.launcher in ("popen", "spawn", "fork") else {}
+    nodes = 2 if case.launcher == "hosts" else 1
     cut = [f"net.{stage}" for stage in range(1, case.stages)]
     trainer = Trainer(
         accelerator="cpu",
-        devices=case.stages,
+        devices=case.stages // nodes,
+        num_nodes=nodes,
         strategy=DDGStrategy(split_points=cut, timeout=timedelta(seconds=TIMEOUT), **started),  # type: ignore[arg-type]
         max_epochs=2,
         callbacks=[Places(fault), ModelCheckpoint(folder / "checkpoints", save_last=True)],

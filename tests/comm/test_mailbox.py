@@ -506,6 +506,66 @@ def test_ranks_that_wait_for_each_other_know_it() -> None:
         assert "`trainer.save_checkpoint`" in said
 
 
+def wait_in_a_row() -> str:
+    mailbox = connect(timedelta(seconds=5 if os.environ["LOCAL_RANK"] == "2" else 60))
+    if mailbox.rank == 0:
+        # Rank 0 waits for nobody, but to be told.
+        deadline = time.monotonic() + 50
+        while mailbox.failure is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return str(mailbox.failure)
+    with pytest.raises((TimeoutError, PeerError)) as caught:
+        mailbox.take(mailbox.rank - 1, GRADIENT)
+    mailbox.abort(str(caught.value))
+    return str(caught.value)
+
+
+def test_who_gives_up_names_who_waits_for_nobody() -> None:
+    for said in run_ranks(wait_in_a_row, 3, timeout=60):
+        assert said.startswith(
+            "rank 2 by name waited 0:00:05 for a message (gradient) from rank 1 by name, which itself waits for one"
+            " (gradient) from rank 0 by name. If a batch can really take that long, raise `timeout`"
+        )
+
+
+def take_twice_slowly() -> dict[int, Any]:
+    mailbox = connect(timedelta(seconds=60))
+    if mailbox.rank == 0:
+        ended = time.monotonic() + 2.5
+        while time.monotonic() < ended:
+            torch.randn(100).sum()
+        mailbox.send(1, GRADIENT, 1)
+    elif mailbox.rank == 1:
+        mailbox.take(0, GRADIENT)
+        mailbox.send(2, GRADIENT, 1)
+    else:
+        # What it hears of rank 1's wait and of its end comes before this message.
+        mailbox.take(1, GRADIENT)
+    mailbox.close()
+    return mailbox._waits
+
+
+def test_a_wait_that_has_ended_is_forgotten() -> None:
+    assert run_ranks(take_twice_slowly, 3, timeout=60) == [{}, {}, {}]
+
+
+def close_alone() -> str | None:
+    mailbox = connect(timedelta(seconds=1))
+    said = None
+    if mailbox.rank == 1:
+        with pytest.raises(TimeoutError) as caught:
+            mailbox.close()
+        said = str(caught.value)
+    dist.barrier()
+    return said
+
+
+def test_a_rank_that_never_ends_is_named() -> None:
+    assert (run_ranks(close_alone, 2, timeout=60)[1] or "").startswith(
+        "rank 1 by name waited 0:00:01 for rank 0 by name to end the run too. If what is done after training can really"
+    )
+
+
 def work_while_the_other_waits() -> int:
     mailbox = connect(timedelta(days=1))
     if mailbox.rank == 0:
