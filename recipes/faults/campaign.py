@@ -65,10 +65,11 @@ class Outcome:
             missed.append("did not end")
         elif self.seconds > limit:
             missed.append(f"took {self.seconds:.0f} s, more than {limit:.0f}")
-        # What gets a signal when its work is done may end as if nothing had happened.
-        if not self.code and not (case.fault in ("sigterm", "sigint") and "\ntrained" in self.output):
+        # What gets a signal when its work is done may end as if nothing had happened, or by the signal, without a word.
+        late = case.fault in ("sigterm", "sigint") and "\ntrained" in self.output
+        if not self.code and not late:
             missed.append(f"exit code {self.code}")
-        if not self.told:
+        if not self.told and not late:
             missed.append("the first error is not seen")
         if not self.ranks:
             missed.append("a rank does not say why it ends")
