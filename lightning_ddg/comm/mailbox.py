@@ -11,6 +11,7 @@ message that is too long, so a buffer is never allocated from anything but the s
 from __future__ import annotations
 
 import logging
+import pickle
 import struct
 import threading
 import time
@@ -280,7 +281,11 @@ class GroupMailbox:
                 head = header.numpy().data
                 padded, spec, meta_length, flags = _HEADER.unpack_from(head)
                 name = padded.rstrip(b"\0").decode("ascii")
-                value, ready = self._read(peer, head[_HEADER.size :], spec, meta_length, flags, seen)
+                try:
+                    value, ready = self._read(peer, head[_HEADER.size :], spec, meta_length, flags, seen)
+                except (pickle.UnpicklingError, AttributeError, ImportError) as error:
+                    self._fail(f"A message ({name}) from {self._names[peer]} cannot be read: {error}")
+                    return
                 self._log_first("receives", name, peer)
                 with self._news:
                     if name == ERROR.name and self.failure is None:

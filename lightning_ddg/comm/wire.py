@@ -7,6 +7,7 @@ why.
 
 from __future__ import annotations
 
+import io
 import pickle
 from collections.abc import Sequence
 from functools import lru_cache
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_ddg.core.admitted import AdmittedUnpickler
 from lightning_ddg.core.pytree import flatten, plain, received
 from lightning_ddg.core.tensors import TensorSpec, spec_of
 
@@ -81,7 +83,7 @@ class Description(NamedTuple):
 
 def describe(meta: bytes | memoryview) -> Description:
     """Read :attr:`Packed.meta`."""
-    return Description(*pickle.loads(meta))
+    return Description(*AdmittedUnpickler(io.BytesIO(meta)).load())
 
 
 def unpack(description: Description, tensors: Sequence[Tensor]) -> Any:

@@ -23,6 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch._utils import _get_obj_state, _set_obj_state
 
+from lightning_ddg.core.admitted import AdmittedUnpickler
+
 
 class Form(bytes):
     """A form that holds classes which pickle cannot find by their names, such as those made in a function."""
@@ -92,11 +94,11 @@ class Flattener(pickle.Pickler):
         return NotImplemented
 
 
-class _Unflattener(pickle.Unpickler):
-    def __init__(self, file: io.BytesIO, tensors: Sequence[Any], classes: Sequence[type]) -> None:
-        super().__init__(file)
-        self.tensors = list(tensors)
-        self._classes = classes
+class _Unflattening:
+    """Puts tensors and classes where a form has their numbers."""
+
+    tensors: list[Any]
+    _classes: Sequence[type] = ()
 
     def persistent_load(self, pid: Any) -> Any:
         if isinstance(pid, int):
@@ -106,6 +108,19 @@ class _Unflattener(pickle.Unpickler):
         index, kind, state = pid
         self.tensors[index] = _as(kind, state, self.tensors[index])
         return self.tensors[index]
+
+
+class _Unflattener(_Unflattening, pickle.Unpickler):
+    def __init__(self, file: io.BytesIO, tensors: Sequence[Any], classes: Sequence[type]) -> None:
+        super().__init__(file)
+        self.tensors = list(tensors)
+        self._classes = classes
+
+
+class _Receiver(_Unflattening, AdmittedUnpickler):
+    def __init__(self, file: io.BytesIO, tensors: Sequence[Any]) -> None:
+        super().__init__(file)
+        self.tensors = list(tensors)
 
 
 def flatten(value: Any, *, travels: bool = False) -> tuple[bytes, list[Tensor]]:
@@ -156,7 +171,7 @@ def unflatten(form: bytes, tensors: Sequence[Any]) -> Any:
 
 def received(form: bytes, tensors: Sequence[Tensor], wants_grad: Sequence[bool]) -> Any:
     """Put a pytree together in another process, where its tensors are leaves that want gradients or do not."""
-    unflattener = _Unflattener(io.BytesIO(form), tensors, ())
+    unflattener = _Receiver(io.BytesIO(form), tensors)
     value = unflattener.load()
     for tensor, wanted in zip(unflattener.tensors, wants_grad, strict=True):
         tensor.requires_grad_(wanted)

@@ -30,8 +30,10 @@ VARIABLE = "DDG_FAULT"
 TIMEOUT = 10
 #: The file that is written when the fault happens: when, by the clock that all processes of a machine share.
 STRUCK = "struck"
-WIDTH = 8
+WIDTH = 64
 _BATCH = 3
+# In bytes: less than a checkpoint has, and more than the file in which a process leaves its error.
+_DISK = 20_000
 
 
 class Fault:
@@ -65,7 +67,7 @@ class Fault:
             case "cut":
                 hosts.cut()
             case "full disk":
-                resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+                resource.setrlimit(resource.RLIMIT_FSIZE, (_DISK, resource.RLIM_INFINITY))
             case name:
                 sent = {"freeze": "SIGSTOP", "kill": "SIGKILL", "sigterm": "SIGTERM", "sigint": "SIGINT"}[name]
                 os.kill(os.getpid(), signal.Signals[sent])

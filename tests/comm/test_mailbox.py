@@ -323,6 +323,28 @@ def test_the_reason_of_an_abort_reaches_ranks_that_wait_for_others() -> None:
         assert results[rank] == ["rank 1 ran out of luck"] * 3
 
 
+class Command:
+    def __reduce__(self) -> Any:
+        return os.system, ("true",)
+
+
+def send_a_command() -> str:
+    mailbox = connect()
+    if mailbox.rank == 0:
+        mailbox.send(1, FLAG, Command())
+    with pytest.raises(PeerError) as caught:
+        mailbox.take(1 - mailbox.rank, FLAG)
+    mailbox.abort(str(caught.value))
+    return str(caught.value)
+
+
+def test_a_message_that_could_become_a_command_ends_all_ranks() -> None:
+    for said in run_ranks(send_a_command, 2, timeout=60):
+        assert re.match(
+            r"A message \(flag\) from rank 0 by name cannot be read: it names \w+\.system, which is not", said
+        )
+
+
 def end_the_epoch_early() -> str | None:
     mailbox = connect()
     message = None
