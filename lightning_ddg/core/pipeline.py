@@ -13,10 +13,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from lightning_ddg.core.execution import ACTIVATION, GRADIENT, OUTPUT, Execution, Mailbox, Nothing, Observers, Sent
+from lightning_ddg.core.evaluator import Evaluator
+from lightning_ddg.core.execution import ACTIVATION, GRADIENT, Execution, Mailbox, Nothing, Observers, Sent
 from lightning_ddg.core.rng import Batch
 from lightning_ddg.core.schedule import rank_of_stage
 from lightning_ddg.core.stage import Stage
@@ -27,7 +27,8 @@ from lightning_ddg.core.ties import Tie, Ties
 class Pipeline(Execution):
     """The execution of stage ``number`` among ``num_stages`` ranks.
 
-    Gradients are multiplied by ``shrink`` when they are sent upstream; ``ties`` are parameters that stages share.
+    Gradients are multiplied by ``shrink`` when they are sent upstream; ``ties`` are parameters that stages share;
+    ``evaluator`` evaluates, by default whole batches.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class Pipeline(Execution):
         shrink: float = 1.0,
         observers: Observers | None = None,
         ties: Sequence[Tie] = (),
+        evaluator: Evaluator | None = None,
     ) -> None:
         self.stage = stage
         self.number = number
@@ -49,8 +51,7 @@ class Pipeline(Execution):
         self._ties = Ties(ties, number, num_stages, mailbox, shrink)
         self._upstream = None if number == 1 else rank_of_stage(number - 1, num_stages)
         self._downstream = None if number == num_stages else rank_of_stage(number + 1, num_stages)
-        self._last = rank_of_stage(num_stages, num_stages)
-        self._others = [rank for rank in range(num_stages) if rank != self._last]
+        self._evaluator = evaluator or Evaluator(stage.module, number, num_stages, mailbox)
         # Since the last step: whether a gradient has been added to p.grad, and whether one has been drained.
         self._pending = self._drained = False
 
@@ -94,15 +95,7 @@ class Pipeline(Execution):
 
     def evaluate(self, batch: Batch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._ties.refresh()
-        args, kwargs = self._received(args, kwargs)
-        with batch.draws(self.number), torch.no_grad():
-            output = self.stage.module(*args, **kwargs)
-        if self._downstream is not None:
-            self._mailbox.send(self._downstream, ACTIVATION, output)
-            return self._mailbox.take(self._last, OUTPUT)
-        # A snapshot: the step may change the output in place while it is still on its way.
-        self._mailbox.send(self._others, OUTPUT, output, snapshot=True)
-        return output
+        return self._evaluator.evaluate(batch, args, kwargs)
 
     def backward(self, loss: Callable[[], object] | None) -> None:
         self._observers.in_flight(self.number, self.stage)

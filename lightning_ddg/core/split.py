@@ -119,15 +119,16 @@ def join(parts: Sequence[Any], sizes: Sequence[int], name: str = "output") -> An
 
 
 def _joined_tensors(parts: Sequence[Tensor], sizes: Sequence[int], name: str) -> Tensor:
-    if all(part.ndim and part.shape[0] == size for part, size in zip(parts, sizes, strict=True)):
+    rows = all(part.ndim and part.shape[0] == size for part, size in zip(parts, sizes, strict=True))
+    if rows and all(part.shape[1:] == parts[0].shape[1:] for part in parts):
         return torch.cat(list(parts))
     if all(part.ndim == 0 and part.is_floating_point() for part in parts):
         return weighted_mean(parts, sizes)
     shapes = ", ".join(str(tuple(part.shape)) for part in parts[:_SHOWN])
     raise ValueError(
         f"{name} (tensors of {parts[0].dtype} and shapes {shapes}) cannot be put together from micro-batches of"
-        f" {', '.join(map(str, sizes[:_SHOWN]))} samples. Return tensors with the samples as their first dimension, or"
-        " floating numbers that may be averaged."
+        f" {', '.join(map(str, sizes[:_SHOWN]))} samples. Return tensors with the samples as their first dimension, and"
+        " the same other dimensions, or floating numbers that may be averaged."
     )
 
 

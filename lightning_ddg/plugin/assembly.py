@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from lightning_ddg.comm.ranks import Ranks
 from lightning_ddg.core.delay_line import DelayLine
+from lightning_ddg.core.evaluator import Evaluator
 from lightning_ddg.core.execution import Execution, Observers
 from lightning_ddg.core.extrapolation import Outlook
 from lightning_ddg.core.pipeline import Pipeline
@@ -28,6 +29,7 @@ from lightning_ddg.core.staged import Staged
 from lightning_ddg.network.cut import Costs, Cut, decide_cut
 from lightning_ddg.network.find import Network
 from lightning_ddg.network.replay.chain import ReplayedSegment
+from lightning_ddg.network.restore import untouched
 from lightning_ddg.planning.report import print_cut
 from lightning_ddg.planning.simulate import SECONDS_PER_BYTE
 from lightning_ddg.plugin import compat
@@ -44,6 +46,7 @@ from lightning_ddg.plugin.finish import Finish
 from lightning_ddg.plugin.first_batch import FirstBatch
 from lightning_ddg.plugin.foreign_hooks import misses_explained
 from lightning_ddg.plugin.hooks import FitHooks
+from lightning_ddg.plugin.host import rank_zero_info
 from lightning_ddg.plugin.measure import copies_kept, first_call, measured_costs
 from lightning_ddg.plugin.micro_batches import MicroBatches
 from lightning_ddg.plugin.next_options import outlook_of
@@ -288,6 +291,21 @@ def segments_in_place(site: Site, cut: Cut) -> list[nn.Module]:
     return segments
 
 
+def make_evaluator(site: Site, segment: nn.Module, stage: int) -> Evaluator:
+    """Make what evaluates with one of several processes."""
+    modules = list(site.module.modules())
+    return Evaluator(
+        segment,
+        stage,
+        site.num_stages,
+        site.ranks.mailbox,
+        site.options.eval_micro_batches_for(site.num_stages),
+        modules,
+        partial(untouched, modules),
+        lambda why: rank_zero_info(f"Batches are evaluated whole, one after the other: {why}."),
+    )
+
+
 def ownership_of(site: Site, cut: Cut, segments: Sequence[nn.Module]) -> Ownership:
     """Say whose tensor is whose, and refuse what cannot be kept apart."""
     layers = [cut.layers_of(stage) for stage in range(1, site.num_stages + 1)]
@@ -304,7 +322,8 @@ def make_execution(
     if stage is not None:
         own = Stage(segments[stage - 1], delay(stage, site.num_stages), rule, recompute, outlook)
         ties, ranks = ownership.ties, site.ranks
-        return Pipeline(own, stage, site.num_stages, ranks.mailbox, rule.shrink, ranks.observers, ties)
+        evaluator = make_evaluator(site, segments[stage - 1], stage)
+        return Pipeline(own, stage, site.num_stages, ranks.mailbox, rule.shrink, ranks.observers, ties, evaluator)
     if not rule.stash:
         return Staged(segments, rule, recompute, site.ranks.observers, outlook)
     whole = partial(cut.chain.at_once, segments)

@@ -71,6 +71,7 @@ class Options:
     compile: bool | dict[str, Any] = False
     drain: Literal["epoch", "fit", "never"] = "epoch"
     micro_batches: int | Literal["auto"] = 1
+    eval_micro_batches: int | Literal["auto"] = "auto"
     recompute: bool = False
     verify: bool = True
     staleness: Staleness = field(default_factory=Staleness)
@@ -91,11 +92,12 @@ class Options:
         if not isinstance(self.verify, bool):
             raise TypeError(f"verify={self.verify!r} is not a bool. Use True or False.")
         _check_memory_limit(self.max_memory, self.split_points, self.balance)
-        number = self.micro_batches
-        if number != "auto" and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
-            raise ValueError(
-                f"micro_batches={number!r} is not a number of micro-batches. Use a positive integer or 'auto'."
-            )
+        for name in ("micro_batches", "eval_micro_batches"):
+            number = getattr(self, name)
+            if number != "auto" and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
+                raise ValueError(
+                    f"{name}={number!r} is not a number of micro-batches. Use a positive integer or 'auto'."
+                )
 
     @property
     def compile_options(self) -> dict[str, Any] | None:
@@ -115,6 +117,10 @@ class Options:
     def micro_batches_for(self, num_stages: int) -> int:
         """Return after how many micro-batches each stage steps; 1 where batches are not split."""
         return max(1, num_stages - 1) if self.micro_batches == "auto" else self.micro_batches
+
+    def eval_micro_batches_for(self, num_stages: int) -> int:
+        """Return into how many micro-batches a batch is split in evaluation, if it has as many samples."""
+        return 4 * num_stages if self.eval_micro_batches == "auto" else self.eval_micro_batches
 
     def micro_batches_of(self, length: int, num_stages: int) -> int:
         """Return into how many micro-batches a batch of so many samples is split."""

@@ -43,21 +43,20 @@ class DDGStrategy(StageProcesses):
         num_stages: Number of stages ``K``. ``"auto"``: one per process; with one process, 2.
         split_points: Names of the submodules, relative to the host.LightningModule, that begin stages ``2..K``.
         balance: What the automatic cut evens out: measured ``"time"``, ``"parameters"`` or ``"flops"``.
-        max_memory: What the automatic cut by time allows a stage to need on its device: bytes, or a text such as
-            ``"12GB"`` or ``"800MiB"``. For several processes, without ``split_points``.
+        max_memory: What the automatic cut by time allows a stage to need on its device, with several processes and
+            without ``split_points``: bytes, or a text such as ``"12GB"`` or ``"800MiB"``.
         compile: Whether each stage is compiled by ``torch.compile``; a dictionary gives its options.
         drain: When the gradients still in flight are applied without a new forward: at the end of each ``"epoch"``, of
             the ``"fit"``, or ``"never"``, which is the paper's bare algorithm.
         micro_batches: Into how many micro-batches each batch is split, with one step for all, so that a gradient is at
             most ``ceil((K - 1) / m)`` updates old. ``"auto"``: as many as make that one.
+        eval_micro_batches: The same in evaluation by K processes, where samples go by themselves. ``"auto"``: ``4 K``.
         recompute: Whether stages keep the inputs of batches in flight only, and compute activations again in the
             backward, to the same weights. In one process it has an effect with ``stash=False`` only.
-        verify: Whether the first batch's gradients, as they are really computed, are compared with those of plain
-            backpropagation, and a difference ends the fit. It costs one more forward and backward in a fit.
+        verify: Whether the first batch's gradients are compared with backpropagation's: a difference ends the fit.
         staleness: What stages do with stale gradients; by default what the paper says. ``"corrected"`` is
             ``extrapolate=True`` with ``micro_batches="auto"``, or as many micro-batches as are given.
-        process_group_backend: Backend of ``torch.distributed``; by default NCCL on CUDA devices, gloo otherwise. With
-            gloo, tensors on CUDA devices travel through pinned host memory.
+        process_group_backend: By default NCCL on CUDA devices, else gloo, which copies what is on devices to the host.
         timeout: The longest a rank waits for a message from another.
         start_method: How processes are started: ``"popen"``, ``"spawn"``, ``"fork"`` or ``"forkserver"``.
         accelerator: As in Lightning's strategies; so are the arguments after it.
@@ -77,6 +76,7 @@ class DDGStrategy(StageProcesses):
         compile: bool | dict[str, Any] = False,
         drain: Literal["epoch", "fit", "never"] = "epoch",
         micro_batches: int | Literal["auto"] = 1,
+        eval_micro_batches: int | Literal["auto"] = "auto",
         recompute: bool = False,
         verify: bool = True,
         staleness: Staleness | Literal["corrected"] | None = None,
@@ -96,6 +96,7 @@ class DDGStrategy(StageProcesses):
             max_memory=None if max_memory is None else parse_bytes(max_memory),
             compile=compile,
             drain=drain,
+            eval_micro_batches=eval_micro_batches,
             recompute=recompute,
             verify=verify,
             **rules(staleness, micro_batches),

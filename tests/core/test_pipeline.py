@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lightning_ddg.core.evaluator import Piece, Verdict
 from lightning_ddg.core.execution import ACTIVATION, GRADIENT, OUTPUT, Channel, Mailbox, Sent
 from lightning_ddg.core.pipeline import Pipeline
 from lightning_ddg.core.pytree import map_tensors
@@ -118,17 +119,20 @@ def test_the_last_stage_runs_the_backward_of_the_loss_at_once() -> None:
 def test_evaluation_gives_the_output_to_every_rank() -> None:
     last, script = pipeline(nn.Identity(), 3, 3)
     value = torch.ones(2)
-    script.lay(1, ACTIVATION, value)
+    script.lay(1, ACTIVATION, Piece(value))
     output = last.evaluate(Batch(0), (), {})
     assert sorted((peer, channel) for peer, channel, _ in script.sent) == [(1, OUTPUT), (2, OUTPUT)]
     output.zero_()
-    assert all(torch.equal(sent, torch.ones(2)) for _, _, sent in script.sent), "the step may write into its output"
+    assert all(torch.equal(sent, torch.ones(2)) for _, _, (sent, _) in script.sent), (
+        "the step may write into its output"
+    )
 
     first, script = pipeline(nn.Linear(2, 2), 1, 3)
-    script.lay(0, OUTPUT, "the network's output")
+    script.lay(0, OUTPUT, ("the network's output", Verdict.DONE))
     assert first.evaluate(Batch(0), (torch.ones(1, 2),), {}) == "the network's output"
-    ((peer, channel, sent),) = script.sent
+    ((peer, channel, piece),) = script.sent
     assert (peer, channel) == (1, ACTIVATION)
+    sent = piece.value
     assert not sent.requires_grad
     assert not first.waiting
 
