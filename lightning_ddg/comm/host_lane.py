@@ -35,10 +35,12 @@ class HostLane:
 
     Attributes:
         threads: To be started by the owner, and joined after :meth:`close`.
+        held_up_by: The rank that is receiving, or shall receive, the oldest message that has not left.
     """
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, lost: Callable[[int, Exception], None]) -> None:
         self.threads = [threading.Thread(target=self._see_off, name="ddg-see-off", daemon=True)]
+        self.held_up_by: int | None = None
         self._group = group
         self._device = device
         self._lost = lost
@@ -81,10 +83,12 @@ class HostLane:
         while (item := self._leaving.get()) is not None:
             sent, marker = item
             for peer, work, data in sent:
+                self.held_up_by = peer
                 try:
                     self._wait_until_gone(work, data)
                 except RuntimeError as error:
                     self._lost(peer, error)
+            self.held_up_by = None
             if marker is not None:
                 marker.set()
             sent = item = work = data = None

@@ -98,7 +98,8 @@ class GroupMailbox:
         self._waits: dict[int, tuple[int, str, int]] = {}
         self._known: dict[tuple[int, bytes], int] = {}
         self._logged: set[tuple[str, str, int]] = set()
-        self._closing = False
+        # Whether this rank ends because of the failure, or of its own: who closes afterwards need not be told again.
+        self._told = self._closing = False
         self._lane = (
             DeviceLane(group, device, self._lost, self._failed, edges or {})
             if device.type == "cuda"
@@ -171,13 +172,21 @@ class GroupMailbox:
             PeerError: If a rank has failed.
             TimeoutError: If it takes longer than the timeout.
         """
-        left = self._lane.mark()
-        if not left.wait(self._timeout.total_seconds()):
-            self.raise_failure()
-            raise TimeoutError(
-                f"{self._names[self.rank]} waited {self._timeout} for its messages to leave. If sending can really take"
-                " that long, raise `timeout` of DDGStrategy."
-            )
+        left, limit = self._lane.mark(), self._timeout.total_seconds()
+        patience = min(_PATIENCE, limit)
+        if not left.wait(patience):
+            peer = self._lane.held_up_by
+            if peer is not None:
+                self._say_waiting((peer, "receipt", -1))
+            if not left.wait(limit - patience):
+                self.raise_failure()
+                to = "leave" if peer is None else f"be received by {self._names[peer]}{self._waits_itself(peer)}"
+                raise TimeoutError(
+                    f"{self._names[self.rank]} waited {self._timeout} for its messages to {to}. If sending can really"
+                    " take that long, raise `timeout` of DDGStrategy."
+                )
+            if peer is not None:
+                self._say_waiting(None)
         self.raise_failure()
 
     # ---- receiving
@@ -338,6 +347,7 @@ class GroupMailbox:
     def raise_failure(self) -> None:
         """Raise :class:`PeerError` if another rank has failed."""
         if self.failure is not None:
+            self._told = True
             raise PeerError(self.failure)
 
     def _lost(self, peer: int, error: Exception) -> None:
@@ -370,7 +380,7 @@ class GroupMailbox:
             text = self.failure or reason
             if self.failure is None:
                 self.failure = f"This rank has failed: {reason}"
-            self._closing = True
+            self._told = self._closing = True
         for peer in self._peers:
             self._post(peer, ERROR, pack(text))
             self._post(peer, BYE, pack(None))
@@ -383,9 +393,10 @@ class GroupMailbox:
         When a rank has failed, only wait, shortly, for one's own threads: a process that ends under them is aborted.
 
         Raises:
+            PeerError: If a rank fails meanwhile.
             TimeoutError: If a rank has not said goodbye within the timeout.
         """
-        late: list[str] = []
+        late = False
         if self.failure is None:
             for peer in self._peers:
                 self._post(peer, BYE, pack(None))
@@ -393,9 +404,10 @@ class GroupMailbox:
         with self._news:
             while self.failure is None and not all(self._arrived[peer, BYE.name] for peer in self._peers):
                 if not self._news.wait(max(0.0, deadline - time.monotonic())):
-                    late = [self._names[peer] for peer in self._peers if not self._arrived[peer, BYE.name]]
+                    names = [self._names[peer] for peer in self._peers if not self._arrived[peer, BYE.name]]
+                    late = True
                     self.failure = (
-                        f"{self._names[self.rank]} waited {self._timeout} for {' and '.join(late)} to end the run too."
+                        f"{self._names[self.rank]} waited {self._timeout} for {' and '.join(names)} to end the run too."
                         " If what is done after training can really take that long, raise `timeout` of DDGStrategy."
                     )
             self._closing = True
@@ -409,6 +421,8 @@ class GroupMailbox:
             thread.join(timeout=max(0.0, deadline - time.monotonic()))
         if late:
             raise TimeoutError(self.failure)
+        if not self._told:
+            self.raise_failure()
 
     def disconnect(self) -> None:
         """Close, and give the groups back, which hold sockets and threads; after a failure they are left alone."""

@@ -347,7 +347,7 @@ class PipelineRanks(Ranks):
 
     def abort(self, reason: str) -> str:
         if self._failure is None:
-            self._failure = self.mailbox.abort(reason) if self._connected else reason
+            self._failure = self.mailbox.abort(reason) if self._connected else self.mailbox.failure or reason
         return self._failure
 
     def disconnect(self) -> None:

@@ -588,6 +588,66 @@ def test_a_rank_that_never_ends_is_named() -> None:
     )
 
 
+class HeldUp:
+    """A lane whose messages to a rank do not leave."""
+
+    held_up_by = 0
+
+    def __init__(self, lane: Any) -> None:
+        self.lane = lane
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.lane, name)
+
+    def mark(self) -> threading.Event:
+        return threading.Event()
+
+
+def flush_what_does_not_leave() -> str:
+    mailbox = connect(timedelta(seconds=4 if os.environ["LOCAL_RANK"] == "1" else 60))
+    if mailbox.rank == 0:
+        with pytest.raises(PeerError) as caught:
+            mailbox.take(1, FLAG)
+        return str(caught.value)
+    lane = mailbox._lane
+    mailbox._lane = HeldUp(lane)  # type: ignore[assignment]
+    with pytest.raises(TimeoutError) as late:
+        mailbox.flush()
+    mailbox._lane = lane
+    mailbox.abort(str(late.value))
+    return str(late.value)
+
+
+def test_who_cannot_send_names_who_does_not_receive() -> None:
+    for said in run_ranks(flush_what_does_not_leave, 2, timeout=60):
+        assert said.startswith(
+            "rank 1 by name waited 0:00:04 for its messages to be received by rank 0 by name, which itself waits for"
+            " one (flag) from rank 1 by name. If sending can really take that long, raise `timeout`"
+        )
+
+
+def fail_while_the_other_closes(how: str) -> str:
+    mailbox = connect(timedelta(seconds=60))
+    if mailbox.rank == 0:
+        mailbox.take(1, FLAG)
+        if how == "dies":
+            os._exit(3)
+        mailbox.abort("rank 0 fails late")
+        mailbox.close()
+        return ""
+    mailbox.send(0, FLAG, 1)
+    with pytest.raises(PeerError) as caught:
+        mailbox.close()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(("how", "says"), [("aborts", "rank 0 fails late"), ("dies", "rank 0 by name is gone")])
+def test_who_ends_the_run_is_told_of_a_failure_meanwhile(how: str, says: str) -> None:
+    results = run_ranks_raw(fail_while_the_other_closes, 2, how, timeout=60)
+    assert results[1].error is None, results[1].error
+    assert results[1].value.startswith(says)
+
+
 def work_while_the_other_waits() -> int:
     mailbox = connect(timedelta(days=1))
     if mailbox.rank == 0:
