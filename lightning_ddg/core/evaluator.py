@@ -113,8 +113,11 @@ class Evaluator:
         """On the first stage: the batch, or its parts, or both."""
         call = args, kwargs
         sizes = [] if self._whole else _sizes(call, self._parts)
+        if len(sizes) < 2:
+            yield Piece(call)
+            return
         form = (len(args), tuple(kwargs), *((tensor.dtype, tensor.ndim) for tensor in tensors_of(call)))
-        if len(sizes) < 2 or (form not in self._seen and len(self._seen) == _MOST_FORMS):
+        if form not in self._seen and len(self._seen) == _MOST_FORMS:
             yield Piece(call)
             return
         number = self._seen[form] = self._seen.get(form, 0) + 1

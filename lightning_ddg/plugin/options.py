@@ -71,7 +71,7 @@ class Options:
     compile: bool | dict[str, Any] = False
     drain: Literal["epoch", "fit", "never"] = "epoch"
     micro_batches: int | Literal["auto"] = 1
-    eval_micro_batches: int | Literal["auto"] = "auto"
+    eval_micro_batches: int | Literal["auto"] = 1
     recompute: bool = False
     verify: bool = True
     staleness: Staleness = field(default_factory=Staleness)

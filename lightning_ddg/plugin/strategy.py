@@ -76,7 +76,7 @@ class DDGStrategy(StageProcesses):
         compile: bool | dict[str, Any] = False,
         drain: Literal["epoch", "fit", "never"] = "epoch",
         micro_batches: int | Literal["auto"] = 1,
-        eval_micro_batches: int | Literal["auto"] = "auto",
+        eval_micro_batches: int | Literal["auto"] = 1,
         recompute: bool = False,
         verify: bool = True,
         staleness: Staleness | Literal["corrected"] | None = None,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import logging
 import warnings
 from itertools import pairwise
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import lightning.pytorch as pl
@@ -380,3 +382,98 @@ def test_what_has_no_parameters_is_not_trained() -> None:
 
     with pytest.raises((TypeError, ValueError), match="there is nothing to cut"):
         quiet_trainer(devices=1, strategy=DDGStrategy(2)).fit(Fits(), loader("mlp"))
+
+
+# Not an attribute of the network, which would then have kept something of the batch.
+SIZES: SimpleQueue[int] = SimpleQueue()
+
+
+class Sized(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            SIZES.put(len(x))
+        return x
+
+
+class Mixed(nn.Module):
+    """What a sample gives goes by the others."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x - x.mean(0)
+
+
+class Evaluated(pl.LightningModule):
+    def __init__(self, mixes: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        layers = [nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 8), nn.Dropout(), nn.Linear(8, 3)]
+        self.net = nn.Sequential(*layers, *([Mixed()] if mixes else []), Sized()).double()
+        self.seen = SumMetric()
+        self.sizes: list[int] = []
+
+    def step(self, batch: Any) -> Tensor:
+        logits = self.net(batch[0])
+        self.sizes.append(len(logits))
+        return nn.functional.cross_entropy(logits, batch[1])
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.step(batch)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.seen(len(batch[0]))
+        self.log("seen", self.seen)
+        self.log("val_loss", self.step(batch))
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("test_loss", self.step(batch))
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        logits: Tensor = self.net(batch[0])
+        return logits
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def evaluate_in_parts(devices: int, mixes: bool, parts: Any) -> Any:
+    warnings.simplefilter("ignore")
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addHandler(handler)
+    data = loader("mlp", count=36, batch_size=12)
+    strategy: Any = "auto"
+    if devices > 1:
+        strategy = DDGStrategy(split_points=["net.3", "net.5"][: devices - 1], eval_micro_batches=parts)
+    trainer = quiet_trainer(devices=devices, strategy=strategy, max_epochs=1, num_sanity_val_steps=0)
+    module = Evaluated(mixes)
+    found: list[Any] = [trainer.validate(module, data, verbose=False)]
+    trainer.fit(module, data, data)
+    found += [dict(trainer.callback_metrics), trainer.test(module, data, verbose=False)]
+    found.append(trainer.predict(module, data))
+    sizes = []
+    while not SIZES.empty():
+        sizes.append(SIZES.get())
+    return found, sizes, module.sizes, [text for text in said if "whole" in text]
+
+
+@pytest.mark.parametrize("mixes", [False, True])
+def test_evaluation_in_micro_batches_gives_what_whole_batches_give(mixes: bool) -> None:
+    whole = run_ranks(evaluate_in_parts, 2, 2, mixes, 1)
+    parts = run_ranks(evaluate_in_parts, 2, 2, mixes, "auto")
+    assert whole[1][1] == [], "the first stage does not run the last layers"
+    for one, other in zip(whole, parts, strict=True):
+        for first, second in zip(one[0], other[0], strict=True):
+            torch.testing.assert_close(first, second, rtol=0.0, atol=1e-12)
+        assert one[2] == other[2], "the step sees whole batches"
+    evaluated = [12] * 12
+    assert whole[0][1] == evaluated
+    cut = [2, 2, 2, 2, 1, 1, 1, 1]
+    if mixes:
+        assert parts[0][1] == [12, *cut, 12, 12] * 4
+        assert len(parts[0][3]) == 4
+        assert "the output of a sample goes by the other samples of its batch" in parts[0][3][0]
+    else:
+        # Whole and in parts for the first and the second of a run.
+        assert parts[0][1] == [12, *cut, 12, *cut, *cut] * 4
+        assert parts[0][3] == []
