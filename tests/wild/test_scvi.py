@@ -56,7 +56,7 @@ CASES = {
     for name, sizes in NETWORKS.items()
 }
 CASES["TOTALVI, adversarial"] = Case(
-    partial(train, "TOTALVI", NETWORKS["TOTALVI"], TOTALVI),
+    partial(train, "TOTALVI", NETWORKS["TOTALVI"], {**TOTALVI, "adversarial_classifier": True}),
     dict.fromkeys(WAYS, "`configure_optimizers` returned 2 optimizers"),
     precision="32-true",
 )
