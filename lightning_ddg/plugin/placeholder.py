@@ -51,7 +51,8 @@ def zeros_like_output(rest: nn.Module) -> Placeholder:
                 raise RuntimeError(
                     "In manual optimization a rank without the loss needs the shape of the network's output, and the"
                     f" layers after its stage do not run on the meta device ({type(error).__name__}: {error}). Use"
-                    " automatic optimization, or layers whose output shape does not depend on the data."
+                    " automatic optimization, one process (devices=1), or layers whose output shape does not depend on"
+                    " the data."
                 ) from error
             known[key] = (shapes, device)
         shapes, device = known[key]

@@ -248,6 +248,75 @@ class Sometimes(Step):
         return self.body(x)
 
 
+class SeveralSamples(nn.Module):
+    """Evaluated, it gives two outputs an image, one after the other, as ensembles and Bayesian networks do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(36, 8), nn.ReLU(), nn.Linear(8, 8))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.body(x)
+        return self.head(h if self.training else torch.cat([h, -h]))
+
+
+class LossAroundNetwork(nn.Module):
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return torch.stack([F.cross_entropy(self.net(view), y) for view in (x, x.flip(-1))]).mean()
+
+
+class LossHoldsNetwork(Step):
+    """The network is called by the loss, as with an evidence lower bound, and by itself only in evaluation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = SeveralSamples()
+        self.criterion = LossAroundNetwork(self.net)
+
+    def loss(self, batch: Any) -> Tensor:
+        if self.training:
+            return self.criterion(*batch)
+        return F.cross_entropy(self.predicted(batch[0]), batch[1])
+
+    def predicted(self, x: Tensor) -> Tensor:
+        return self.net(x).unflatten(0, (2, -1)).mean(0)
+
+
+class Rescaled(MeanMetric):
+    """A loss that is told by the network's ``forward`` how its outputs are to be read."""
+
+    def rescaled(self, x: Tensor, how: str) -> Tensor:
+        self.how = how
+        return 2 * x
+
+    def read(self, x: Tensor) -> Tensor:
+        return getattr(torch, self.how)(x)
+
+
+class LeavesForTheLoss(Step):
+    """``forward`` leaves in an attribute of the loss what the step needs after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(36, 8), nn.ReLU(), nn.Linear(8, 8))
+        self.head = nn.Linear(8, 3)
+        self.rescale = Rescaled()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rescale.rescaled(self.head(self.body(x)), "sinh")
+
+    def loss(self, batch: Any) -> Tensor:
+        return F.cross_entropy(self.rescale.read(self(batch[0])), batch[1])
+
+    def predicted(self, x: Tensor) -> Tensor:
+        return self.rescale.read(self(x))
+
+
 STEPS: dict[str, Callable[[], pl.LightningModule]] = {
     "methods": Methods,
     "two calls": Contrastive,
@@ -256,4 +325,6 @@ STEPS: dict[str, Callable[[], pl.LightningModule]] = {
     "hidden state": TruncatedBackprop,
     "noise on both ends": Denoising,
     "no loss for some": Sometimes,
+    "the loss holds the network": LossHoldsNetwork,
+    "left for the loss": LeavesForTheLoss,
 }

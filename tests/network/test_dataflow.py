@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils.checkpoint import checkpoint
+from torchmetrics import MeanMetric
 
 from lightning_ddg.network.replay.analysis import analyse
 from lightning_ddg.network.replay.chain import ReplayedChain
@@ -78,12 +79,28 @@ class InPlace(Net):
 class Fills(Net):
     """Writes what layers return into a new tensor."""
 
+    make = staticmethod(torch.zeros)
+
     def forward(self, x: Tensor) -> Tensor:
-        filled = torch.zeros(x.shape[0], 4, 4, dtype=x.dtype)
+        filled = self.make(x.shape[0], 4, 4, dtype=x.dtype)
         for index, layer in enumerate((self.a, self.b, self.c, self.d)):
             x = layer(x)
             filled[:, index] = x
         return filled
+
+
+class FillsEmpty(Fills):
+    make = staticmethod(torch.empty)
+
+
+class Crops(Net):
+    """Writes parts of its input, which random numbers choose, into a new tensor, as augmentations do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        cropped = torch.empty_strided((len(x), 3), (3, 1), dtype=x.dtype)
+        for row, start in enumerate(torch.randint(0, 2, (len(x),)).tolist()):
+            cropped[row] = x[row, start : start + 3]
+        return self.d(self.c(self.b(self.a(F.pad(cropped, (0, 1))))))  # type: ignore[no-any-return]
 
 
 # ---- autograd functions, checkpoints, hooks on tensors
@@ -285,6 +302,37 @@ class Siamese(Net):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.d(torch.tanh(self.c((self.half(x) - self.half(x.flip(0))).abs())))  # type: ignore[no-any-return]
+
+
+class Pyramid(nn.Module):
+    """Returns features of every depth."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm, self.deep, self.deeper = (
+            nn.Linear(4, 4),
+            nn.LayerNorm(4),
+            nn.Linear(4, 4),
+            nn.Linear(4, 4),
+        )
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        found = [F.relu(self.norm(self.stem(x)), inplace=True)]
+        found.append(self.deep(found[0].sin()))
+        return [*found, self.deeper(found[1].cos())]
+
+
+class Changes(Net):
+    """Compares the features of two inputs, as networks that detect changes do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = Pyramid()
+
+    def forward(self, x: Tensor) -> Tensor:
+        before, after = self.encoder(x), self.encoder(x.flip(0))
+        shallow, middle, deep = [one - other for one, other in zip(after, before, strict=True)]
+        return self.d(torch.cat([self.c(deep + middle), shallow]))  # type: ignore[no-any-return]
 
 
 class Experts(nn.Module):
@@ -542,6 +590,8 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "residual over a plain list": (PlainList, 3),
     "in place": (InPlace, 5),
     "fills a tensor": (Fills, 3),
+    "fills an empty tensor": (FillsEmpty, 3),
+    "crops its input": (Crops, 3),
     "straight-through": (StraightThrough, 3),
     "gradient reversal": (Adversary, 3),
     "function of two outputs": (TwoOutputs, 3),
@@ -557,6 +607,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "keeps in itself": (KeepsItself, 3),
     "reads a buffer": (Reads, 3),
     "siamese": (Siamese, 5),
+    "features of two inputs": (Changes, 5),
     "mixture of experts": (Mixture, 4),
     "structures": (Structures, 6),
     "attention": (Attends, 3),
@@ -731,6 +782,47 @@ def test_code_that_changes_what_it_keeps_is_not_cut(how: str, name: str) -> None
         assert_same_step(chain, [2, 3], batch(5), ours, theirs)
     assert ours.block.count == theirs.block.count  # type: ignore[union-attr]
     assert_same(ours.block.scale, theirs.block.scale)  # type: ignore[union-attr]
+
+
+class Trains(Net):
+    """Called in training only, as a loss that holds the network is: evaluated, its shapes do not fit."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.b(self.a(x))
+        return self.d(self.c(x if self.training else x[:, :2]))  # type: ignore[no-any-return]
+
+
+class LeavesBehind(Net):
+    """Tells a metric, or itself, how its output is to be read, when it is evaluated."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.loss, self.where = MeanMetric(), where
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.d(self.c(self.b(self.a(x))))
+        if not self.training and self.where:
+            (self.loss if self.where == "metric" else self).read = "exp"
+        return x  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("make", "evaluates"),
+    [
+        (Trains, False),
+        (lambda: LeavesBehind("metric"), False),
+        (lambda: LeavesBehind("itself"), False),
+        (lambda: LeavesBehind(""), True),
+    ],
+)
+def test_what_cannot_be_evaluated_in_stages_is_trained_in_them(make: Callable[[], nn.Module], evaluates: bool) -> None:
+    network = made(make)
+    theirs = copy.deepcopy(network)
+    chain = ReplayedChain(network, "net", batch(3))
+    assert chain.evaluates == evaluates
+    assert chain.names == ["net.a", "net.b", "net.c", "net.d"]
+    for cut in cuts_of(chain, 2):
+        assert_same_step(chain, cut, batch(5), network, theirs)
 
 
 class LayerDrop(PlainList):

@@ -57,7 +57,7 @@ class NeedsValues(nn.Module):
 
 MESSAGE = (
     "In manual optimization a rank without the loss needs the shape of the network's output.*"
-    "Use automatic optimization, or layers whose output shape does not depend on the data"
+    r"Use automatic optimization, one process \(devices=1\), or layers whose output shape does not depend on the data"
 )
 
 

@@ -83,7 +83,7 @@ CASES = {
     "VisionTransformer": Case(vit),
     "TinyViT": Case(tiny_vit),
     "AugmentationSequential in a transfer hook": Case(augmented),
-    "HardNet": Case(local_features),
+    "HardNet": Case(local_features, draws=True),  # it has dropout
 }
 
 

@@ -74,10 +74,6 @@ NETWORKS: dict[str, tuple[bool, dict[str, Any]]] = {
     "TiDEModel": (True, {"hidden_size": 8, "dropout": 0.0}),
     "TimeXer": (True, {"hidden_size": 8, "n_heads": 2, "e_layers": 2, "d_ff": 16, "patch_length": 4, "dropout": 0.0}),
 }
-REFUSED = {
-    # Validation uses what the network's forward has left in the loss, which only the last stage's process has.
-    "DeepAR": {"two processes": "has no attribute '_transformation'"},
-}
 CASES = {
     # DeepAR draws samples in validation.
     name: Case(partial(train, name, *how), draws=name == "DeepAR", precision="32-true")

@@ -43,7 +43,7 @@ def regress(how: dict[str, Any], arguments: dict[str, Any]) -> None:
     loss = DistributionNLLLoss() if how else nn.MSELoss()
     routine = RegressionRoutine(model=net, output_dim=1, loss=loss, optim_recipe=sgd(net), **how)
     draw = torch.Generator().manual_seed(5)
-    fit(arguments, routine, one_batch(torch.randn(6, 5, generator=draw), torch.randn(6, 1, generator=draw)))
+    fit(arguments, routine, one_batch(torch.randn(6, 5, generator=draw), torch.randn(6, generator=draw)))
 
 
 def segment(arguments: dict[str, Any]) -> None:
@@ -51,7 +51,9 @@ def segment(arguments: dict[str, Any]) -> None:
     from torch_uncertainty.routines import SegmentationRoutine
 
     net = small_unet(in_channels=3, num_classes=3, bilinear=False)
-    routine = SegmentationRoutine(model=net, num_classes=3, loss=nn.CrossEntropyLoss(), optim_recipe=sgd(net))
+    # All pixels count for the metrics; a part of them would be drawn.
+    how = {"loss": nn.CrossEntropyLoss(), "optim_recipe": sgd(net), "metric_subsampling_rate": 1.0}
+    routine = SegmentationRoutine(model=net, num_classes=3, **how)
     fit(arguments, routine, one_batch(draw_images(), draw_classes(4, 32, 32)))
 
 
@@ -76,8 +78,13 @@ def ensemble(arguments: dict[str, Any]) -> None:
 CASES = {
     "LeNet": Case(partial(classify, "lenet", {}, {})),
     "packed LeNet": Case(partial(classify, "packed_lenet", {"num_estimators": 2, "alpha": 2, "gamma": 1}, {})),
-    "batch ensemble LeNet": Case(partial(classify, "batchensemble_lenet", {"num_estimators": 2}, {})),
-    "Bayesian LeNet, ELBO": Case(partial(classify, "bayesian_lenet", {"num_samples": 2}, {}), draws=True),
+    "batch ensemble LeNet": Case(
+        partial(classify, "batchensemble_lenet", {"num_estimators": 2, "repeat_training_inputs": True}, {})
+    ),
+    # The loss uses what all layers have left in attributes, after each of several calls of the network.
+    "Bayesian LeNet, ELBO": Case(
+        partial(classify, "bayesian_lenet", {"num_samples": 2}, {}), dict.fromkeys(WAYS, "the network has 1 layer")
+    ),
     "ResNet-18": Case(partial(classify, "resnet", {"arch": 18}, {})),
     "regression, MLP": Case(partial(regress, {})),
     "regression, normal": Case(partial(regress, {"dist_family": "normal"})),

@@ -77,7 +77,7 @@ CASES = {
     "simclr": Case(partial(train, "SimCLRTask", {"model": "resnet18"}), draws=True, precision="32-true"),
     "moco": Case(
         partial(train, "MoCoTask", {"model": "resnet18", "version": 2, "layers": 2, "hidden_dim": 16, "output_dim": 8}),
-        draws=True, precision="32-true",
+        {"two processes": "changes without a gradient. It is a copy of"}, draws=True, precision="32-true",
     ),
     "byol": Case(partial(train, "BYOLTask", {"model": "resnet18"}), draws=True, precision="32-true"),
 }  # fmt: skip

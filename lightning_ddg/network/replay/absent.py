@@ -94,6 +94,10 @@ class Absent:
         for tensor in into:
             tensor.origin = origin
 
+    def plain(self, tensor: Tracked) -> bool:
+        """See :class:`~lightning_ddg.network.replay.tracked.Ledger`."""
+        return False
+
     def read(self, tensor: Tracked, operation: str) -> None:
         """See :class:`~lightning_ddg.network.replay.tracked.Ledger`."""
         if self.running and (tensor.origin.later or self.over):

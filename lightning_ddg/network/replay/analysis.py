@@ -120,14 +120,20 @@ def analyse(
     Modules in ``points`` are layers though they have no parameters; those in ``whole`` are not looked into.
 
     Raises:
-        RuntimeError: The network's code failed.
+        RuntimeError: The network's code failed in training.
     """
     tree = find_tree(target, points, whole)
-    flows = tuple(_observed(target, tree, code, call, mode) for mode in (True, False))
+    training, evaluation = _observed(target, tree, code, call, True), None
+    try:
+        evaluation = _observed(target, tree, code, call, False)
+    except RuntimeError:
+        # What is called in training only, as a loss that holds the network, need not bear the other mode.
+        _log.debug("%s: cannot be cut in evaluation", type(target).__name__, exc_info=True)
+    flows = [flow for flow in (training, evaluation) if flow is not None]
     closed = frozenset[nn.Module]().union(*(_to_be_closed(target, tree, flow) for flow in flows))
     if closed - whole:
         return analyse(target, code, call, points, whole | closed)
-    found = _combined(target, tree, code, *flows)
+    found = _combined(target, tree, code, training, evaluation)
     stuck = _never_cut_inside(found)
     if stuck - whole:
         return analyse(target, code, call, points, whole | stuck)
@@ -165,37 +171,38 @@ def _to_be_closed(target: nn.Module, tree: Tree, flow: DataFlow) -> Iterator[nn.
             yield modules[path[-1][0]]
 
 
-def _combined(target: nn.Module, tree: Tree, code: Code, training: DataFlow, evaluation: DataFlow) -> Analysis:
+def _combined(target: nn.Module, tree: Tree, code: Code, training: DataFlow, evaluation: DataFlow | None) -> Analysis:
+    observed = [(training, True)] + ([] if evaluation is None else [(evaluation, False)])
+    watched = [flow for flow, _ in observed]
     order = list(dict.fromkeys(call.layer for call in training.calls))
     position = {layer: place for place, layer in enumerate(order)}
-    loose = _loose(target, position, training, evaluation)
+    loose = _loose(target, position, watched)
     blocks = {}
-    for block in training.blocks | evaluation.blocks:
+    for block in frozenset[nn.Module]().union(*(flow.blocks for flow in watched)):
         parts = set(block.modules())
         held = [place for layer, place in position.items() if layer in parts]
         held += [place for (module, _), place in loose.items() if module in parts]
         if held:
             blocks[block] = (min(held), max(held))
     modules = list(target.modules())
-    observed = ((training, True), (evaluation, False))
-    flows = [Cuts(flow, position, loose, blocks, modules) for flow, _ in observed]
+    flows = [Cuts(flow, position, loose, blocks, modules) for flow in watched]
     found = Analysis(
         code,
         [(layer, tree.layers[layer]) for layer in order],
         blocks,
         loose,
-        ([call.path for call in evaluation.calls], [call.path for call in training.calls]),
+        ([call.path for call in evaluation.calls] if evaluation else [], [call.path for call in training.calls]),
         open=[frozenset()],
     )
     crossings = [found.crossing.setdefault((flow.form, mode), [Crosses()]) for flow, mode in observed]
     found.keeps = code.keeps and (training.rebound or bool(training.changed))
     found.runs_on = code.runs_on or found.keeps
-    found.draws = training.draws_torch or evaluation.draws_torch
-    closed = training.unpicklable | evaluation.unpicklable
+    found.draws = any(flow.draws_torch for flow in watched)
+    closed = frozenset[nn.Module]().union(*(flow.unpicklable for flow in watched))
     changes = next(
         (
             f"its own code changes {name!r}, in each stage again"
-            for flow in (training, evaluation)
+            for flow in watched
             for _, name in flow.changed
             if not code.keeps
         ),
@@ -212,18 +219,20 @@ def _combined(target: nn.Module, tree: Tree, code: Code, training: DataFlow, eva
         found.open.append(closed.union(*(need.open for need in needs)))
         for crossing, need, (flow, _) in zip(crossings, needs, observed, strict=True):
             crossing.append(Crosses(frozenset(need.sights), flow.followed - need.inputs, need.aliases, need.draws))
-    # A step that is cut itself is never evaluated so; a network need not be.
-    if code.keeps or len(trains) < len(order) - 1 == len(found.forbidden):
+    # A step that is cut itself is never evaluated so; a network need not be. What its forward leaves in attributes for
+    # the evaluation step, each process has only if it runs all of the forward.
+    whole = code.keeps or evaluation is None or evaluation.rebound
+    if whole or len(trains) < len(order) - 1 == len(found.forbidden):
         found.forbidden, found.evaluates = trains, False
     return found
 
 
-def _loose(
-    target: nn.Module, position: dict[nn.Module, int], training: DataFlow, evaluation: DataFlow
-) -> dict[Place, int]:
+def _loose(target: nn.Module, position: dict[nn.Module, int], flows: list[DataFlow]) -> dict[Place, int]:
     """Where parameters outside the layers belong: to the stage that uses them first, else to the last."""
     held = {id(parameter) for layer in position for parameter in layer.parameters()}
-    first = _first_uses(evaluation, position) | _first_uses(training, position)
+    first: dict[Place, int] = {}
+    for flow in reversed(flows):
+        first |= _first_uses(flow, position)
     return {
         (module, name): first.get((module, name), len(position) - 1)
         for module, name in loose_parameters(target, position)

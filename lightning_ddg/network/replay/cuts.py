@@ -161,7 +161,12 @@ class Cuts:
                 sight,
             )
             for when, sight, blind in value.sights
-            if when <= min(time, end) and value.changed > end and not blind and self._begun(around(sight), cut)
+            if when <= min(time, end)
+            and value.changed > end
+            and not blind
+            and self._begun(around(sight), cut)
+            # What such a block returns, called more than once, the stage after finds by its code.
+            and not (sight[1] == OUTPUT and self._is_open(sight, cut))
         ]
         best = min(usable)[-1] if usable else None
         return None if value.drawn and best is not None and best[1] == ARGUMENT else best
@@ -175,6 +180,11 @@ class Cuts:
         """Whether the calls in a path begin before a cut: the stage before it makes no others."""
         modules = [self._modules[number] for number, _ in path]
         return all(self._blocks[module][0] < cut for module in modules if module in self._blocks)
+
+    def _is_open(self, sight: Sight, cut: int) -> bool:
+        """Whether a sight is of a block whose code runs before a cut and after it."""
+        module = self._modules[sight[0][-1][0]]
+        return module in self._blocks and self._blocks[module][1] >= cut
 
     def _name(self, call: LayerCall) -> str:
         return f"a {type(call.layer).__name__}"

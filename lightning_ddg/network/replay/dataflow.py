@@ -30,7 +30,6 @@ from lightning_ddg.network.replay.noticing import (
     Functions,
     OwnState,
     derivatives_refused,
-    draws,
     followed_attributes,
     functions_noticed,
     held_tensors,
@@ -38,7 +37,7 @@ from lightning_ddg.network.replay.noticing import (
     new_tensors,
 )
 from lightning_ddg.network.replay.shapes import Shapes, StandIn
-from lightning_ddg.network.replay.tracked import Tracked, content_of, on_meta, replaced
+from lightning_ddg.network.replay.tracked import Tracked, address_of, content_of, draws, on_meta, replaced
 from lightning_ddg.network.restore import gpus_of, in_mode, trial
 
 NEVER = sys.maxsize
@@ -149,7 +148,7 @@ def observe(
         torch.no_grad(),
         plain_calls(configs_of(target)),
     ):
-        state = OwnState(target, tree)
+        state = OwnState(target, tree, metrics=not code.keeps)
         inputs = [tensor.detach().clone() for tensor in tensors]
         for index in floating:
             inputs[index] = watch.follow(inputs[index], Value(f"input {index}", 0, input=index))
@@ -213,6 +212,7 @@ class _Watch:
         self._memory: defaultdict[int, list[Value]] = defaultdict(list)
         self._writes: dict[int, Value] = {}
         self._kept: list[Tensor] = []
+        self._plain: set[int] = set()
         #: What layers have returned, by identity: a hook may put it elsewhere.
         self._returned: dict[int, Value] = {}
         self._own: dict[nn.Module, list[tuple[Slot, Any]]] = {layer: [] for layer in tree.layers}
@@ -235,7 +235,7 @@ class _Watch:
     def follow(self, tensor: Tensor, value: Value) -> Tracked:
         """Return a tensor to be followed."""
         self._kept.append(tensor)
-        self._memory[_address(tensor)].append(value)
+        self._memory[address_of(tensor)].append(value)
         return Tracked(tensor, tensor.device, self, value)
 
     # ---- the ledger
@@ -279,13 +279,13 @@ class _Watch:
             self._changed(tensor.content)
             what, drawn = tensor.origin.what, draws(func) and layer is None
             tensor.origin = Value(what, self.now, self._path, values, layer=layer, drawn=drawn)
-            self._memory[_address(tensor.content)].append(tensor.origin)
-            self._writes[_address(tensor.content)] = tensor.origin
+            self._memory[address_of(tensor.content)].append(tensor.origin)
+            self._writes[address_of(tensor.content)] = tensor.origin
 
     def _origin(self, tensor: Tracked) -> Value:
         """Return where a tensor comes from, and what was written into it by another view of its memory since."""
         value = tensor.origin
-        last = self._writes.get(_address(tensor.content))
+        last = self._writes.get(address_of(tensor.content))
         if last is not None and last.time > value.time:
             value.changed = min(value.changed, last.time)
             tensor.origin = Value(value.what, last.time, last.path, (value, last))
@@ -424,7 +424,7 @@ class _Watch:
     # ---- memory and random numbers
 
     def _changed(self, tensor: Tensor) -> None:
-        for value in self._memory[_address(tensor)]:
+        for value in self._memory[address_of(tensor)]:
             value.changed = min(value.changed, self.now)
 
     def _check_libraries(self) -> None:
@@ -441,8 +441,9 @@ class _Watch:
     def made_empty(self, tensor: Tensor) -> Tracked:
         """Follow a tensor without values, into which random numbers may be drawn."""
         self.now += 1
+        self._plain.add(address_of(tensor))
         return self.follow(tensor, Value("a new tensor", self.now, self._path))
 
-
-def _address(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr() or id(tensor)
+    def plain(self, tensor: Tracked) -> bool:
+        """See :class:`~lightning_ddg.network.replay.tracked.Ledger`."""
+        return address_of(tensor.content) in self._plain

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_ddg.network.replay.crossing import arguments_of
 from lightning_ddg.network.replay.layers import Place, Tree, is_metric
-from lightning_ddg.network.replay.tracked import Tracked
+from lightning_ddg.network.replay.tracked import Tracked, draws
 
 
 class Watch(Protocol):
@@ -86,11 +86,16 @@ def functions_noticed(watch: Watch) -> Iterator[None]:
 
 
 class OwnState:
-    """What modules outside the layers keep: every stage that runs the code there would change it."""
+    """What modules outside the layers keep: every stage that runs the code there would change it.
 
-    def __init__(self, target: nn.Module, tree: Tree) -> None:
+    With ``metrics``, what these are bound to counts too; what they count never does.
+    """
+
+    def __init__(self, target: nn.Module, tree: Tree, *, metrics: bool) -> None:
         held = {part for layer in tree.layers for part in layer.modules()}
-        self._modules = [module for module in target.modules() if module not in held and not is_metric(module)]
+        outside = [module for module in target.modules() if module not in held]
+        self._modules = [module for module in outside if not is_metric(module)]
+        self._holders = outside if metrics else self._modules
         self._buffers = [
             (module, name, buffer, buffer._version)
             for module in self._modules
@@ -125,7 +130,7 @@ class OwnState:
     def _things(self) -> dict[Place, tuple[int, int]]:
         return {
             (module, name): (id(value), len(value) if type(value) in (list, dict, set, deque) else 0)
-            for module in self._modules
+            for module in self._holders
             for name, value in vars(module).items()
         }
 
@@ -185,11 +190,6 @@ _EMPTY = {
     torch.ops.aten.new_empty.default,
     torch.ops.aten.empty_like.default,
 }
-
-
-def draws(func: Any) -> bool:
-    """Return whether an operation draws random numbers."""
-    return torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
 
 
 def library_state() -> Any:

@@ -33,6 +33,9 @@ class Ledger(Protocol):
     def written(self, func: Any, operands: Sequence[Tracked], into: Sequence[Tracked]) -> None:
         """Called when an operation has written into some of its operands."""
 
+    def plain(self, tensor: Tracked) -> bool:
+        """Return whether each stage makes the tensor for itself, as one that is not followed there."""
+
 
 class Tracked(Tensor):
     """Looks like a tensor with ``content``'s shape and dtype, on ``device``; so does what is computed from it.
@@ -144,6 +147,16 @@ def content_of(leaf: Any) -> Any:
     return leaf.content if isinstance(leaf, Tracked) else leaf
 
 
+def address_of(tensor: Tensor) -> int:
+    """Return what tensors that share memory have in common."""
+    return tensor.untyped_storage().data_ptr() or id(tensor)
+
+
+def draws(func: Any) -> bool:
+    """Return whether an operation draws random numbers."""
+    return torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
+
+
 #: Methods that go past the dispatcher, straight to the memory.
 _VALUES = {Tensor.tolist, Tensor.numpy, Tensor.__array__}
 _DATA_TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
@@ -161,7 +174,8 @@ def _operate(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     tracked = followed((args, kwargs))
     first = tracked[0]
     written = _written(func, args, kwargs)
-    if _needs_values(func, args) or any(not isinstance(tensor, Tracked) for tensor in written):
+    outside = not draws(func) and any(not isinstance(t, Tracked) or t.ledger.plain(t) for t in written)
+    if _needs_values(func, args) or outside:
         for tensor in tracked:
             tensor.ledger.read(tensor, str(func).removeprefix("aten."))
     if torch.Tag.inplace_view in func.tags:
