@@ -753,6 +753,60 @@ class MeanTeacher(Distillation):
         self.follow("epoch")
 
 
+class TwoViews(nn.Module):
+    """A network with its average inside, whose weights want gradients and get none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = small_convnet()
+        self.target = copy.deepcopy(self.backbone)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.backbone(x)  # type: ignore[no-any-return]
+
+
+class Bootstraps(MeanTeacher):
+    """The step calls the network and its average, and moves the average (as BYOL does)."""
+
+    def __init__(self, when: str, how: str) -> None:
+        super().__init__(when, how)
+        self.net = TwoViews()
+        del self.student, self.teacher
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        with torch.no_grad():
+            target = self.net.target(batch[0])
+        loss = F.mse_loss(self.net(batch[0]), target + 1)
+        for average, parameter in zip(self.net.target.parameters(), self.net.backbone.parameters(), strict=True):
+            average.data = average.data * 0.9 + parameter.data * 0.1
+        return loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        pass
+
+    on_train_epoch_end = pl.LightningModule.on_train_epoch_end  # type: ignore[assignment]
+    validation_step = pl.LightningModule.validation_step  # type: ignore[assignment]
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam(self.net.parameters(), lr=1e-2)
+
+
+def fit_bootstraps(devices: int) -> tuple[bool, str]:
+    module = Bootstraps("step", "")
+    before = state_of(module.net.target)
+    try:
+        quiet_trainer(max_epochs=1, strategy="ddg", devices=devices).fit(module, datamodule=ImageData())
+    except RuntimeError as error:
+        return False, str(error)
+    return any(not torch.equal(value, before[name]) for name, value in state_of(module.net.target).items()), ""
+
+
+def test_an_average_inside_the_network_is_refused_in_several_processes() -> None:
+    assert run_ranks(fit_bootstraps, 1, 1)[0] == (True, "")
+    for _, error in run_ranks(fit_bootstraps, 2, 2):
+        assert "'net.target.0.weight' changes without a gradient. It is a copy of 'net.backbone.0.weight'" in error
+
+
 def fit_mean_teacher(when: str, how: str, devices: int) -> tuple[bool, str]:
     """Whether the teacher has moved, and the error if there was one."""
     module = MeanTeacher(when, how)
