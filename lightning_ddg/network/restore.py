@@ -137,6 +137,9 @@ def _attributes(module: Any) -> Iterator[Callable[[], object]]:
 def _of_module(module: nn.Module) -> Iterator[Callable[[], object]]:
     yield _buffers(module)
     yield from _attributes(module)
+    # A module that is built when it is first needed is not there before.
+    for table in () if isinstance(module, torch.jit.ScriptModule) else (module._modules, module._parameters):
+        yield partial(_refill, table, copy.copy(table))
 
 
 def _unregistered(module: nn.Module) -> Iterator[nn.Module]:

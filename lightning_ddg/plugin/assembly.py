@@ -47,6 +47,7 @@ from lightning_ddg.plugin.first_batch import FirstBatch
 from lightning_ddg.plugin.foreign_hooks import misses_explained
 from lightning_ddg.plugin.hooks import FitHooks
 from lightning_ddg.plugin.host import rank_zero_info
+from lightning_ddg.plugin.late_parameters import LateParameters
 from lightning_ddg.plugin.measure import copies_kept, first_call, measured_costs
 from lightning_ddg.plugin.micro_batches import MicroBatches
 from lightning_ddg.plugin.next_options import outlook_of
@@ -197,7 +198,8 @@ def build(
     finish = Finish(site.options.staleness.finish, site.trainer, execution, drain)
     copies = StaleCopies(network.target, ownership)
     site.undo.callback(copies.forget)
-    hooks = FitHooks(execution, site.ranks, drain, finish, agreements, groups, copies, sharing, site.fail, proof)
+    late = LateParameters(site.module)
+    hooks = FitHooks(execution, site.ranks, drain, finish, agreements, groups, copies, late, sharing, site.fail, proof)
     if site.fits:
         patch_fit(site, ownership)
         watch_steps(site, optimizers, execution, drain)

@@ -23,6 +23,7 @@ from lightning_ddg.plugin.agreements import Agreements
 from lightning_ddg.plugin.drain import Drain
 from lightning_ddg.plugin.finish import Finish
 from lightning_ddg.plugin.host import Callback, LightningModule, Trainer
+from lightning_ddg.plugin.late_parameters import LateParameters
 from lightning_ddg.plugin.ownership import OptimizerGroups
 from lightning_ddg.plugin.sharing import Sharing
 from lightning_ddg.plugin.stale_copies import StaleCopies
@@ -42,6 +43,7 @@ class FitHooks(Callback):
         agreements: What rank 0 decides for all.
         groups: The optimizers' groups over the whole module.
         copies: Guards copies of the network's layers.
+        late: Refuses parameters that a step makes.
         sharing: Gives every rank all weights.
         fail: Tells the other ranks of an exception.
         proof: Compares the first batch's gradients with those of plain backpropagation, if that is wanted.
@@ -56,13 +58,14 @@ class FitHooks(Callback):
         agreements: Agreements,
         groups: Sequence[OptimizerGroups],
         copies: StaleCopies,
+        late: LateParameters,
         sharing: Sharing,
         fail: Callable[[BaseException], None],
         proof: Proof | None = None,
     ) -> None:
         self._execution, self._ranks, self._drain, self._finish = execution, ranks, drain, finish
         self._agreements, self._groups, self._copies = agreements, groups, copies
-        self._sharing, self._fail, self._proof = sharing, fail, proof
+        self._late, self._sharing, self._fail, self._proof = late, sharing, fail, proof
 
     def __reduce__(self) -> tuple[type[Callback], tuple[()]]:
         """Leave a callback that does nothing where the Trainer's are copied or pickled during a fit."""
@@ -80,7 +83,14 @@ class FitHooks(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Note what copies of the network's layers are; empty the pipeline where the synchronous finish begins."""
         self._copies.mark()
+        if batch_idx == 0 and self._ranks.others:
+            self._late.mark()
         self._finish.at_batch()
+
+    @override
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Any) -> None:
+        """Refuse parameters that the step has just made, before anything looks for their gradients."""
+        self._late.check()
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:

@@ -837,6 +837,34 @@ def test_a_mean_teacher_trains_in_one_process_and_is_refused_in_several(when: st
         assert "`devices=1`" in error
 
 
+class BuildsLate(Template):
+    """A module that is built when it is first needed."""
+
+    def __init__(self) -> None:
+        super().__init__(small_convnet())
+        self.projector: nn.Module | None = None
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        if self.projector is None:
+            self.projector = nn.Linear(3, 3)
+        return loss
+
+
+def fit_what_builds_late(devices: int) -> str:
+    try:
+        quiet_trainer(max_epochs=1, strategy="ddg", devices=devices).fit(BuildsLate(), datamodule=ImageData())
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def test_parameters_that_a_step_makes_are_refused_in_several_processes() -> None:
+    assert run_ranks(fit_what_builds_late, 1, 1) == [""]
+    for error in run_ranks(fit_what_builds_late, 2, 2):
+        assert "The training step has made 'projector.bias', 'projector.weight', which the optimizer does not" in error
+
+
 def fit_with_a_frozen_copy(when: str) -> None:
     """A teacher that is left alone is what it was."""
     module = MeanTeacher(when)
