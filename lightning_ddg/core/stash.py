@@ -43,6 +43,7 @@ class Weights(NamedTuple):
         parameters: The trained parameters, each once.
         memory: What the forward runs on, of the parameters' shapes.
         versions: Each parameter's version counter by then.
+        addresses: Of each parameter's memory by then.
     """
 
     slots: list[Slot]
@@ -50,6 +51,7 @@ class Weights(NamedTuple):
     parameters: list[nn.Parameter]
     memory: list[Tensor]
     versions: list[int]
+    addresses: list[int]
 
     def in_place(self) -> AbstractContextManager[None]:
         """Put these weights where the modules look for their parameters."""
@@ -158,6 +160,7 @@ class Stash:
             parameters,
             memory,
             [parameter._version for parameter in parameters],
+            [parameter.data_ptr() for parameter in parameters],
         )
 
     def _memory(self, parameters: list[nn.Parameter]) -> list[Tensor]:
@@ -253,3 +256,7 @@ class _Alias(torch.autograd.Function):
 def _check_unchanged(weights: Weights) -> None:
     if weights.versions != [parameter._version for parameter in weights.parameters]:
         raise RuntimeError(_CHANGED)
+    for parameter, memory, address in zip(weights.parameters, weights.memory, weights.addresses, strict=True):
+        # By `parameter.data = ...`, of which no version counter knows; the same values do no harm.
+        if parameter.data_ptr() != address and not torch.equal(parameter, memory):
+            raise RuntimeError(_CHANGED)

@@ -140,6 +140,17 @@ def _of_module(module: nn.Module) -> Iterator[Callable[[], object]]:
     # A module that is built when it is first needed is not there before.
     for table in () if isinstance(module, torch.jit.ScriptModule) else (module._modules, module._parameters):
         yield partial(_refill, table, copy.copy(table))
+    yield from (
+        partial(_give_back, parameter, parameter.data)
+        for parameter in module._parameters.values()
+        if parameter is not None
+    )
+
+
+def _give_back(parameter: nn.Parameter, data: Tensor) -> None:
+    """Let a parameter have its memory again, where `parameter.data = ...` has given it another."""
+    if type(parameter.data) is not type(data) or parameter.data_ptr() != data.data_ptr():
+        parameter.data = data
 
 
 def _unregistered(module: nn.Module) -> Iterator[nn.Module]:

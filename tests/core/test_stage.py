@@ -248,16 +248,35 @@ def test_what_a_validation_stashes_in_inference_mode_can_be_trained() -> None:
         stage.after_step()
 
 
+def in_place(weight: nn.Parameter) -> None:
+    with torch.no_grad():
+        weight.mul_(2)
+
+
+def other_memory(weight: nn.Parameter) -> None:
+    weight.data = weight.data * 2
+
+
+@pytest.mark.parametrize("change", [in_place, other_memory])
 @pytest.mark.parametrize("where", ["forward", "before_step", "after_step"])
-def test_weights_that_change_too_early_are_refused(where: str) -> None:
+def test_weights_that_change_too_early_are_refused(where: str, change: Callable[[nn.Parameter], None]) -> None:
     module = nn.Linear(2, 1)
     stage = Stage(module, 1)
     stage.forward(torch.ones(1, 2), received=False)
-    with torch.no_grad():
-        module.weight.mul_(2)
+    change(module.weight)
     calls = {"forward": lambda: stage.forward(torch.ones(1, 2), received=False), "before_step": stage.before_step}
     with pytest.raises(RuntimeError, match="changed between a forward and the optimizer's step.*on_train_batch_end"):
         calls.get(where, stage.after_step)()
+
+
+def test_weights_that_are_put_back_as_they_were_do_no_harm() -> None:
+    module = nn.Linear(2, 1)
+    stage, kept = Stage(module, 1), module.weight.data.clone()
+    stage.forward(torch.ones(1, 2), received=False)
+    module.weight.data = kept
+    stage.before_step()
+    stage.after_step()
+    assert torch.equal(module.weight, kept)
 
 
 def test_gradients_accumulate_until_they_are_cleared() -> None:
