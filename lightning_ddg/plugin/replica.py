@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_ddg.plugin import compat
 from lightning_ddg.plugin.host import DummyLogger, LightningDataModule, LightningModule, Trainer
 from lightning_ddg.plugin.redirection import StepDone
+from lightning_ddg.plugin.stale_copies import NotesGradient
 
 _SHARED = (ModuleType, Dataset, DataLoader, LightningDataModule, Trainer)
 _PACKAGE = "lightning_ddg"
@@ -135,7 +136,8 @@ class _Functions:
 
 def _copy_hooks(parameter: nn.Parameter, new: nn.Parameter, functions: _Functions) -> None:
     """Let hooks change a gradient of the copy as they change the original's."""
-    if getattr(parameter, "_post_accumulate_grad_hooks", None):
+    after = (getattr(parameter, "_post_accumulate_grad_hooks", None) or {}).values()
+    if not all(isinstance(hook, NotesGradient) for hook in after):
         raise TypeError("a parameter has a `register_post_accumulate_grad_hook`, which may do anything")
     for hook in (getattr(parameter, "_backward_hooks", None) or {}).values():
         new.register_hook(functions.copied(hook) if isinstance(hook, FunctionType) else hook)  # type: ignore[no-untyped-call]

@@ -40,6 +40,16 @@ class _State(NamedTuple):
         return cls(0, 0, values) if inside else cls(tensor._version, tensor.data_ptr(), values)
 
 
+class NotesGradient:
+    """A hook that notes that a parameter has got a gradient, and does nothing else."""
+
+    def __init__(self, trained: set[int]) -> None:
+        self._trained = trained
+
+    def __call__(self, parameter: Tensor) -> None:
+        self._trained.add(id(parameter))
+
+
 class StaleCopies:
     """The copies of layers that other processes train, on the rank whose training step may use them.
 
@@ -68,8 +78,8 @@ class StaleCopies:
         # Those that get gradients are layers in their own right, of a shape and a name that are the same by chance.
         self._trained: set[int] = set()
         self._handles = [
-            copy.register_post_accumulate_grad_hook(lambda copy: self._trained.add(id(copy)))  # type: ignore[no-untyped-call]
-            for copy, _, _, _ in self._watched
+            copy.register_post_accumulate_grad_hook(NotesGradient(self._trained))  # type: ignore[no-untyped-call]
+            for copy in dict.fromkeys(copy for copy, _, _, _ in self._watched)
             if copy.requires_grad
         ]
         self._marks = 0

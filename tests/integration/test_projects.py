@@ -865,6 +865,29 @@ def test_parameters_that_a_step_makes_are_refused_in_several_processes() -> None
         assert "The training step has made 'projector.bias', 'projector.weight', which the optimizer does not" in error
 
 
+class Twins(nn.Module):
+    """Two halves of the same names and shapes, both of which train."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Flatten(), nn.Linear(36, 8), nn.ReLU(), nn.Linear(8, 36))
+        self.decoder = nn.Sequential(nn.Flatten(), nn.Linear(36, 8), nn.ReLU(), nn.Linear(8, 36))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decoder(self.encoder(x))[:, :3]  # type: ignore[no-any-return]
+
+
+def fit_twins() -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        quiet_trainer(max_epochs=2, strategy="ddg", devices=2).fit(Template(Twins()), datamodule=ImageData())
+    return [str(warning.message) for warning in caught if "not compared" in str(warning.message)]
+
+
+def test_layers_that_are_alike_by_name_train_and_are_proved() -> None:
+    assert run_ranks(fit_twins, 2) == [[], []]
+
+
 def fit_with_a_frozen_copy(when: str) -> None:
     """A teacher that is left alone is what it was."""
     module = MeanTeacher(when)

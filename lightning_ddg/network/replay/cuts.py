@@ -42,6 +42,7 @@ class Cuts:
         self._owner = {part: place for layer, place in self._position.items() for part in layer.modules()}
         self._lowest: dict[int, int] = {}
         self._shaped: dict[int, bool] = {}
+        self._repeated = {modules[number] for call in flow.calls for number, before in call.path if before}
         self._span: dict[int, tuple[int, int]] = {}
         for call in flow.calls:
             for value in call.arguments:
@@ -182,9 +183,9 @@ class Cuts:
         return all(self._blocks[module][0] < cut for module in modules if module in self._blocks)
 
     def _is_open(self, sight: Sight, cut: int) -> bool:
-        """Whether a sight is of a block whose code runs before a cut and after it."""
+        """Whether a sight is of a block that is called more than once, before a cut and after it."""
         module = self._modules[sight[0][-1][0]]
-        return module in self._blocks and self._blocks[module][1] >= cut
+        return module in self._repeated and module in self._blocks and self._blocks[module][1] >= cut
 
     def _name(self, call: LayerCall) -> str:
         return f"a {type(call.layer).__name__}"

@@ -278,6 +278,7 @@ class _Watch:
                 continue
             self._changed(tensor.content)
             what, drawn = tensor.origin.what, draws(func) and layer is None
+            self._plain -= {address_of(tensor.content)} if draws(func) else set()  # Only one stage may know it now.
             tensor.origin = Value(what, self.now, self._path, values, layer=layer, drawn=drawn)
             self._memory[address_of(tensor.content)].append(tensor.origin)
             self._writes[address_of(tensor.content)] = tensor.origin
