@@ -10,7 +10,6 @@ import functools
 import io
 import multiprocessing as mp
 import os
-import socket
 import time
 import traceback
 from collections.abc import Callable
@@ -19,6 +18,8 @@ from multiprocessing.connection import wait
 from typing import Any
 
 import torch
+
+from recipes.ports import held_port
 
 _context = mp.get_context("forkserver")
 _context.set_forkserver_preload(["tests", "lightning.pytorch", "lightning_ddg", "tests.networks"])
@@ -31,12 +32,6 @@ class RankResult:
     value: Any
     error: str | None
     exitcode: int | None
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _rank_main(pipe: Any, function: Callable[..., Any], rank: int, world_size: int, port: int, args: Any) -> None:
@@ -76,7 +71,13 @@ def run_ranks_raw(
         TimeoutError: If a rank has not ended in time; all are killed first.
     """
     _start_server()
-    port = free_port()
+    with held_port() as port:
+        return _run_ranks_at(port, function, world_size, args, timeout)
+
+
+def _run_ranks_at(
+    port: int, function: Callable[..., Any], world_size: int, args: tuple[Any, ...], timeout: float
+) -> list[RankResult]:
     processes, pipes = [], []
     for rank in range(world_size):
         receiver, sender = _context.Pipe(duplex=False)

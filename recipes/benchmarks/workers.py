@@ -6,9 +6,9 @@ started. Every wait has a limit, and no process outlives the one that started it
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing as mp
 import os
-import socket
 import sys
 import tempfile
 import threading
@@ -23,6 +23,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from recipes.ports import held_port
+
 #: What a message between processes may take; a contender that waits longer has failed.
 TIMEOUT = timedelta(seconds=60)
 
@@ -34,14 +36,6 @@ if sys.platform == "linux":
 
 class WorkerError(RuntimeError):
     """A process failed, ended, or did not answer within the limit; the message says which and how."""
-
-
-def free_port() -> int:
-    """Finds a port of this machine that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
 
 
 class Workers:
@@ -62,7 +56,8 @@ class Workers:
         self._folder = tempfile.TemporaryDirectory()
         self._connections: list[Connection] = []
         self._processes: list[Any] = []
-        port = free_port()
+        self._held = contextlib.ExitStack()
+        port = self._held.enter_context(held_port())
         for rank in range(size):
             ours, theirs = _context.Pipe()
             arguments = (theirs, rank, size, backend, port, str(self._log(rank)))
@@ -149,6 +144,7 @@ class Workers:
         for connection in self._connections:
             connection.close()
         self._processes, self._connections = [], []
+        self._held.close()
         self._folder.cleanup()
 
 

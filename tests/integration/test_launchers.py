@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ from torch import Tensor
 
 from lightning_ddg import DDGStrategy
 from lightning_ddg.cli import main
-from tests.harness import free_port, run_ranks
+from recipes.ports import held_port
+from tests.harness import run_ranks
 from tests.networks import SAFELY, Classifier, largest_difference, loader, quiet_trainer, state_of
 
 ROOT = Path(__file__).parents[2]
@@ -74,6 +75,12 @@ def project(tmp_path: Path) -> Path:
     """A folder with a user's project in it."""
     (tmp_path / "project.py").write_text(PROJECT)
     return tmp_path
+
+
+@pytest.fixture
+def port() -> Iterator[int]:
+    with held_port() as number:
+        yield number
 
 
 def environment(**variables: Any) -> dict[str, str]:
@@ -164,9 +171,9 @@ def trainer_of(start_method: str, stages: int, **flags: Any) -> Any:
 @pytest.mark.slow
 @pytest.mark.parametrize("start_method", ["spawn", "forkserver"])
 def test_the_main_process_gets_the_weights_and_trains_on(
-    start_method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    start_method: str, tmp_path: Path, port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    monkeypatch.setenv("MASTER_PORT", str(port))
     warnings.simplefilter("ignore")
     saves = ModelCheckpoint(tmp_path, monitor="val_loss", save_last=True)
     module = Classifier("mlp")
@@ -252,10 +259,10 @@ def check_nodes(project: Path, num_nodes: int, devices: int) -> None:
     [pytest.param(1, 3, marks=pytest.mark.slow), (2, 1), pytest.param(2, 2, marks=pytest.mark.slow)],
     ids=str,
 )
-def test_torchrun(num_nodes: int, devices: int, project: Path) -> None:
+def test_torchrun(num_nodes: int, devices: int, project: Path, port: int) -> None:
     (project / "script.py").write_text(NODES)
     argument = json.dumps([POINTS[num_nodes * devices], {"devices": devices, "num_nodes": num_nodes}])
-    address = [f"--nnodes={num_nodes}", "--master-addr=127.0.0.1", f"--master-port={free_port()}"]
+    address = [f"--nnodes={num_nodes}", "--master-addr=127.0.0.1", f"--master-port={port}"]
     agent = [*TORCHRUN, f"--nproc-per-node={devices}", *address]
     commands = [[*agent, f"--node-rank={node}", "script.py", argument] for node in range(num_nodes)]
     run_together(commands, project, [environment()] * num_nodes)
@@ -263,10 +270,10 @@ def test_torchrun(num_nodes: int, devices: int, project: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_script_started_once_on_each_node(project: Path) -> None:
+def test_a_script_started_once_on_each_node(project: Path, port: int) -> None:
     (project / "script.py").write_text(NODES)
     argument = json.dumps([POINTS[4], {"devices": 2, "num_nodes": 2}])
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     nodes = [environment(NODE_RANK=node, **address) for node in range(2)]
     run_together([["script.py", argument]] * 2, project, nodes)
     check_nodes(project, 2, 2)
@@ -308,10 +315,10 @@ data:
 
 
 @pytest.mark.parametrize("launcher", [pytest.param("script", marks=pytest.mark.slow), "torchrun"])
-def test_a_plain_lightning_cli_needs_no_import_for_a_class_path(launcher: str, project: Path) -> None:
+def test_a_plain_lightning_cli_needs_no_import_for_a_class_path(launcher: str, project: Path, port: int) -> None:
     (project / "train.py").write_text(PLAIN)
     (project / "config.yaml").write_text(CONFIG.format(strategy=BY_CLASS_PATH))
-    program = [] if launcher == "script" else [*TORCHRUN, "--nproc-per-node=2", f"--master-port={free_port()}"]
+    program = [] if launcher == "script" else [*TORCHRUN, "--nproc-per-node=2", f"--master-port={port}"]
     run_together([[*program, "train.py", "fit", "--config", "config.yaml"]], project, [environment()])
     expected = trained_alone(2, 2)
     for rank, report in enumerate(reports(project, "fit", 2)):
