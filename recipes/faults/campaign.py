@@ -132,16 +132,13 @@ def run(case: Case, folder: Path) -> Outcome:
     )
 
 
-def command(case: Case) -> list[str]:
-    """The command line that starts a case."""
+def command(case: Case, port: int) -> list[str]:
+    """The command line that starts a case; its ranks find each other at a port."""
     module = ["-m", "recipes.faults.program"]
     if case.launcher == "hosts":
         return hosts.start(sys.executable, "-m", "recipes.faults.hosts")
     if case.launcher != "torchrun":
         return [sys.executable, *module]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     started = ["--nproc-per-node", str(case.stages), "--master-port", str(port)]
     return [sys.executable, "-m", "torch.distributed.run", *started, *module]
 

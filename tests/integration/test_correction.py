@@ -152,7 +152,9 @@ def fit_all(num_stages: int, cases: list[Case]) -> list[dict[str, Tensor]]:
     return [fit(num_stages, num_stages, **case) for case in cases]
 
 
-@pytest.mark.parametrize("num_stages", [2, 4])
+@pytest.mark.parametrize(
+    "num_stages", [pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(4, marks=pytest.mark.slow)]
+)
 def test_processes_follow_the_formula(num_stages: int) -> None:
     for states in run_ranks(fit_all, num_stages, num_stages, CASES, timeout=240):
         for got, case in zip(states, CASES, strict=True):

@@ -356,7 +356,12 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize(
-    ("number", "strategy"), [(signal.SIGINT, "ddg"), (signal.SIGTERM, "ddg"), (signal.SIGTERM, "ddg_notebook")]
+    ("number", "strategy"),
+    [
+        (signal.SIGINT, "ddg"),
+        pytest.param(signal.SIGTERM, "ddg", marks=pytest.mark.slow),
+        (signal.SIGTERM, "ddg_notebook"),
+    ],
 )
 def test_a_script_ends_with_all_its_processes(number: int, strategy: str, tmp_path: Path) -> None:
     """Ctrl-C goes to all processes of a terminal; SIGTERM to the one that was started, which hands it on."""

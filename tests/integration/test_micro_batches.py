@@ -110,7 +110,9 @@ def fit_all(num_stages: int, cases: list[Case]) -> list[dict[str, Tensor]]:
     return [fit(num_stages, num_stages, **case) for case in cases]
 
 
-@pytest.mark.parametrize("num_stages", [2, pytest.param(3, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize(
+    "num_stages", [pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(4, marks=pytest.mark.slow)]
+)
 def test_processes_equal_the_oracle(num_stages: int) -> None:
     for states in run_ranks(fit_all, num_stages, num_stages, CASES, timeout=240):
         for got, case in zip(states, CASES, strict=True):
@@ -158,7 +160,7 @@ def fit_under_all_rules(num_stages: int) -> list[dict[str, Tensor]]:
     return [fit_split(num_stages, num_stages, 3, 1, options) for options in RULES]
 
 
-@pytest.mark.parametrize("num_stages", [3, 4])
+@pytest.mark.parametrize("num_stages", [3, pytest.param(4, marks=pytest.mark.slow)])
 def test_micro_batches_are_accumulation_over_smaller_batches_under_all_rules(num_stages: int) -> None:
     wanted = [fit_split(num_stages, 1, 1, 3, options) for options in RULES]
     alone = [fit_split(num_stages, 1, 3, 1, options) for options in RULES]

@@ -111,7 +111,9 @@ def fit_all(num_stages: int) -> list[Any]:
     return [fit("tanh_mlp", optimizer, num_stages, num_stages, RULES[rule][0]) for rule, optimizer in CASES]
 
 
-@pytest.mark.parametrize("num_stages", [2, pytest.param(3, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize(
+    "num_stages", [pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(4, marks=pytest.mark.slow)]
+)
 def test_processes_follow_the_formula(num_stages: int) -> None:
     ranks = run_ranks(fit_all, num_stages, num_stages, timeout=240)
     for index, (rule, optimizer) in enumerate(CASES):

@@ -94,7 +94,9 @@ def test_one_process_equals_the_reference(case: tuple[str, str, str], num_stages
     assert largest_difference(got, expected(case[0], case[1], num_stages)) == 0.0
 
 
-@pytest.mark.parametrize("num_stages", [2, pytest.param(3, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize(
+    "num_stages", [pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(4, marks=pytest.mark.slow)]
+)
 def test_processes_equal_the_reference(num_stages: int) -> None:
     for states in run_ranks(fit_all, num_stages, num_stages, timeout=240):
         for case, got in zip(CASES, states, strict=True):
