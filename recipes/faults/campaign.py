@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -18,6 +17,7 @@ from pathlib import Path
 from recipes.faults import hosts
 from recipes.faults.cases import Case
 from recipes.faults.program import STRUCK, TIMEOUT, VARIABLE
+from recipes.ports import held_port
 
 #: After the timeout, in seconds, all ranks that can still end have ended.
 MORE = 10.0
@@ -94,15 +94,20 @@ def run(case: Case, folder: Path) -> Outcome:
     mark = json.dumps({**asdict(case), "folder": str(folder)})
     environment = {**os.environ, VARIABLE: mark, "TMPDIR": str(temporary), "OMP_NUM_THREADS": "1"}
     before = _shared_memory()
-    program = subprocess.Popen(
-        command(case), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
-    )
     lines: list[bytes] = []
-    # Through a pipe, which no limit of the size of files holds for, and read as long as anybody writes.
-    reader = threading.Thread(target=lambda: lines.extend(program.stdout or ()), daemon=True)
-    reader.start()
     struck = folder / STRUCK
-    _until(lambda: struck.exists() or program.poll() is not None, STARTING)
+    with held_port() as port:
+        program = subprocess.Popen(
+            command(case, port),
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        # Through a pipe, which no limit of the size of files holds for, and read as long as anybody writes.
+        reader = threading.Thread(target=lambda: lines.extend(program.stdout or ()), daemon=True)
+        reader.start()
+        _until(lambda: struck.exists() or program.poll() is not None, STARTING)
     at = float(struck.read_text() or time.monotonic()) if struck.exists() else time.monotonic()
     ended = _until(
         lambda: program.poll() is not None and not processes(mark), TIMEOUT + MORE + KILLING[case.launcher] + 15

@@ -81,8 +81,8 @@ def test_processes_are_found_by_what_they_have_inherited() -> None:
 
 
 def test_torchrun_is_given_a_port_of_its_own() -> None:
-    assert "--master-port" in command(replace(CASE, launcher="torchrun"))
-    assert command(CASE)[1:] == ["-m", "recipes.faults.program"]
+    assert "1234" in command(replace(CASE, launcher="torchrun"), 1234)
+    assert command(CASE, 1234)[1:] == ["-m", "recipes.faults.program"]
 
 
 def test_the_summary_counts_by_fault(capsys: pytest.CaptureFixture[str]) -> None:
