@@ -6,13 +6,17 @@ for the one traceback that matters, and at the end of it, which is where this sa
 
 from __future__ import annotations
 
+import signal
 import sys
 from itertools import chain
 from traceback import walk_stack, walk_tb
 from types import TracebackType
 from typing import Any
 
+from torch.multiprocessing.spawn import ProcessExitedException
+
 from lightning_ddg.comm.mailbox import PeerError
+from lightning_ddg.core.schedule import stage_of_rank
 from lightning_ddg.plugin import compat
 from lightning_ddg.plugin.host import LightningModule, SIGTERMException, Trainer
 
@@ -66,7 +70,17 @@ def sign(exception: BaseException, rank: str, first: str) -> None:
         rank: The rank's name.
         first: The failure that came first, this rank's or another's.
     """
-    line = one_line(first if first.startswith(rank) else f"{rank} ends: {first}")
+    _add_line(exception, one_line(first if first.startswith(rank) else f"{rank} ends: {first}"))
+
+
+def sign_exit(exception: ProcessExitedException, num_stages: int) -> None:
+    """Let the exception of who has started the processes say in its last line which of them has ended, and how."""
+    rank, code = exception.error_index, exception.exit_code
+    how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"has left with exit code {code}"
+    _add_line(exception, f"Rank {rank} (stage {stage_of_rank(rank, num_stages)}) {how}")
+
+
+def _add_line(exception: BaseException, line: str) -> None:
     notes = getattr(exception, "__notes__", [])
     # A failure passes several places that tell of it.
     if line not in notes:
@@ -74,6 +88,15 @@ def sign(exception: BaseException, rank: str, first: str) -> None:
         # Python 3.10 shows no notes: the line is above the traceback there.
         if is_told(exception) or sys.version_info < (3, 11):
             print(line, file=sys.stderr, flush=True)
+
+
+def say_waited(exception: BaseException) -> None:
+    """Print the line of a rank that has given up waiting, where only one rank's traceback will be shown.
+
+    Several ranks give up at the same time, each of its own.
+    """
+    if isinstance(exception, TimeoutError) and sys.version_info >= (3, 11):
+        print(*getattr(exception, "__notes__", [])[-1:], file=sys.stderr, flush=True)
 
 
 def one_line(text: str) -> str:

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from torch.multiprocessing.spawn import ProcessExitedException
 from typing_extensions import override
 
 from lightning_ddg.plugin import compat, first_error
@@ -65,6 +66,7 @@ class ForkLauncher(compat.MultiProcessingLauncher):  # type: ignore[misc]
         except BaseException as exception:
             # Lightning tells the strategy of what happens in the process that waits, not of what happens here.
             self._strategy.on_exception(exception)
+            first_error.say_waited(exception)
             if first_error.is_told(exception):
                 # The first process that ends decides which error is raised in the one that waits, which ends this one.
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -76,10 +78,12 @@ class ForkLauncher(compat.MultiProcessingLauncher):  # type: ignore[misc]
         with self._handing_on() as handed_on:
             try:
                 return super().launch(function, *args, **kwargs)
-            except Exception:
+            except Exception as exception:
                 self.failed = True
                 if handed_on:
                     raise SystemExit(STOPPED_BY_SIGTERM) from None
+                if isinstance(exception, ProcessExitedException):
+                    first_error.sign_exit(exception, self._strategy.num_stages)
                 raise
 
     @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch.multiprocessing.spawn import ProcessExitedException
 
 from lightning_ddg.comm.mailbox import PeerError, UnmatchedError
 from lightning_ddg.plugin import first_error
@@ -84,6 +86,31 @@ def test_a_rank_that_fails_because_of_another_names_it() -> None:
     error = RuntimeError("Connection closed by peer")
     first_error.sign(error, RANK, OTHER)
     assert error.__notes__ == [f"{RANK} ends: {OTHER}"]
+
+
+@pytest.mark.parametrize(
+    ("rank", "code", "says"),
+    [
+        (0, -signal.SIGTERM, "Rank 0 (stage 3) was ended by SIGTERM"),
+        (2, -signal.SIGKILL, "Rank 2 (stage 1) was ended by SIGKILL"),
+        (1, 3, "Rank 1 (stage 2) has left with exit code 3"),
+    ],
+)
+def test_who_starts_processes_says_which_rank_has_ended(rank: int, code: int, says: str) -> None:
+    error = ProcessExitedException("process terminated", rank, 1234, code)
+    first_error.sign_exit(error, 3)
+    assert error.__notes__ == [says]
+
+
+def test_each_rank_that_gives_up_waiting_says_so_at_once(capfd: pytest.CaptureFixture[str]) -> None:
+    for error in (TimeoutError("waited"), ValueError("no")):
+        first_error.sign(error, RANK, f"{RANK} failed, with {error}")
+        first_error.say_waited(error)
+    printed = capfd.readouterr().err.splitlines()
+    assert printed == [
+        f"{RANK} failed, with waited",
+        *([] if sys.version_info >= (3, 11) else [f"{RANK} failed, with no"]),
+    ]
 
 
 def test_a_line_has_an_end() -> None:
