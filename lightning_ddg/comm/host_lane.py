@@ -18,6 +18,9 @@ from torch import Tensor
 from lightning_ddg.comm.wire import as_bytes
 from lightning_ddg.core.tensors import TensorSpec, allocate
 
+#: gloo's tags: frames come in their order, and so does what follows a frame that it does not fit in.
+FRAME, REST = 0, 1
+
 # What has been sent is kept until this much has gathered: waking a thread for every message would cost more than it.
 _SENT_BYTES = 1 << 20
 _SENT_MESSAGES = 32
@@ -51,7 +54,8 @@ class HostLane:
     # ---- sending
 
     def send(self, peer: int, parts: list[Tensor], payload: list[Tensor], *, on_host: bool) -> None:
-        """Send a message without waiting for its receiver: ``parts`` on the CPU, then its tensors where they are.
+        """Send a message without waiting for its receiver: ``parts`` on the CPU, of which the first is its frame, then
+        its tensors where they are.
 
         All are ``uint8``. With ``on_host`` the tensors arrive on the receiver's host, wherever they were.
         """
@@ -65,8 +69,8 @@ class HostLane:
 
     def _isend(self, peer: int, parts: list[Tensor]) -> None:
         try:
-            for part in parts:
-                work = dist.isend(part, group=self._group, group_dst=peer)
+            for number, part in enumerate(parts):
+                work = dist.isend(part, group=self._group, group_dst=peer, tag=REST if number else FRAME)
                 self._sent.append((peer, work, part))
                 self._sent_bytes += part.numel()
         except RuntimeError as error:
@@ -102,11 +106,18 @@ class HostLane:
     def open(self, peer: int) -> None:
         """Called first by the thread that receives from a rank."""
 
+    def post(self, into: Tensor, peer: int, tag: int) -> Any:
+        """Make room for what a rank sends next under a tag; ``into`` is ``uint8``, on the CPU. Returns the receive."""
+        return dist.irecv(into, group=self._group, group_src=peer, tag=tag)
+
+    def wait(self, receive: Any) -> None:
+        """Wait until what was posted has arrived."""
+        if receive is not None:
+            receive.wait(_FOREVER)
+
     def receive_bytes(self, into: Tensor, peer: int) -> None:
-        """Wait for the bytes that a rank sends next; ``into`` is ``uint8``, on the CPU, as long as they are."""
-        work = dist.irecv(into, group=self._group, group_src=peer)
-        if work is not None:
-            work.wait(_FOREVER)
+        """Wait for what follows a frame; ``into`` is ``uint8``, on the CPU, as long as that is."""
+        self.wait(self.post(into, peer, REST))
 
     def receive(self, peer: int, specs: Sequence[TensorSpec], *, on_host: bool) -> tuple[list[Tensor], Any]:
         """Wait for a message's tensors; return them, and what :meth:`arrive` must be given before they are used."""

@@ -4,8 +4,8 @@ One thread per peer receives whatever that peer sends and files it by channel; t
 queues. How bytes travel from a host, or from a CUDA device, is the business of the lane.
 
 A message is a header, then its description (only the first time it is seen on this connection), then the bytes of its
-tensors; what is small travels in the header itself. gloo checks neither length nor dtype, and aborts the process on a
-message that is too long, so a buffer is never allocated from anything but the sender's own description.
+tensors: all in one frame, if the receiver has made room for that. gloo checks neither length nor dtype, and aborts the
+process on a message that is too long, so a buffer is never allocated from anything but the sender's own description.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 
 from lightning_ddg.comm.device_lane import DeviceLane
+from lightning_ddg.comm.frames import Arriving, Room
 from lightning_ddg.comm.host_lane import HostLane
 from lightning_ddg.comm.wire import Description, Packed, as_bytes, describe, pack, unpack
 from lightning_ddg.core.execution import Channel, Observers
@@ -35,11 +36,9 @@ ERROR = Channel("error")
 BYE = Channel("bye")
 WAITS = Channel("waits", varied=True)
 
-# The channel's name, number of the description, length of the description if it follows, flags.
-_HEADER = struct.Struct("<16s3q")
+# The channel's name, number of the description, length of the description if it follows, bytes of the message, flags.
+_HEADER = struct.Struct("<16s4q")
 _INLINE, _ON_HOST, _ENDS = 1, 2, 4
-_HEADER_BYTES = 4096
-_INLINE_BYTES = _HEADER_BYTES - _HEADER.size
 _MAX_CACHED_BYTES = 1 << 14
 _MAX_CACHED = 256
 _GRACE = 3.0
@@ -97,6 +96,7 @@ class GroupMailbox:
         self._received: defaultdict[int, int] = defaultdict(int)
         self._waits: dict[int, tuple[int, str, int]] = {}
         self._known: dict[tuple[int, bytes], int] = {}
+        self._room = {peer: Room() for peer in self._peers}
         self._logged: set[tuple[str, str, int]] = set()
         # Whether this rank ends because of the failure, or of its own: who closes afterwards need not be told again.
         self._told = self._closing = False
@@ -146,19 +146,19 @@ class GroupMailbox:
         if meta and not channel.varied and len(meta) <= _MAX_CACHED_BYTES and len(self._known) < _MAX_CACHED:
             spec = self._known[key] = len(self._known) + 1
         payload = [as_bytes(tensor) for tensor in packed.payload if tensor.numel()]
-        inline = len(meta) + sum(data.numel() for data in payload) <= _INLINE_BYTES and all(x.is_cpu for x in payload)
+        size = _HEADER.size + len(meta) + sum(data.numel() for data in payload)
+        room = self._room[peer]
+        inline = size <= room.next and all(data.is_cpu for data in payload)
         flags = _INLINE * inline | _ON_HOST * channel.on_host | _ENDS * channel.ends
-        header = bytearray(_HEADER_BYTES)
-        _HEADER.pack_into(header, 0, channel.name.encode("ascii"), spec, len(meta), flags)
-        parts = [header]
+        parts = [torch.frombuffer(bytearray(meta), dtype=torch.uint8)] if meta else []
+        frame = room.frame(size if inline else _HEADER.size)
+        _HEADER.pack_into(frame.numpy().data, 0, channel.name.encode("ascii"), spec, len(meta), size, flags)
+        room.count(size)
+        if inline and size > _HEADER.size:
+            torch.cat([*parts, *payload], out=frame[_HEADER.size : size])
         if inline:
-            content = b"".join([meta, *(data.numpy().tobytes() for data in payload)])
-            header[_HEADER.size : _HEADER.size + len(content)] = content
-            payload = []
-        elif meta:
-            parts.append(bytearray(meta))
-        tensors = [torch.frombuffer(part, dtype=torch.uint8) for part in parts]
-        self._lane.send(peer, tensors, payload, on_host=channel.on_host)
+            parts, payload = [], []
+        self._lane.send(peer, [frame, *parts], payload, on_host=channel.on_host)
 
     def _log_first(self, does: str, channel: str, peer: int) -> None:
         if (does, channel, peer) not in self._logged:
@@ -282,19 +282,19 @@ class GroupMailbox:
     def _receive_from(self, peer: int) -> None:
         self._lane.open(peer)
         seen: dict[int, Description] = {}
-        header = torch.empty(_HEADER_BYTES, dtype=torch.uint8)
         name = ""
         try:
+            frames = Arriving(self._lane, peer)
             while name != BYE.name:
-                self._lane.receive_bytes(header, peer)
-                head = header.numpy().data
-                padded, spec, meta_length, flags = _HEADER.unpack_from(head)
+                head = frames.wait().numpy().data
+                padded, spec, meta_length, size, flags = _HEADER.unpack_from(head)
                 name = padded.rstrip(b"\0").decode("ascii")
                 try:
                     value, ready = self._read(peer, head[_HEADER.size :], spec, meta_length, flags, seen)
                 except (pickle.UnpicklingError, AttributeError, ImportError) as error:
                     self._fail(f"A message ({name}) from {self._names[peer]} cannot be read: {error}")
                     return
+                frames.count(size)
                 self._log_first("receives", name, peer)
                 with self._news:
                     if name == ERROR.name and self.failure is None:

@@ -1,0 +1,96 @@
+"""Tests of ``frames.py``: the room that both sides count, and messages of all sizes through it."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterator
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from lightning_ddg.comm import frames
+from lightning_ddg.comm.frames import AHEAD, LEAST, MOST, Room
+from lightning_ddg.core.execution import ACTIVATION, GRADIENT
+from tests.comm.test_mailbox import connect
+from tests.harness import run_ranks
+
+
+def rooms(sizes: list[int]) -> Iterator[int]:
+    room = Room()
+    for size in sizes:
+        yield room.next
+        room.count(size)
+
+
+def test_room_is_made_for_the_largest_message_that_came_before_the_receive_was_posted() -> None:
+    sizes = [10, 100_000, 20, *[30] * AHEAD, 5]
+    assert list(rooms(sizes))[: AHEAD + 1] == [LEAST] * (AHEAD + 1)
+    assert list(rooms(sizes))[AHEAD + 1 :] == [25 * LEAST] * 3
+
+
+def test_room_never_shrinks_and_what_is_too_large_makes_none() -> None:
+    assert set(rooms([MOST + 1] * (3 * AHEAD))) == {LEAST}
+    assert list(rooms([MOST, *[1] * (3 * AHEAD)]))[-1] == MOST
+    assert list(rooms([MOST, MOST + 1, *[1] * (3 * AHEAD)]))[-1] == MOST
+
+
+@pytest.mark.parametrize("size", [LEAST - 1, LEAST, LEAST + 1, MOST - LEAST, MOST])
+def test_a_message_as_large_as_the_last_has_room(size: int) -> None:
+    assert list(rooms([size] * (AHEAD + 1)))[-1] >= size
+
+
+def drawn(rank: int) -> Iterator[torch.Tensor]:
+    """Sizes around the limits, small ones and large ones mixed."""
+    chance = random.Random(rank)
+    limits = [0, 1, LEAST // 4, MOST // 4, MOST // 2]
+    for number in range(120):
+        size = max(0, chance.choice(limits) + chance.randint(-60, 60))
+        yield torch.full((size,), float(number))
+
+
+def exchange(exact: bool) -> None:
+    with patch.object(frames, "_EXACT", exact):
+        mailbox = connect()
+        for other in [rank for rank in range(mailbox.size) if rank != mailbox.rank]:
+            for number, value in enumerate(drawn(mailbox.rank)):
+                mailbox.send(other, ACTIVATION if number % 3 else GRADIENT, (value, number))
+        for other in [rank for rank in range(mailbox.size) if rank != mailbox.rank]:
+            for number, value in enumerate(drawn(other)):
+                got, which = mailbox.take(other, ACTIVATION if number % 3 else GRADIENT)
+                assert which == number
+                assert torch.equal(got, value)
+        mailbox.close()
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_messages_of_all_sizes_arrive_whole(exact: bool) -> None:
+    if exact and sys.platform != "linux":
+        pytest.skip("gloo waits for as many bytes as there is room for here")
+    run_ranks(exchange, 3, exact)
+
+
+def count_sends() -> list[int]:
+    mailbox, sends = connect(), []
+    isend = dist.isend
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        sends[-1] += 1
+        return isend(*args, **kwargs)
+
+    with patch.object(dist, "isend", counting):
+        for number in range(2 * AHEAD):
+            sends.append(0)
+            if mailbox.rank == 0:
+                mailbox.send(1, ACTIVATION, torch.full((30_000,), float(number)))
+            else:
+                assert mailbox.take(0, ACTIVATION)[0] == number
+        mailbox.close()
+    return sends
+
+
+def test_a_message_of_known_size_is_one_frame() -> None:
+    assert run_ranks(count_sends, 2)[0][:-1] == [3] + [2] * (AHEAD - 1) + [1] * (AHEAD - 1)
