@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lightning_ddg.comm.host_lane import FRAME, HostLane
 
-#: How many receives are posted ahead: two messages a batch go to a neighbour at most, and two batches are on their way.
+#: How many receives are posted ahead: a stage sends a few messages a batch to a neighbour, and is two batches ahead.
 AHEAD = 8
 #: Room of the first frames, and by how much it grows, in bytes.
 LEAST = 4096
