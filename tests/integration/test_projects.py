@@ -662,13 +662,13 @@ def live(
 
 
 def live_all(strategy: str, devices: int) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
-    """Each project with one batch an epoch, and with all of them, where two fits must cut at the same place."""
+    """Each project with one batch an epoch, and with all of them; all fits must cut at the same place."""
 
     def same_cut() -> Any:
         return DDGStrategy(balance="parameters") if strategy == "ddg" else strategy
 
     return {
-        name: (live(name, strategy, devices, limit_train_batches=1), fitted(name, same_cut(), devices))
+        name: (live(name, same_cut(), devices, limit_train_batches=1), fitted(name, same_cut(), devices))
         for name in PROJECTS
     }
 
