@@ -99,6 +99,7 @@ def test_strategies_work_in_a_program_of_the_other_package(tmp_path: Path) -> No
     assert "set the environment variable LIGHTNING_DDG_HOST=lightning" in mixed
 
 
+@pytest.mark.slow
 def test_where_both_are_imported_the_other_one_says_why_it_fails(tmp_path: Path) -> None:
     out = run(
         tmp_path,

@@ -37,6 +37,7 @@ def test_a_message_pays_one_latency() -> None:
     assert 0.09 < far - near < 0.15
 
 
+@pytest.mark.slow
 def test_a_host_that_fails_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", os.defpath)
     if reason := why_not():

@@ -45,6 +45,7 @@ def arguments(recipe: Path, image_folder: Path, tmp_path: Path) -> list[str]:
     return ["--recipe", str(recipe), *grid, *places]
 
 
+@pytest.mark.slow
 def test_a_killed_study_goes_on_and_ends_with_table_and_figures(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
