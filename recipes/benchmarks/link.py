@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import socket
 from datetime import timedelta
 from multiprocessing.queues import SimpleQueue
 from statistics import median
@@ -18,6 +17,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from lightning_ddg.comm.ranks import PipelineRanks
+from recipes.ports import held_port
 
 
 def measure(rank: int, port: int, repeats: int, results: SimpleQueue[list[float]]) -> None:
@@ -38,11 +38,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=20, help="measurements, of which the median is printed")
     repeats = parser.parse_args().repeats
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     results = mp.get_context("spawn").SimpleQueue()
-    mp.spawn(measure, (port, repeats, results), nprocs=2)
+    with held_port() as port:
+        mp.spawn(measure, (port, repeats, results), nprocs=2)
     seconds = sorted(results.get())
     least, most = seconds[0] * 1e9, seconds[-1] * 1e9
     print(f"{median(seconds) * 1e9:.2f} ns per byte one way (from {least:.2f} to {most:.2f}, {repeats} measurements), "
