@@ -54,10 +54,10 @@ class HostLane:
     # ---- sending
 
     def send(self, peer: int, parts: list[Tensor], payload: list[Tensor], *, on_host: bool) -> None:
-        """Send a message without waiting for its receiver: ``parts`` on the CPU, of which the first is its frame, then
-        its tensors where they are.
+        """Send a message without waiting for its receiver: ``parts`` on the CPU, then its tensors where they are.
 
-        All are ``uint8``. With ``on_host`` the tensors arrive on the receiver's host, wherever they were.
+        The first part is its frame. All are ``uint8``. With ``on_host`` the tensors arrive on the receiver's host,
+        wherever they were.
         """
         self._isend(peer, parts + payload)
 

@@ -48,7 +48,7 @@ FORWARD_S, BACKWARD_S = 0.010, 0.020
 SHAPE = (128, 256)
 #: The longest that hosts may take for a measurement, in seconds.
 LIMIT = 300.0
-_LIMIT = timedelta(minutes=2)
+_TIMEOUT = timedelta(minutes=2)
 _PORT = 29502
 _MTU = 9000
 # Of linux/if_tun.h: make a device; it carries IP packets, without a header before them.
@@ -80,18 +80,19 @@ def measured(stages: int, latency_s: float, batches: int) -> float:
 
 def route(stages: int, latency: float, batches: int) -> int:
     """Starts a host for each rank and hands on what they send to each other; returns 1 if one fails."""
-    hosts, devices = [], []
-    for rank in range(stages):
-        ours, theirs = socket.socketpair()
-        task = json.dumps({"rank": rank, "stages": stages, "batches": batches, "line": theirs.fileno()})
-        command = ["unshare", "--net", sys.executable, "-m", __spec__.name, "--host", task]
-        hosts.append(subprocess.Popen(command, pass_fds=[theirs.fileno()]))
-        theirs.close()
-        ours.settimeout(60)
-        devices.append(socket.recv_fds(ours, 1, 1)[1][0])
+    hosts: list[subprocess.Popen[bytes]] = []
+    devices: list[int] = []
     on_the_way: deque[tuple[float, int, bytes]] = deque()
     deadline = time.monotonic() + LIMIT
     try:
+        for rank in range(stages):
+            ours, theirs = socket.socketpair()
+            task = json.dumps({"rank": rank, "stages": stages, "batches": batches, "line": theirs.fileno()})
+            command = ["unshare", "--net", sys.executable, "-m", __spec__.name, "--host", task]
+            hosts.append(subprocess.Popen(command, pass_fds=[theirs.fileno()]))
+            theirs.close()
+            ours.settimeout(60)
+            devices += socket.recv_fds(ours, 1, 1)[1]
         while any(host.poll() is None for host in hosts) and not any(host.poll() for host in hosts):
             now = time.monotonic()
             if now > deadline:
@@ -105,7 +106,7 @@ def route(stages: int, latency: float, batches: int) -> int:
                 # The last byte of an IPv4 packet's destination is the host's number.
                 if packet[0] >> 4 == 4 and 1 <= packet[19] <= stages:
                     on_the_way.append((time.monotonic() + latency, packet[19] - 1, packet))
-        return int(any(host.wait() for host in hosts))
+        return int(any(host.poll() for host in hosts))
     finally:
         for host in hosts:
             host.kill()
@@ -130,7 +131,7 @@ def host(rank: int, stages: int, batches: int, line: int) -> None:
         socket.send_fds(to_router, [b"!"], [device])
     os.environ.update(MASTER_ADDR="10.78.0.1", MASTER_PORT=str(_PORT), GLOO_SOCKET_IFNAME="ddg0")
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=stages, timeout=_LIMIT)
+    dist.init_process_group("gloo", rank=rank, world_size=stages, timeout=_TIMEOUT)
     seconds = train(stages, batches)
     if rank == 0:
         print(seconds, flush=True)
@@ -163,7 +164,7 @@ class EmulatedStage(nn.Module):
 
 def train(stages: int, batches: int) -> float:
     """The loop of docs/core.md; returns the median seconds from one batch to the next."""
-    ranks = PipelineRanks.connect(stages, torch.device("cpu"), _LIMIT, "gloo")
+    ranks = PipelineRanks.connect(stages, torch.device("cpu"), _TIMEOUT, "gloo")
     number = stage_of_rank(dist.get_rank(), stages)
     module, inputs = EmulatedStage(), torch.ones(SHAPE)
     pipeline = Pipeline(Stage(module, delay(number, stages)), number, stages, ranks.mailbox)
