@@ -15,11 +15,14 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import wait
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from recipes.ports import held_port
+
+ROOT = Path(__file__).parents[1]
 
 _context = mp.get_context("forkserver")
 _context.set_forkserver_preload(["tests", "lightning.pytorch", "lightning_ddg", "tests.networks"])
@@ -32,6 +35,13 @@ class RankResult:
     value: Any
     error: str | None
     exitcode: int | None
+
+
+def environment(*folders: str | Path, **variables: Any) -> dict[str, str]:
+    """What a Python that a test starts needs: the checkout, these folders, one thread, and :mod:`sitecustomize`."""
+    path = os.pathsep.join(map(str, [ROOT / "tests" / "interpreter", ROOT, *folders]))
+    known = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    return {**known, **{name: str(value) for name, value in variables.items()}}
 
 
 def _rank_main(pipe: Any, function: Callable[..., Any], rank: int, world_size: int, port: int, args: Any) -> None:

@@ -94,6 +94,9 @@ def register(strategy: Any) -> None:
 
     def register_refusals() -> None:
         others = part("pytorch.strategies", OTHER).StrategyRegistry
+        # A program that has put this package in the other's place has one registry for both.
+        if others is registry:
+            return
         for name in [name for name, entry in registry.items() if entry["strategy"] is strategy]:
             others.register(name, refuse, description=f"lightning_ddg works with {HOST} in this process", override=True)
 

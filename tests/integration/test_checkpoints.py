@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from lightning_ddg import DDGStrategy
-from tests.harness import run_ranks
+from tests.harness import environment, run_ranks
 from tests.networks import SAFELY, Classifier, largest_difference, loader, quiet_trainer, seeded_network, state_of
 
 STARTS = {2: [3], 3: [2, 5]}
@@ -130,9 +130,8 @@ for name, value in torch.load({str(tmp_path / "expected.pt")!r}).items():
 assert not any(name.startswith("lightning_ddg") for name in sys.modules)
 print("loaded")
 """
-    root = Path(__file__).parents[2]
     command = [sys.executable, "-c", program]
-    done = subprocess.run(command, cwd=root, env=os.environ, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120, check=False)
     assert done.stdout.strip().endswith("loaded"), done.stderr
 
 

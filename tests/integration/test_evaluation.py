@@ -16,6 +16,7 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities import rank_zero
 from torch import Tensor, nn
 from torchmetrics import Accuracy, MetricCollection, SumMetric
 
@@ -440,7 +441,7 @@ def evaluate_in_parts(devices: int, mixes: bool, parts: Any) -> Any:
     said: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addHandler(handler)
+    logging.getLogger(rank_zero.__name__).addHandler(handler)
     data = loader("mlp", count=36, batch_size=12)
     strategy: Any = "auto"
     if devices > 1:

@@ -74,7 +74,7 @@ def test_one_process_equals_the_reference_exactly(network: str, optimizer: str, 
     assert largest_difference(got, expected(network, optimizer, drain, num_stages)) == 0.0
 
 
-@pytest.mark.parametrize("num_stages", [2, 3, 4])
+@pytest.mark.parametrize("num_stages", [pytest.param(2, marks=pytest.mark.slow), 3, 4])
 def test_processes_equal_the_reference(num_stages: int) -> None:
     ranks = run_ranks(fit_all, num_stages, PAIRS, num_stages, False, timeout=240)
     for index, case in enumerate(PAIRS):

@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from lightning_ddg import DDGStrategy
-from tests.harness import run_ranks_raw
+from tests.harness import environment, run_ranks_raw
 from tests.networks import Classifier, loader, quiet_trainer
 
 LIMIT = 30.0
@@ -256,12 +256,10 @@ if __name__ == "__main__":
 def run_script(tmp_path: Path, **values: Any) -> subprocess.CompletedProcess[str]:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(**values))
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, str(script)],
         cwd=tmp_path,
-        env=environment,
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=240,

@@ -198,7 +198,7 @@ def two_halves(devices: int, folder: str) -> list[Any]:
     return [whole, last]
 
 
-@pytest.mark.parametrize("devices", [1, 3])
+@pytest.mark.parametrize("devices", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_from_the_switch_on_it_is_plain_backpropagation(devices: int, tmp_path: Path) -> None:
     for whole, paths in run_ranks(two_halves, devices, devices, str(tmp_path), timeout=240):
         for rule, got, path in zip(RULES, whole, paths, strict=False):

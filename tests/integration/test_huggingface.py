@@ -73,7 +73,7 @@ def fit_all(num_stages: int, devices: int) -> list[tuple[dict[str, Tensor], floa
     return [fit(kind, num_stages, devices) for kind in ("gpt2", "bert")]
 
 
-@pytest.mark.parametrize("num_stages", [2, 3])
+@pytest.mark.parametrize("num_stages", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_both_executions_train_the_same_weights(num_stages: int) -> None:
     alone = fit_all(num_stages, 1)
     for ranks in run_ranks(fit_all, num_stages, num_stages, num_stages, timeout=240):

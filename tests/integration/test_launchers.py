@@ -25,7 +25,7 @@ from torch import Tensor
 from lightning_ddg import DDGStrategy
 from lightning_ddg.cli import main
 from recipes.ports import held_port
-from tests.harness import run_ranks
+from tests.harness import environment, run_ranks
 from tests.networks import SAFELY, Classifier, largest_difference, loader, quiet_trainer, state_of
 
 ROOT = Path(__file__).parents[2]
@@ -83,10 +83,9 @@ def port() -> Iterator[int]:
         yield number
 
 
-def environment(**variables: Any) -> dict[str, str]:
-    """This process's, and what scripts need to find the package and the project."""
-    known = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}.", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    return {**known, **{name: str(value) for name, value in variables.items()}}
+def project_environment(**variables: Any) -> dict[str, str]:
+    """What scripts need to find the package and the project."""
+    return environment(".", PYTHONWARNINGS="ignore", **variables)
 
 
 def run_together(commands: Sequence[Sequence[str]], folder: Path, environments: Sequence[dict[str, str]]) -> list[str]:
@@ -145,7 +144,7 @@ except ValueError as error:
 
 def test_a_script_trains_twice_and_then_validates_in_each_process(project: Path) -> None:
     (project / "script.py").write_text(SCRIPT)
-    (printed,) = run_together([["script.py"]], project, [environment()])
+    (printed,) = run_together([["script.py"]], project, [project_environment()])
     module = Classifier("mlp")
     for epochs in (2, 1):
         strategy = DDGStrategy(num_stages=2, split_points=POINTS[2])
@@ -265,7 +264,7 @@ def test_torchrun(num_nodes: int, devices: int, project: Path, port: int) -> Non
     address = [f"--nnodes={num_nodes}", "--master-addr=127.0.0.1", f"--master-port={port}"]
     agent = [*TORCHRUN, f"--nproc-per-node={devices}", *address]
     commands = [[*agent, f"--node-rank={node}", "script.py", argument] for node in range(num_nodes)]
-    run_together(commands, project, [environment()] * num_nodes)
+    run_together(commands, project, [project_environment()] * num_nodes)
     check_nodes(project, num_nodes, devices)
 
 
@@ -274,7 +273,7 @@ def test_a_script_started_once_on_each_node(project: Path, port: int) -> None:
     (project / "script.py").write_text(NODES)
     argument = json.dumps([POINTS[4], {"devices": 2, "num_nodes": 2}])
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    nodes = [environment(NODE_RANK=node, **address) for node in range(2)]
+    nodes = [project_environment(NODE_RANK=node, **address) for node in range(2)]
     run_together([["script.py", argument]] * 2, project, nodes)
     check_nodes(project, 2, 2)
 
@@ -319,7 +318,7 @@ def test_a_plain_lightning_cli_needs_no_import_for_a_class_path(launcher: str, p
     (project / "train.py").write_text(PLAIN)
     (project / "config.yaml").write_text(CONFIG.format(strategy=BY_CLASS_PATH))
     program = [] if launcher == "script" else [*TORCHRUN, "--nproc-per-node=2", f"--master-port={port}"]
-    run_together([[*program, "train.py", "fit", "--config", "config.yaml"]], project, [environment()])
+    run_together([[*program, "train.py", "fit", "--config", "config.yaml"]], project, [project_environment()])
     expected = trained_alone(2, 2)
     for rank, report in enumerate(reports(project, "fit", 2)):
         assert report["stage"] == 2 - rank
@@ -411,7 +410,8 @@ torch.save(module.state_dict(), "notebook.pt")
 def test_a_notebook(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")
-    for name, value in environment(IPYTHONDIR=project / "ipython", JUPYTER_RUNTIME_DIR=project / "runtime").items():
+    folders = {"IPYTHONDIR": project / "ipython", "JUPYTER_RUNTIME_DIR": project / "runtime"}
+    for name, value in project_environment(**folders).items():
         monkeypatch.setenv(name, value)
     # The kernel is this Python's, whatever the machine's list of kernels says.
     kernels = project / "kernels" / "kernels" / "this"

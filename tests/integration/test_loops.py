@@ -25,7 +25,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 
 from lightning_ddg import DDGStrategy
-from tests.harness import run_ranks
+from tests.harness import environment, run_ranks
 from tests.networks import Classifier, largest_difference, loader, quiet_trainer, state_of
 
 CUT = ["net.3"]
@@ -360,17 +360,16 @@ if __name__ == "__main__":
     [
         (signal.SIGINT, "ddg"),
         pytest.param(signal.SIGTERM, "ddg", marks=pytest.mark.slow),
-        (signal.SIGTERM, "ddg_notebook"),
+        pytest.param(signal.SIGTERM, "ddg_notebook", marks=pytest.mark.slow),
     ],
 )
 def test_a_script_ends_with_all_its_processes(number: int, strategy: str, tmp_path: Path) -> None:
     """Ctrl-C goes to all processes of a terminal; SIGTERM to the one that was started, which hands it on."""
     (tmp_path / "script.py").write_text(SCRIPT.replace("STRATEGY", strategy))
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
         [sys.executable, "script.py"],
         cwd=tmp_path,
-        env=environment,
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

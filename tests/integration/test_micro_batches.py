@@ -204,7 +204,7 @@ def fit_proved(num_stages: int, devices: int) -> list[Any]:
     return states
 
 
-@pytest.mark.parametrize("num_stages", [2, 3])
+@pytest.mark.parametrize("num_stages", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_draws_are_the_same_in_both_executions_and_in_the_proof(num_stages: int) -> None:
     (alone,) = run_ranks(fit_proved, 1, num_stages, 1, timeout=240)
     (again,) = run_ranks(fit_proved, 1, num_stages, 1, timeout=240)

@@ -287,7 +287,7 @@ def oldest_of_all(num_stages: int) -> list[int]:
     return [oldest(num_stages, num_stages, micro) for micro in (1, 2, 3, 4, "auto")]
 
 
-@pytest.mark.parametrize("num_stages", [2, 3, 4])
+@pytest.mark.parametrize("num_stages", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_the_delay_in_updates_is_bounded(num_stages: int) -> None:
     wanted = [-(-(num_stages - 1) // micro) for micro in (1, 2, 3, 4)] + [1]
     assert [oldest(1, num_stages, micro) for micro in (1, 2, 3, 4, "auto")] == wanted

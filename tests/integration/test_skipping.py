@@ -107,7 +107,7 @@ def test_one_process_skips_as_the_reference_does(num_stages: int) -> None:
             assert largest_difference(got, expected(num_stages, optimizer, drain)) == 0.0, (optimizer, when)
 
 
-@pytest.mark.parametrize("num_stages", [2, 3])
+@pytest.mark.parametrize("num_stages", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_processes_skip_as_the_reference_does(num_stages: int) -> None:
     cases = [(optimizer, drain, when, {}) for optimizer, drain in CASES for when in WHEN]
     for states in run_ranks(fit_all, num_stages, num_stages, cases, timeout=240):

@@ -46,7 +46,8 @@ def sent(value: Any) -> Any:
 
 
 def cuts_of(chain: ReplayedChain, num_stages: int) -> list[tuple[int, ...]]:
-    allowed = [position for position in range(1, len(chain)) if position not in forbidden_cuts(chain)]
+    forbidden = forbidden_cuts(chain)
+    allowed = [position for position in range(1, len(chain)) if position not in forbidden]
     return list(combinations(allowed, num_stages - 1))
 
 

@@ -9,10 +9,12 @@ import sys
 import textwrap
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
 from lightning_ddg.plugin import host
+from tests.harness import environment
 
 HOST_FILE = host.__file__
 PACKAGES = ("lightning", "pytorch_lightning")
@@ -57,15 +59,14 @@ def error_of(function, *args, **kwargs):
 """
 
 
-def run(folder: Path, imports: str, body: str, **environment: str) -> str:
+def run(folder: Path, imports: str, body: str, **variables: str) -> str:
     """Run a script that begins with these imports, and return what it prints."""
     script = folder / "script.py"
     script.write_text(SCRIPT.format(imports=imports) + textwrap.dedent(body))
     clean = {name: value for name, value in os.environ.items() if name != host.VARIABLE}
-    root = str(Path(HOST_FILE).parents[2])
-    clean["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [clean.get("PYTHONPATH")])])
+    clean["PYTHONPATH"] = environment()["PYTHONPATH"]
     ended = subprocess.run(
-        [sys.executable, str(script)], cwd=folder, env=clean | environment, capture_output=True, text=True, timeout=240
+        [sys.executable, str(script)], cwd=folder, env=clean | variables, capture_output=True, text=True, timeout=240
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
     return ended.stdout
@@ -179,6 +180,32 @@ def test_an_alias_of_one_package_for_the_other_is_seen_through(monkeypatch: pyte
     for module in ("lightning.pytorch", "pytorch_lightning"):
         monkeypatch.setitem(sys.modules, module, twin)
     assert host._chosen() == "pytorch_lightning"
+
+
+def test_an_alias_that_is_heard_of_later_refuses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = ModuleType(f"{host._PACKAGES[host.HOST]['pytorch']}.strategies")
+    own.StrategyRegistry = registry = Registry()  # type: ignore[attr-defined]
+    monkeypatch.setattr(host, "part", lambda path, package=host.HOST: own)
+    for imported in (True, False):
+        monkeypatch.setattr(host, "_imported", lambda package, imported=imported: imported)
+        finders = list(sys.meta_path)
+        host.register(Registry)
+        if not imported:
+            (heard,) = set(sys.meta_path) - set(finders)
+            heard._then()
+            sys.meta_path.remove(heard)
+        assert registry == {"ddg": {"strategy": Registry}}
+
+
+class Registry(dict[str, dict[str, Any]]):
+    """Lightning's registry of strategies, and a strategy that registers itself."""
+
+    def register(self, name: str, strategy: Any, **_: Any) -> None:
+        self[name] = {"strategy": strategy}
+
+    @classmethod
+    def register_strategies(cls, registry: Registry) -> None:
+        registry.register("ddg", cls)
 
 
 @pytest.mark.parametrize("asked", ["pytorch-lightning", "", "Lightning"])

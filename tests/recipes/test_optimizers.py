@@ -59,7 +59,10 @@ def trained(name: str, path: str, devices: int, rules: dict[str, Any]) -> tuple[
     return losses, state
 
 
-@pytest.mark.parametrize("rules", [{}, {"extrapolate": True}], ids=["plain", "extrapolated"])
+@pytest.mark.parametrize(
+    "rules",
+    [pytest.param({}, id="plain", marks=pytest.mark.slow), pytest.param({"extrapolate": True}, id="extrapolated")],
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_two_processes_train_as_one(name: str, rules: dict[str, Any], text_file: Path) -> None:
     losses, state = trained(name, str(text_file), 1, rules)

@@ -24,6 +24,7 @@ from recipes.study.grid import Run, Settings, find_recipe, read_recipe, runs
 from recipes.study.methods import METHODS
 from recipes.study.processes import RunError, share_out
 from recipes.study.results import COLUMNS, Results
+from tests.harness import environment
 
 ROOT = Path(__file__).parents[2]
 
@@ -52,7 +53,7 @@ def test_a_killed_study_goes_on_and_ends_with_table_and_figures(
     started = subprocess.Popen(
         [sys.executable, "-m", "recipes.study", *arguments],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env=environment(),
         stderr=subprocess.PIPE,
         text=True,
     )
