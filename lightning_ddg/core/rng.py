@@ -14,6 +14,8 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import torch
 
+from lightning_ddg.core import numpy_state
+
 _MASK = (1 << 64) - 1
 
 TRAINING, EVALUATION = 0, 1
@@ -78,7 +80,7 @@ class Generators:
         self._device = device
         self._cpu = torch.get_rng_state()
         self._cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-        self._libraries: Any = (random.getstate(), np.random.get_state(legacy=False)) if libraries else None
+        self._libraries: Any = (random.getstate(), numpy_state.read()) if libraries else None
 
     def restore(self) -> None:
         """Put the generators back into these states."""
@@ -88,7 +90,7 @@ class Generators:
         if self._libraries is not None:
             python, numpy = self._libraries
             random.setstate(python)
-            np.random.set_state(numpy)
+            numpy_state.write(numpy)
 
     def unchanged(self) -> bool:
         """Return whether nothing has been drawn since."""
@@ -144,11 +146,9 @@ class Streams:
 
 
 def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, dict):
-        return all(_same(value, other[name]) for name, value in one.items())
-    if isinstance(one, tuple) and any(isinstance(value, dict) for value in one):
-        return all(map(_same, one, other))
-    return bool(np.all(one == other))
+    if one is None or other is None:
+        return one is other
+    return one[0] == other[0] and numpy_state.same(one[1], other[1])
 
 
 @contextmanager

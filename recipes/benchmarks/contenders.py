@@ -284,7 +284,7 @@ class _Note(Callback):
         self.laps.note()
 
 
-class _Again(Dataset[Batch]):
+class Again(Dataset[Batch]):
     """The same batch, over and over."""
 
     def __init__(self, batch: Batch, times: int) -> None:
@@ -308,7 +308,7 @@ def _fit(job: Job, laps: Laps, **options: Any) -> nn.Module:
         enable_model_summary=False,
         **options,
     )
-    trainer.fit(training, DataLoader(_Again(batch, laps.total), batch_size=None))
+    trainer.fit(training, DataLoader(Again(batch, laps.total), batch_size=None))
     return training
 
 
