@@ -140,7 +140,9 @@ class Measured:
         return min(whole, key=lambda at: abs(begins[at + _SHOWN] - begins[at] - _SHOWN * self.period))
 
 
-def summarize(rows: Sequence[Sequence[Event]], planned: Work | None = None, unit: str = "batch") -> Measured | None:
+def summarize(
+    rows: Sequence[Sequence[Event]], planned: Work | None = None, unit: str = "batch", slack: int = 0
+) -> Measured | None:
     """Return what the events of each stage, on its own rank's clock, say; ``None`` if they are too few."""
     forward, backward = ([_durations(row, kind) for row in rows] for kind in ("F", "B"))
     begins = [event.start for event in rows[-1] if event.kind == "F"]
@@ -148,7 +150,7 @@ def summarize(rows: Sequence[Sequence[Event]], planned: Work | None = None, unit
         return None
     period = median(after - before for before, after in pairwise(begins))
     links = [0.0] * (len(rows) - 1)
-    work = Work([median(row) for row in forward], [median(row) for row in backward], links, links)
+    work = Work([median(row) for row in forward], [median(row) for row in backward], links, links, slack=slack)
     return Measured(aligned(rows), period, work, planned, unit)
 
 

@@ -10,7 +10,14 @@ from pathlib import Path
 from lightning_ddg.network.balance import forbidden_cuts
 from lightning_ddg.network.cut import CostModel
 from lightning_ddg.network.layers import Layers
-from lightning_ddg.planning.report import count_of_stages, finish_table, print_plan, print_table, split_table
+from lightning_ddg.planning.report import (
+    count_of_stages,
+    finish_table,
+    latency_table,
+    print_plan,
+    print_table,
+    split_table,
+)
 from lightning_ddg.planning.simulate import Work, simulate, steady_state
 from lightning_ddg.planning.stages import CutPlan, plan_cut
 from lightning_ddg.planning.timeline import Panel, check_picture, draw_timeline
@@ -54,9 +61,11 @@ class Plan:
         print_plan(self.rows, self.seconds, details=details)
         if self.split:
             print_table(split_table(self.split, self.seconds))
+        cuts = {(number, 1): cut for number, cut in self.rows.items() if isinstance(cut, CutPlan)} | self.split
+        if any(cut.work.latency for cut in cuts.values()):
+            print_table(latency_table(cuts, self.seconds))
         if self.finish:
-            whole = {(number, 1): cut for number, cut in self.rows.items() if isinstance(cut, CutPlan)}
-            print_table(finish_table(whole | self.split, self.seconds, self.finish))
+            print_table(finish_table(cuts, self.seconds, self.finish))
 
     def draw(self, path: str | Path) -> None:
         """Draw the simulated timelines below plain backpropagation's, on one scale, from an empty pipeline on.
