@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 
 from lightning_ddg.core.execution import ACTIVATION, GRADIENT, Channel, InFlight, Observer
+from lightning_ddg.core.schedule import delay
 from lightning_ddg.planning.simulate import Event, Work, simulate, steady_state
 from lightning_ddg.planning.timeline import Panel, draw_timeline
 
@@ -122,7 +123,9 @@ class Measured:
         measured = [event for row in self.rows for event in row]
         first = self._typical_batch()
         shown = _SHOWN * max(self.period, settled.period)
-        on_paper = simulate(work, first + num_rows + ceil(shown / settled.period) + 1)
+        # The first stage is ahead of the last.
+        ahead = delay(1, num_rows, work.slack) + num_rows
+        on_paper = simulate(work, first + ahead + ceil(shown / settled.period) + 1)
         title = "measured (blank: the optimizer, Lightning's loop, the data)"
         panels = [
             Panel(title, _from(measured, first), num_rows, self.period),

@@ -154,6 +154,8 @@ def test_without_details_each_cut_is_a_line(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_the_picture_has_a_panel_for_each_number_of_stages(tmp_path: Path) -> None:
+    make_plan(chain(), replace(MODEL, latency=0.03, slack=4), [3]).draw(tmp_path / "far.svg")
+    assert "3 stages: " in (tmp_path / "far.svg").read_text()
     make_plan(chain(), MODEL, [2, 3, 9]).draw(tmp_path / "plan.svg")
     text = (tmp_path / "plan.svg").read_text()
     for words in (
