@@ -46,29 +46,19 @@ class _Planned(BaseException):
 class _Planner(Callback):
     """Plan with the first batch of a fit, as its training step would get it."""
 
-    def __init__(
-        self, num_stages: int | list[int], recompute: bool, stash: bool, micro_batches: int | list[int], finish: float
-    ) -> None:
+    def __init__(self, **asked: Any) -> None:
         self.plan: Plan | None = None
         self.problem: str | None = None
-        self._num_stages = num_stages
-        self._recompute = recompute
-        self._stash = stash
-        self._micro_batches = micro_batches
-        self._finish = finish
+        self._asked = asked
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         try:
             self.plan = plan_module(
                 pl_module,
                 batch,
-                self._num_stages,
                 optimizer_copies=copies_kept(trainer.optimizers[0] if trainer.optimizers else None),
-                recompute=self._recompute,
-                stash=self._stash,
-                micro_batches=self._micro_batches,
-                finish=self._finish,
                 context=trainer.precision_plugin.train_step_context,
+                **self._asked,
             )
         except (ImportError, RuntimeError, TypeError, ValueError) as error:
             self.problem = str(error)
@@ -88,6 +78,8 @@ class _Trainer(Trainer):
         stash: bool = True,
         micro_batches: int | list[int] = [],  # noqa: B006
         finish: float = 0.0,
+        slack: int = 0,
+        latency_ms: float = 0.0,
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
     ) -> None:
@@ -102,6 +94,8 @@ class _Trainer(Trainer):
             stash: As that of the strategy's staleness.
             micro_batches: One number of micro-batches into which a batch is split, or a list of them, to be compared.
             finish: As that of the strategy's staleness: what a synchronous last part of a fit costs.
+            slack: As the strategy's argument.
+            latency_ms: How long any message is under way, one way; which slack hides that is shown.
             ckpt_path: Accepted, so that a fit's saved config can be planned; not read.
             weights_only: Accepted, as ckpt_path.
         """
@@ -110,7 +104,15 @@ class _Trainer(Trainer):
                 check_picture(picture)
         except (ImportError, ValueError) as error:
             raise SystemExit(f"lightning-ddg plan: {error}") from error
-        planner = _Planner(num_stages, recompute, stash, micro_batches, finish)
+        planner = _Planner(
+            num_stages=num_stages,
+            recompute=recompute,
+            stash=stash,
+            micro_batches=micro_batches,
+            finish=finish,
+            slack=slack,
+            latency_ms=latency_ms,
+        )
         self.callbacks.append(planner)  # type: ignore[attr-defined]
         try:
             with suppress(_Planned):

@@ -35,6 +35,7 @@ def train(
     accumulate: int = 1,
     clip: Callable[[list[nn.Parameter]], object] | None = None,
     synchronous_from: int | None = None,
+    slack: int = 0,
 ) -> None:
     """Trains a network whose parameters are those of the stages; each has an optimizer and a scheduler of its own.
 
@@ -44,9 +45,11 @@ def train(
     samples. After a batch (or ``accumulate`` batches, or an epoch's last one) each stage steps with the sum of the
     gradients that have become due since its last step, clipped.
 
+    Each delay is ``1 + slack`` times as long as the number of the stages that follow.
+
     Before the batch ``synchronous_from`` what is late is applied, and from there on nothing is late.
     """
-    number, delays = count(), list(reversed(range(len(stages))))
+    number, delays = count(), [late * (1 + slack) for late in reversed(range(len(stages)))]
     optimizers = [optimizer(parameters) if parameters else None for parameters in stages]
     schedulers = [scheduler(o) if scheduler and o is not None else None for o in optimizers]
     # Of each micro-batch, the gradients of all stages; and of each stage, what has become due since its last step.

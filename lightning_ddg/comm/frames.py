@@ -27,20 +27,28 @@ AHEAD = 8
 LEAST = 4096
 #: Room is made for messages up to this size, in bytes; copying more would cost as much as it saves between near hosts.
 MOST = 1 << 20
+#: The same where stages have a slack: hosts are far apart then, and what does not fit holds up all that follows it.
+MOST_FAR = 1 << 24
 
 # What gloo uses elsewhere waits for as many bytes as there is room for.
 _EXACT = sys.platform == "linux"
 
 
+def receives_ahead(slack: int) -> int:
+    """Return how many receives are posted ahead where a stage may be ``2 + slack`` batches ahead of the next."""
+    return AHEAD // 2 * (2 + slack)
+
+
 class Room:
     """The room that a receiver has made for the next frames of a sender, as each of the two counts it.
 
-    The receive of frame i is posted when frame i - ``AHEAD`` has arrived: it is known then how large the messages up to
-    that one were.
+    The receive of frame i is posted when frame i - :func:`receives_ahead` has arrived: it is known then how large the
+    messages up to that one were. The slack is the same on both sides.
     """
 
-    def __init__(self) -> None:
-        self._made = deque([LEAST] * AHEAD)
+    def __init__(self, slack: int = 0) -> None:
+        self._made = deque([LEAST] * receives_ahead(slack))
+        self._most = MOST_FAR if slack else MOST
 
     @property
     def next(self) -> int:
@@ -50,7 +58,7 @@ class Room:
     def count(self, size: int) -> int:
         """Count a message, of a size in bytes; return how much room is made in place of its frame's."""
         self._made.popleft()
-        rounded = -(-size // LEAST) * LEAST if size <= MOST else LEAST
+        rounded = -(-size // LEAST) * LEAST if size <= self._most else LEAST
         self._made.append(max(self._made[-1], rounded))
         return self._made[-1]
 
@@ -62,9 +70,9 @@ class Room:
 class Arriving:
     """The frames that come from a rank, in their order."""
 
-    def __init__(self, lane: HostLane, peer: int) -> None:
-        self._lane, self._peer, self._room = lane, peer, Room()
-        self._posted = deque(self._post(torch.empty(LEAST, dtype=torch.uint8)) for _ in range(AHEAD))
+    def __init__(self, lane: HostLane, peer: int, slack: int) -> None:
+        self._lane, self._peer, self._room = lane, peer, Room(slack)
+        self._posted = deque(self._post(torch.empty(LEAST, dtype=torch.uint8)) for _ in range(receives_ahead(slack)))
 
     def wait(self) -> Tensor:
         """Wait for the next frame; its memory is good until :meth:`count`."""

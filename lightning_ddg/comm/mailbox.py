@@ -67,6 +67,7 @@ class GroupMailbox:
         edges: With CUDA and NCCL, a group of its own for each directed pair ``(source, destination)`` whose tensors go
             from device to device. Tensors of all other pairs go through the host.
         observers: Are told of every wait for a message.
+        slack: ``s`` of the stages' delays, by which they may be further ahead; the same on all ranks.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class GroupMailbox:
         names: Sequence[str],
         edges: dict[tuple[int, int], dist.ProcessGroup] | None = None,
         observers: Observers | None = None,
+        slack: int = 0,
     ) -> None:
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
@@ -96,7 +98,8 @@ class GroupMailbox:
         self._received: defaultdict[int, int] = defaultdict(int)
         self._waits: dict[int, tuple[int, str, int]] = {}
         self._known: dict[tuple[int, bytes], int] = {}
-        self._room = {peer: Room() for peer in self._peers}
+        self._room = {peer: Room(slack) for peer in self._peers}
+        self._slack = slack
         self._logged: set[tuple[str, str, int]] = set()
         # Whether this rank ends because of the failure, or of its own: who closes afterwards need not be told again.
         self._told = self._closing = False
@@ -284,7 +287,7 @@ class GroupMailbox:
         seen: dict[int, Description] = {}
         name = ""
         try:
-            frames = Arriving(self._lane, peer)
+            frames = Arriving(self._lane, peer, self._slack)
             while name != BYE.name:
                 head = frames.wait().numpy().data
                 padded, spec, meta_length, size, flags = _HEADER.unpack_from(head)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from functools import lru_cache
 from statistics import median
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -33,8 +33,22 @@ _GROUP = "lightning_ddg"
 #: The least time that ranks which are all there are given to connect.
 _CONNECTING = timedelta(seconds=30)
 _PROBE_BYTES = 4 << 20
+# Nobody has made room for as much: word of it goes there, its receiver's answer back, and then it comes.
+_PROBE_LATENCIES = 3
 _PROBE_ROUNDS = 5
 _T = TypeVar("_T")
+
+
+class Link(NamedTuple):
+    """How long a message takes between two stages.
+
+    Attributes:
+        latency: Seconds one way, however small it is; 0 where that was not measured.
+        seconds_per_byte: Seconds that each of its bytes takes besides.
+    """
+
+    latency: float
+    seconds_per_byte: float
 
 
 class Ranks(Protocol):
@@ -121,8 +135,8 @@ class Ranks(Protocol):
         """
         return
 
-    def seconds_per_byte(self, default: float) -> float:
-        """Return the seconds that a byte takes from stage 1 to stage 2; ``default`` where they cannot be measured."""
+    def link(self, default: Link) -> Link:
+        """Return what is measured between stages 1 and 2; ``default`` where there are no messages."""
         return default
 
     def abort(self, reason: str) -> str:
@@ -184,11 +198,12 @@ class PipelineRanks(Ranks):
         device: This rank's device.
         timeout: The longest a rank waits for one message.
         backend: Backend of the default group. With NCCL, tensors go from device to device.
+        slack: ``s`` of the stages' delays: so many batches more may be under way. The greatest of all ranks' counts.
     """
 
     mailbox: GroupMailbox
 
-    def __init__(self, num_stages: int, device: torch.device, timeout: timedelta, backend: str) -> None:
+    def __init__(self, num_stages: int, device: torch.device, timeout: timedelta, backend: str, slack: int = 0) -> None:
         self.rank, self.size = dist.get_rank(), num_stages
         self.num_stages = num_stages
         self.stage = stage_of_rank(self.rank, num_stages)
@@ -198,12 +213,15 @@ class PipelineRanks(Ranks):
         self._timeout = timeout
         self._backend = backend
         self._failure: str | None = None
+        self._slack = _greatest(slack, device)
         self._mesh = _mesh_of(dist.group.WORLD, device.type, num_stages)
         self.mailbox = self._open(self.observers)
         self._connected = True
 
     @classmethod
-    def connect(cls, num_stages: int, device: torch.device, timeout: timedelta, backend: str) -> PipelineRanks:
+    def connect(
+        cls, num_stages: int, device: torch.device, timeout: timedelta, backend: str, slack: int = 0
+    ) -> PipelineRanks:
         """Wait for all ranks, then connect them; the arguments are those of the class.
 
         Raises:
@@ -214,7 +232,7 @@ class PipelineRanks(Ranks):
             dist.monitored_barrier(timeout=timeout, wait_all_ranks=True)
         else:
             _barrier(device)
-        return cls(num_stages, device, timeout, backend)
+        return cls(num_stages, device, timeout, backend, slack)
 
     def _open(self, observers: Observers | None = None) -> GroupMailbox:
         def connect(those: list[int], backend: str) -> dist.ProcessGroup:
@@ -230,7 +248,7 @@ class PipelineRanks(Ranks):
             for edge in dict.fromkeys([*neighbours, (ranks[-1], ranks[0])]):
                 edges[edge] = connect(sorted(edge), "nccl")
         names = [f"Rank {rank} (stage {stage_of_rank(rank, self.num_stages)})" for rank in ranks]
-        return GroupMailbox(group, self._device, self._timeout, names, edges, observers)
+        return GroupMailbox(group, self._device, self._timeout, names, edges, observers, self._slack)
 
     @property
     def mesh(self) -> DeviceMesh:
@@ -261,8 +279,7 @@ class PipelineRanks(Ranks):
         if self._talks():
             votes = sum(_swap(self.mailbox, VOTE, bool(decision)))
         elif dist.is_initialized():
-            device = self._device if dist.get_backend() == "nccl" else torch.device("cpu")
-            counted = torch.tensor(int(decision), device=device)
+            counted = torch.tensor(int(decision), device=_device_of_group(self._device))
             dist.all_reduce(counted)
             votes = int(counted)
         else:
@@ -320,17 +337,17 @@ class PipelineRanks(Ranks):
                         else:
                             _add_buffer(module, name, value, saved=name not in hidden)
 
-    def seconds_per_byte(self, default: float) -> float:
-        seconds, second = default, rank_of_stage(2, self.num_stages)
-        if self.reads:
-            seconds = self._round_trip(second, first=True)
-        elif self.rank == second:
-            self._round_trip(self.reading_rank, first=False)
-        return self.broadcast(seconds, src=self.reading_rank)
+    def link(self, default: Link) -> Link:
+        latency, whole, second = 0.0, 0.0, rank_of_stage(2, self.num_stages)
+        if self.rank in (self.reading_rank, second):
+            peer = second if self.reads else self.reading_rank
+            latency, whole = (self._one_way(peer, size, first=self.reads) for size in (1, _PROBE_BYTES))
+        seconds_per_byte = max(0.0, whole - _PROBE_LATENCIES * latency) / _PROBE_BYTES
+        return self.broadcast(Link(latency, seconds_per_byte), src=self.reading_rank)
 
-    def _round_trip(self, peer: int, *, first: bool) -> float:
-        """Half the median time of a few MiB to a peer and back, per byte; the first round does not count."""
-        message = torch.zeros(_PROBE_BYTES, dtype=torch.uint8, device=self._device)
+    def _one_way(self, peer: int, size: int, *, first: bool) -> float:
+        """Half the median time of so many bytes to a peer and back; the first round does not count."""
+        message = torch.zeros(size, dtype=torch.uint8, device=self._device)
         seconds = []
         for _ in range(1 + _PROBE_ROUNDS):
             start = time.perf_counter()
@@ -343,7 +360,7 @@ class PipelineRanks(Ranks):
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)
             seconds.append(time.perf_counter() - start)
-        return median(seconds[1:]) / 2 / _PROBE_BYTES
+        return median(seconds[1:]) / 2
 
     def abort(self, reason: str) -> str:
         if self._failure is None:
@@ -379,6 +396,18 @@ def _add_buffer(module: nn.Module, name: str, value: torch.Tensor, *, saved: boo
     part = module.get_submodule(owner)
     near = next((tensor.device for tensor in (*part.parameters(), *part.buffers())), value.device)
     part.register_buffer(own_name, value.to(near, copy=True), persistent=saved)
+
+
+def _device_of_group(own: torch.device) -> torch.device:
+    """Where the default group's collectives take tensors of a rank with that device."""
+    return own if dist.get_backend() == "nccl" else torch.device("cpu")
+
+
+def _greatest(number: int, device: torch.device) -> int:
+    """The greatest of all ranks' numbers: what differs is refused later, by name, over messages that must work."""
+    counted = torch.tensor(number, device=_device_of_group(device))
+    dist.all_reduce(counted, dist.ReduceOp.MAX)
+    return int(counted)
 
 
 def _barrier(device: torch.device) -> None:

@@ -23,6 +23,7 @@ from lightning_ddg.core.execution import Execution, Observers
 from lightning_ddg.core.extrapolation import Outlook
 from lightning_ddg.core.gradient_queue import GradientQueue
 from lightning_ddg.core.rng import Batch
+from lightning_ddg.core.schedule import crossings, delay
 from lightning_ddg.core.staleness import PAPER, Staleness
 from lightning_ddg.core.tensors import Slot, parameters_replaced, slots_of
 
@@ -33,13 +34,13 @@ class DelayLine(Execution):
     """The execution of all stages in one process.
 
     Args:
-        segments: The stages' modules, input side first; stage ``k`` of ``K`` has the delay ``K - k``. A parameter that
-            several of them have belongs to the first.
+        segments: The stages' modules, input side first. A parameter that several of them have belongs to the first.
         others: Parameters outside the network: they have no delay.
         rule: How updates are applied; one with ``stash``.
         observers: Look on.
         forward: Runs the whole network on a batch; by default, the modules one after the other.
         outlook: What is known of the optimizer's steps, for rules that ask for that.
+        slack: ``s`` of the stages' delays.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class DelayLine(Execution):
         observers: Observers | None = None,
         forward: Forward | None = None,
         outlook: Outlook | None = None,
+        slack: int = 0,
     ) -> None:
         self.stages = range(1, len(segments) + 1)
         self._forward = forward or partial(run_in_turn, segments)
@@ -59,8 +61,10 @@ class DelayLine(Execution):
                 first.setdefault(parameter, stage)
         parameters = [[parameter for parameter, its in first.items() if its == stage] for stage in range(len(segments))]
         parameters[-1].extend(others)
+        count = len(segments)
         self._lines = [
-            GradientQueue(own, len(segments) - stage, rule, outlook) for stage, own in enumerate(parameters, start=1)
+            GradientQueue(own, delay(stage, count, slack), rule.shrink ** crossings(stage, count), rule, outlook)
+            for stage, own in enumerate(parameters, start=1)
         ]
         self._observers = observers or Observers()
         self._slots = [slot for segment in segments for slot in slots_of(segment)] if rule.extrapolate else []

@@ -178,7 +178,7 @@ class InFlight(Protocol):
     """What a stage has between forward and backward, to be looked at only.
 
     Attributes:
-        delay: ``d(k) = K - k``, in batches.
+        delay: ``d(k)``, in batches: :func:`~lightning_ddg.core.schedule.delay`.
     """
 
     delay: int

@@ -26,11 +26,16 @@ class GradientQueue(InFlight):
     """
 
     def __init__(
-        self, parameters: list[nn.Parameter], delay: int, rule: Staleness, outlook: Outlook | None = None
+        self,
+        parameters: list[nn.Parameter],
+        delay: int,
+        shrink: float,
+        rule: Staleness,
+        outlook: Outlook | None = None,
     ) -> None:
         self._parameters = parameters
         self.lag = self.delay = delay
-        self._shrink = rule.shrink**delay
+        self._shrink = shrink
         self.updates = Updates(rule, delay, outlook)
         self.queue: deque[Gradients] = deque()
         self.pending = False

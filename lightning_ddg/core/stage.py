@@ -52,7 +52,7 @@ class Stage(InFlight):
 
     Args:
         module: The layers of this stage, called with what the previous stage returned.
-        delay: Batches between a forward and its backward, ``d(k) = K - k``.
+        delay: Batches between a forward and its backward, ``d(k)``.
         rule: Which weights a backward uses, and how updates are applied; without a delay no rule changes anything.
         recompute: Whether to keep only the inputs of batches in flight, and to run the forward again in the backward.
             Both forwards build a graph, so that the same kernels run; never more than one batch's is kept.

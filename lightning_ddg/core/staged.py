@@ -47,14 +47,15 @@ class Staged(Execution):
     """The stages of a network, one batch after the other.
 
     At batch t every stage runs its forward of t, then its backward of ``t - d(k)`` with the gradient that the stage
-    after it has made one batch earlier; then one optimizer steps for all.
+    after it has made one batch earlier, or 1 + s batches with a slack s; then one optimizer steps for all.
 
     Args:
-        segments: The stages' modules, input side first; stage ``k`` of ``K`` has the delay ``K - k``.
+        segments: The stages' modules, input side first.
         rule: Which weights a backward uses, and how updates are applied.
         recompute: Whether activations are computed again in the backward.
         observers: Look on.
         outlook: What is known of the optimizer's steps, for rules that ask for that.
+        slack: ``s`` of the stages' delays.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Staged(Execution):
         recompute: bool,
         observers: Observers | None = None,
         outlook: Outlook | None = None,
+        slack: int = 0,
     ) -> None:
         count = len(segments)
         self.stages = range(1, count + 1)
@@ -72,7 +74,7 @@ class Staged(Execution):
         queues: _Queues = defaultdict(deque)
         self._pipelines = []
         for number, segment in zip(self.stages, segments, strict=True):
-            stage = Stage(segment, delay(number, count), rule, recompute, outlook)
+            stage = Stage(segment, delay(number, count, slack), rule, recompute, outlook)
             mailbox = LocalMailbox(rank_of_stage(number, count), count, queues)
             self._pipelines.append(Pipeline(stage, number, count, mailbox, rule.shrink))
 

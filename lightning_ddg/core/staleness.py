@@ -18,7 +18,7 @@ from lightning_ddg.core.extrapolation import Outlook, spike
 
 @dataclass(frozen=True)
 class Staleness:
-    """How a stage uses a gradient that is ``d(k) = K - k`` batches old. The defaults change nothing.
+    """How a stage uses a gradient that is ``d(k)`` batches old. The defaults change nothing.
 
     Attributes:
         stash: Whether a backward uses the weights of its forward. ``False``: what the forward has computed is used as

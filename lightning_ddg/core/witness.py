@@ -28,6 +28,7 @@ class Witness(Execution):
         num_stages: ``K``.
         parameters: Returns the parameters to which the gradients of a stage are added.
         tell: Is told the stage and the gradient w.r.t. each parameter, ``None`` where nothing was added.
+        slack: ``s`` of the stages' delays.
 
     Attributes:
         count: How many backwards of a stage are added up before it is told of; to be set before the first.
@@ -39,10 +40,11 @@ class Witness(Execution):
         num_stages: int,
         parameters: Callable[[int], Sequence[nn.Parameter]],
         tell: Callable[[int, Gradients], None],
+        slack: int = 0,
     ) -> None:
         self.stages = execution.stages
         self._execution = execution
-        self._delays = {stage: delay(stage, num_stages) for stage in execution.stages}
+        self._delays = {stage: delay(stage, num_stages, slack) for stage in execution.stages}
         self._parameters, self._tell = parameters, tell
         self._batches = 0
         self.count = 1

@@ -35,6 +35,8 @@ class CostModel:
         stash: Whether a stage with a delay keeps the weights of batches in flight.
         optimizer_copies: Tensors of a parameter's size that the optimizer keeps for it.
         seconds_per_byte: What sending or receiving a byte costs a stage.
+        latency: Seconds that any message is under way besides, at no cost of a stage's.
+        slack: ``s`` of the stages' delays.
     """
 
     profile: Profile
@@ -42,6 +44,8 @@ class CostModel:
     stash: bool = True
     optimizer_copies: int = 2
     seconds_per_byte: float = 0.0
+    latency: float = 0.0
+    slack: int = 0
 
     def stage_seconds(self, starts: Sequence[int]) -> list[float]:
         """Return how long each stage is busy with a batch: forward, again if recomputed, backward, and its messages."""
@@ -59,10 +63,10 @@ class CostModel:
     def stage_in_flight(self, starts: Sequence[int]) -> list[int]:
         """Return the bytes that each stage holds of the batches between forward and backward.
 
-        Stage k of K, with the delay d = K - k, holds d older sets of weights (unless nothing is stashed) and d + 1
+        Stage k of K, with the delay d, holds d older sets of weights (unless nothing is stashed) and d + 1
         batches: what the layers keep for their backward (of one batch only, if forwards are done again), and what was
-        received; and up to two activations and two gradients that have arrived before their turn. (A neighbour can be
-        no further ahead: its next forward waits for a backward here, and the other way round.)
+        received; and up to 2 + s activations and as many gradients that have arrived before their turn, with a slack s.
+        (A neighbour can be no further ahead: its next forward waits for a backward here, and the other way round.)
         """
         return [self._in_flight(*stage) for stage in self._stages(starts)]
 
@@ -79,12 +83,12 @@ class CostModel:
         """
 
         def seconds(stage: int, start: int, stop: int) -> float:
-            late = delay(stage, num_stages)
+            late = delay(stage, num_stages, self.slack)
             fits = max_memory is None or self._memory(late, start, stop) <= max_memory
             return self._seconds(late, start, stop) if fits else inf
 
         def memory(stage: int, start: int, stop: int) -> float:
-            return self._memory(delay(stage, num_stages), start, stop)
+            return self._memory(delay(stage, num_stages, self.slack), start, stop)
 
         count = len(self.profile.forward)
         starts = cheapest_cut(count, num_stages, forbidden, seconds)
@@ -100,7 +104,7 @@ class CostModel:
     def _stages(self, starts: Sequence[int]) -> list[tuple[int, int, int]]:
         """The delay of each stage, and the positions at which it starts and stops."""
         bounds = pairwise([0, *starts, len(self.profile.forward)])
-        return [(delay(stage, len(starts) + 1), *span) for stage, span in enumerate(bounds, start=1)]
+        return [(delay(stage, len(starts) + 1, self.slack), *span) for stage, span in enumerate(bounds, start=1)]
 
     def _seconds(self, late: int, start: int, stop: int) -> float:
         there, back = self._crossing
@@ -116,7 +120,7 @@ class CostModel:
         (weights, _, kept), (there, back) = self._sizes, self._crossing
         older = (late if self.stash else 0) * (weights[stop] - weights[start])
         activations = (1 if self.recompute else late + 1) * (kept[stop] - kept[start])
-        return older + activations + (late + 1) * there[start] + 2 * (there[start] + back[stop])
+        return older + activations + (late + 1) * there[start] + (2 + self.slack) * (there[start] + back[stop])
 
     @cached_property
     def _compute(self) -> tuple[list[list[float]], list[list[float]]]:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from typing_extensions import override
 
-from lightning_ddg.core.schedule import delay
 from lightning_ddg.observe.gathering import Gathering, Window
 from lightning_ddg.observe.metrics import Gauge, Reading
 from lightning_ddg.observe.recording import Measured, Recorder, summarize
@@ -156,7 +155,7 @@ class DDGMonitor(Callback):
         run = _run_of(trainer)
         if self._gauge is None or run is None:
             return
-        first = int(min(2 * run.ranks.num_stages + 2, trainer.num_training_batches // 2))
+        first = int(min(2 * run.site.delay(1) + 4, trainer.num_training_batches // 2))
         # In the synchronous finish stages wait for each other by design.
         pipelined = not run.finish.begun
         if not pipelined:
@@ -164,7 +163,7 @@ class DDGMonitor(Callback):
         if self._recorder is None and batch_idx >= first and pipelined:
             self._first = first
             stage = run.execution.stages[0]
-            lag = 0 if run.ranks.size == 1 else delay(stage, run.ranks.num_stages)
+            lag = 0 if run.ranks.size == 1 else run.site.delay(stage)
             self._recorder = Recorder(stage, lag, trainer.strategy.root_device)
             self._recorder.batch = batch_idx
             self._undo = run.observers.subscribe(self._recorder)
@@ -226,7 +225,7 @@ class DDGMonitor(Callback):
         if rows:
             print_table(summary_table(totals, waits))
             unit = "batch" if run.site.micro_batches == 1 else "micro-batch"
-            self.measured = summarize([rows[stage] for stage in sorted(rows)], _planned(run), unit)
+            self.measured = summarize([rows[stage] for stage in sorted(rows)], _planned(run), unit, run.options.slack)
             self._show_timeline(console, Path(folder or trainer.default_root_dir))
 
     def _show_timeline(self, console: Console, folder: Path) -> None:

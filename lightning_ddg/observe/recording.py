@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 
 from lightning_ddg.core.execution import ACTIVATION, GRADIENT, Channel, InFlight, Observer
+from lightning_ddg.core.schedule import delay
 from lightning_ddg.planning.simulate import Event, Work, simulate, steady_state
 from lightning_ddg.planning.timeline import Panel, draw_timeline
 
@@ -122,7 +123,9 @@ class Measured:
         measured = [event for row in self.rows for event in row]
         first = self._typical_batch()
         shown = _SHOWN * max(self.period, settled.period)
-        on_paper = simulate(work, first + num_rows + ceil(shown / settled.period) + 1)
+        # The first stage is ahead of the last.
+        ahead = delay(1, num_rows, work.slack) + num_rows
+        on_paper = simulate(work, first + ahead + ceil(shown / settled.period) + 1)
         title = "measured (blank: the optimizer, Lightning's loop, the data)"
         panels = [
             Panel(title, _from(measured, first), num_rows, self.period),
@@ -140,7 +143,9 @@ class Measured:
         return min(whole, key=lambda at: abs(begins[at + _SHOWN] - begins[at] - _SHOWN * self.period))
 
 
-def summarize(rows: Sequence[Sequence[Event]], planned: Work | None = None, unit: str = "batch") -> Measured | None:
+def summarize(
+    rows: Sequence[Sequence[Event]], planned: Work | None = None, unit: str = "batch", slack: int = 0
+) -> Measured | None:
     """Return what the events of each stage, on its own rank's clock, say; ``None`` if they are too few."""
     forward, backward = ([_durations(row, kind) for row in rows] for kind in ("F", "B"))
     begins = [event.start for event in rows[-1] if event.kind == "F"]
@@ -148,7 +153,7 @@ def summarize(rows: Sequence[Sequence[Event]], planned: Work | None = None, unit
         return None
     period = median(after - before for before, after in pairwise(begins))
     links = [0.0] * (len(rows) - 1)
-    work = Work([median(row) for row in forward], [median(row) for row in backward], links, links)
+    work = Work([median(row) for row in forward], [median(row) for row in backward], links, links, slack=slack)
     return Measured(aligned(rows), period, work, planned, unit)
 
 

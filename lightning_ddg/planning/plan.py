@@ -7,10 +7,18 @@ from dataclasses import dataclass, field
 from math import ceil
 from pathlib import Path
 
+from lightning_ddg.core.schedule import delay
 from lightning_ddg.network.balance import forbidden_cuts
 from lightning_ddg.network.cut import CostModel
 from lightning_ddg.network.layers import Layers
-from lightning_ddg.planning.report import count_of_stages, finish_table, print_plan, print_table, split_table
+from lightning_ddg.planning.report import (
+    count_of_stages,
+    finish_table,
+    latency_table,
+    print_plan,
+    print_table,
+    split_table,
+)
 from lightning_ddg.planning.simulate import Work, simulate, steady_state
 from lightning_ddg.planning.stages import CutPlan, plan_cut
 from lightning_ddg.planning.timeline import Panel, check_picture, draw_timeline
@@ -54,9 +62,11 @@ class Plan:
         print_plan(self.rows, self.seconds, details=details)
         if self.split:
             print_table(split_table(self.split, self.seconds))
+        cuts = {(number, 1): cut for number, cut in self.rows.items() if isinstance(cut, CutPlan)} | self.split
+        if any(cut.work.latency for cut in cuts.values()):
+            print_table(latency_table(cuts, self.seconds))
         if self.finish:
-            whole = {(number, 1): cut for number, cut in self.rows.items() if isinstance(cut, CutPlan)}
-            print_table(finish_table(whole | self.split, self.seconds, self.finish))
+            print_table(finish_table(cuts, self.seconds, self.finish))
 
     def draw(self, path: str | Path) -> None:
         """Draw the simulated timelines below plain backpropagation's, on one scale, from an empty pipeline on.
@@ -69,8 +79,9 @@ class Plan:
         cuts = {num_stages: cut for num_stages, cut in self.rows.items() if isinstance(cut, CutPlan)}
         if not cuts:
             raise ValueError("The network cannot be cut into any of the planned numbers of stages: nothing to draw.")
-        # A batch's way through an empty pipeline takes as long as all its work; then the schedule settles.
-        stop = self.seconds + 3 * max(cut.steady_state.period for cut in cuts.values())
+        # A batch's way through an empty pipeline takes as long as all its work and messages; then it settles.
+        latency = max(2 * cut.work.latency * (num_stages - 1) for num_stages, cut in cuts.items())
+        stop = self.seconds + latency + 3 * max(cut.steady_state.period for cut in cuts.values())
         forward = sum(next(iter(cuts.values())).work.forward)
         # Not the stages' backwards: these may have forwards in them that are done again.
         whole = Work([forward], [self.seconds - forward], [], [])
@@ -119,4 +130,4 @@ def make_plan(
 
 def _panel(title: str, work: Work, stop: float) -> Panel:
     num_stages, period = len(work.forward), steady_state(work).period
-    return Panel(title, simulate(work, num_stages + ceil(stop / period) + 1), num_stages, period)
+    return Panel(title, simulate(work, delay(1, num_stages, work.slack) + ceil(stop / period) + 2), num_stages, period)

@@ -14,23 +14,39 @@ from rich.text import Text
 from lightning_ddg.core.schedule import delay, delay_in_updates
 from lightning_ddg.network.balance import forbidden_cuts
 from lightning_ddg.network.cut import Cut
-from lightning_ddg.planning.simulate import synchronous_period
+from lightning_ddg.planning.simulate import slack_needed, steady_state, synchronous_period
 from lightning_ddg.planning.stages import CutPlan, work_of
 from lightning_ddg.planning.tally import Tally
 from lightning_ddg.planning.units import show_bytes, show_ms
 
 _UNEVEN = 1.2  # of the mean: what a slowest stage may have without a word
+_SLOW = 1.05  # of the least period: what a link may cost without a word
 _WIDTH = 120  # of what is printed elsewhere than on a terminal
 
 
-def print_cut(cut: Cut, unit: str = "batch") -> None:
+def print_cut(cut: Cut, unit: str = "batch", slack: int = 0) -> None:
     """Print a cut on the standard output: a title, the table, and the ``split_points`` that repeat it."""
-    table = cut_table(cut, unit)
+    table = cut_table(cut, unit, slack)
     table.title = f"Network cut into {count_of_stages(len(cut.starts) + 1)}"
     print_table(table)
     for line in textwrap.wrap(uneven_line(cut) or "", _WIDTH - 20):
         _print_line(line)
+    if (link := link_line(cut, unit)) is not None:
+        _print_line(link)
     _print_line(split_points_line(cut.split_points))
+
+
+def link_line(cut: Cut, unit: str = "batch") -> str | None:
+    """Say how long a message takes one way, and which slack hides that if it costs much; ``None`` if not measured."""
+    model = cut.costs.model
+    if model is None or not model.latency:
+        return None
+    rate = f", {show_bytes(round(1 / model.seconds_per_byte))}/s" if model.seconds_per_byte else ""
+    text, work = f"link: {show_ms(model.latency)} one way{rate}", work_of(model, cut.starts)
+    needed = slack_needed(work)
+    now, then = (steady_state(work._replace(slack=slack)).period for slack in (work.slack, needed))
+    hidden = f"; slack={needed} would hide it: {show_ms(then)} per {unit} instead of {show_ms(now)}"
+    return text + hidden * (now > _SLOW * then)
 
 
 def uneven_line(cut: Cut) -> str | None:
@@ -54,10 +70,10 @@ def _loads(cut: Cut) -> list[float]:
     return [sum(cut.costs.of_layers[start:stop]) for start, stop in pairwise(cut.bounds)]
 
 
-def cut_table(cut: Cut, travels: str = "batch") -> Table:
+def cut_table(cut: Cut, travels: str = "batch", slack: int = 0) -> Table:
     """Lay out a cut as a table: stage, layers, parameters, share of the cost, delay; measured: bytes sent, memory.
 
-    ``travels`` is what was measured, and what the delay counts: a batch, or a micro-batch.
+    ``travels`` is what was measured, and what the delay counts: a batch, or a micro-batch; ``slack`` makes it longer.
     """
     model, unit, num_stages = cut.costs.model, cut.costs.unit, len(cut.starts) + 1
     table = Table()
@@ -79,7 +95,7 @@ def cut_table(cut: Cut, travels: str = "batch") -> Table:
     for stage, ((start, stop), segment, load, shown) in enumerate(rows, start=1):
         count = sum(parameter.numel() for parameter in segment.parameters())
         share = load / sum(loads) if load else 0.0
-        figures = f"{count:,}", f"{share:.1%}", str(delay(stage, num_stages)), *shown
+        figures = f"{count:,}", f"{share:.1%}", str(delay(stage, num_stages, slack)), *shown
         table.add_row(str(stage), _span(cut.chain.names[start:stop]), *figures)
     return table
 
@@ -116,7 +132,7 @@ def split_table(rows: Mapping[tuple[int, int], CutPlan], seconds: float) -> Tabl
         table.add_column(name, justify="right")
     for (num_stages, count), cut in rows.items():
         period, memory = count * cut.steady_state.period, max(stage.memory for stage in cut.stages)
-        speedup, late = seconds / period, delay_in_updates(num_stages, count)
+        speedup, late = seconds / period, delay_in_updates(num_stages, count, cut.work.slack)
         figures = show_ms(period), f"{speedup:.2f}x", f"{speedup / num_stages:.0%}", str(late), show_bytes(memory)
         table.add_row(str(num_stages), str(count), *figures)
     return table
@@ -135,6 +151,25 @@ def finish_table(rows: Mapping[tuple[int, int], CutPlan], seconds: float, finish
         mean = (1 - finish) * period + finish * flushed
         figures = show_ms(period), show_ms(flushed), show_ms(mean), f"{seconds / mean:.2f}x"
         table.add_row(str(num_stages), str(count), *figures)
+    return table
+
+
+def latency_table(rows: Mapping[tuple[int, int], CutPlan], seconds: float) -> Table:
+    """Lay out what links with a latency cost, and the least slack that hides it, for a plan whose slack is another.
+
+    Rows are as those of :func:`finish_table`.
+    """
+    table = Table()
+    with_it = ("slack that\nhides it", "per batch\nwith it", "speed-up\nwith it", "delay in updates\nwith it")
+    for name in ("stages", "micro-batches", "per batch", "speed-up", *with_it):
+        table.add_column(name, justify="right", no_wrap=True)
+    for (num_stages, count), cut in sorted(rows.items()):
+        table.title = f"Links of {show_ms(cut.work.latency)} one way, slack={cut.work.slack}"
+        needed = slack_needed(cut.work)
+        now, then = count * cut.steady_state.period, count * steady_state(cut.work._replace(slack=needed)).period
+        figures = [text for time in (now, then) for text in (show_ms(time), f"{seconds / time:.2f}x")]
+        late = delay_in_updates(num_stages, count, needed)
+        table.add_row(str(num_stages), str(count), *figures[:2], str(needed), *figures[2:], str(late))
     return table
 
 
@@ -195,14 +230,18 @@ def _summary(rows: Mapping[int, CutPlan | str], seconds: float) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("limited by")
     table.add_column("largest memory", justify="right", no_wrap=True)
+    slack = max((cut.work.slack for cut in rows.values() if not isinstance(cut, str)), default=0)
+    if slack:
+        table.add_column(f"delay, slack={slack}", justify="right", no_wrap=True)
     for num_stages, cut in rows.items():
+        late = [str(delay(1, num_stages, slack))] if slack else []
         if isinstance(cut, str):
-            table.add_row(str(num_stages), "-", "-", "-", "cannot be cut, see below", "-")
+            table.add_row(str(num_stages), "-", "-", "-", "cannot be cut, see below", "-", *late)
             continue
         period, reason = cut.steady_state.period, cut.steady_state.reason
         speedup, memory = seconds / period, max(stage.memory for stage in cut.stages)
         figures = show_ms(period), f"{speedup:.2f}x", f"{speedup / num_stages:.0%}", reason, show_bytes(memory)
-        table.add_row(str(num_stages), *figures)
+        table.add_row(str(num_stages), *figures, *late)
     return table
 
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from itertools import accumulate
-from math import isfinite
+from math import ceil, isfinite
 from typing import Literal, NamedTuple
 
 from lightning_ddg.core.schedule import delay
@@ -17,6 +16,8 @@ from lightning_ddg.core.schedule import delay
 #: Seconds per byte between two processes of one machine over gloo, where nothing has been measured:
 #: ``python -m recipes.benchmarks.link`` measures it.
 SECONDS_PER_BYTE = 0.6e-9
+
+_NO_TIME = "No stage takes any time, so that there is no period: measure the stages first."
 
 
 class Event(NamedTuple):
@@ -38,19 +39,23 @@ class Event(NamedTuple):
 
 
 class Work(NamedTuple):
-    """How long the work of K stages takes, and the messages on the K - 1 links between them.
+    """How long the work of K stages takes, and the messages on the links between them; and how far apart they may run.
 
     Attributes:
         forward: Seconds of each stage's forward.
         backward: Seconds of each stage's backward and update.
         send: Seconds of each link's activations; entry i belongs to the link between stages i + 1 and i + 2.
         send_grad: Seconds of each link's gradients.
+        latency: Seconds that any message is under way besides, while its link carries the next.
+        slack: ``s`` of the stages' delays.
     """
 
     forward: list[float]
     backward: list[float]
     send: list[float]
     send_grad: list[float]
+    latency: float = 0.0
+    slack: int = 0
 
     @property
     def busy(self) -> list[float]:
@@ -85,10 +90,10 @@ class SteadyState:
 def simulate(work: Work, num_batches: int) -> list[Event]:
     """Run the schedule from an empty pipeline until every batch's backward has reached every stage.
 
-    Stage ``k`` of ``K`` does the forward of batch t, then the backward of batch ``t - (K - k)`` if there is one, then
-    goes on to t + 1; after the last forward it does the backwards that are left. Sending takes no time of the stage's:
+    Stage ``k`` of ``K`` does the forward of batch t, then the backward of batch ``t - d(k)`` if there is one, then goes
+    on to t + 1; after the last forward it does the backwards that are left. Sending takes no time of the stage's:
     a message is under way for the given seconds while its sender goes on. A link carries one message at a time in each
-    direction.
+    direction, for the seconds of that message; the latency comes after that.
 
     Returns:
         The events, stage by stage, each stage's in the order of time; a wait is an event where it is longer than zero.
@@ -101,7 +106,7 @@ def simulate(work: Work, num_batches: int) -> list[Event]:
         raise ValueError(f"num_batches={num_batches}: a schedule needs 1 batch or more.")
     num_stages = len(work.forward)
     seconds, messages = {"F": work.forward, "B": work.backward}, {"F": work.send, "B": work.send_grad}
-    programs = [_program(delay(stage, num_stages), num_batches) for stage in range(1, num_stages + 1)]
+    programs = [_program(delay(stage, num_stages, work.slack), num_batches) for stage in range(1, num_stages + 1)]
     clock = [0.0] * num_stages
     busy = {kind: [0.0] * num_stages for kind in "FB"}
     # The first stage reads its batches, and the last one's gradient is its own: neither waits for a message.
@@ -121,7 +126,7 @@ def simulate(work: Work, num_batches: int) -> list[Event]:
                     link = min(at, to)
                     # The link may still carry the message before.
                     busy[kind][link] = max(clock[at], busy[kind][link]) + messages[kind][link]
-                    arrival[kind, to, batch] = busy[kind][link]
+                    arrival[kind, to, batch] = busy[kind][link] + work.latency
     return [event for row in events for event in row]
 
 
@@ -141,9 +146,12 @@ def steady_state(work: Work) -> SteadyState:
     """Return what :func:`simulate` settles into, in closed form.
 
     The schedule is a marked graph, whose period is the greatest mean weight of its circuits (Reiter, Journal of the ACM
-    1968). A circuit goes forward from stage l to stage m and back, and meets the batch m - l + 1 iterations later::
+    1968). A circuit goes forward from stage l to stage m and back. A gradient is used 1 + s iterations after the next
+    stage has made it, and the forward that follows it is of the next iteration, so that the circuit ends
+    (m - l)(1 + s) + 1 iterations later::
 
-        period = max over l <= m of  (sum_{k=l..m} (f_k + b_k) + sum_{k=l..m-1} (send_k + send_grad_k)) / (m - l + 1)
+        period = max over l <= m of
+            (sum_{k=l..m} (f_k + b_k) + sum_{k=l..m-1} (send_k + send_grad_k + 2 latency)) / ((m - l)(1 + s) + 1)
 
     and a link needs the time of its message. With l = m that is ``max_k (f_k + b_k)``, which is the period wherever
     messages are short enough to hide behind work.
@@ -153,13 +161,11 @@ def steady_state(work: Work) -> SteadyState:
     """
     _check(work)
     if not any(work.busy):
-        raise ValueError("No stage takes any time, so that there is no period: measure the stages first.")
+        raise ValueError(_NO_TIME)
     num_stages = len(work.forward)
-    works = [*accumulate(work.busy, initial=0.0)]
-    messages = [*accumulate((there + back for there, back in zip(work.send, work.send_grad, strict=True)), initial=0.0)]
 
     def mean(first: int, last: int) -> float:
-        return (works[last] - works[first - 1] + messages[last - 1] - messages[first - 1]) / (last - first + 1)
+        return _round_trip(work, first, last) / ((last - first) * (1 + work.slack) + 1)
 
     # A single stage first: where a longer circuit is no slower, the stage is what sets the period.
     period, first = max((seconds, -stage) for stage, seconds in enumerate(work.busy, start=1))
@@ -178,6 +184,42 @@ def steady_state(work: Work) -> SteadyState:
     return SteadyState(period, [seconds / period for seconds in work.busy], first, last, reason)
 
 
+def slack_needed(work: Work) -> int:
+    """Return the least slack with which the slowest stage, or the message that takes longest, sets the period ``P``.
+
+    With fewer batches in flight some circuit of :func:`steady_state` is slower than that::
+
+        s = max over l < m of  ceil(((round trip from stage l to m and back) / P - 1) / (m - l)) - 1
+
+    For equal stages with ``f + b = P`` and short messages it is ``ceil(2 latency / P)``: a message there and one back
+    are as many batches under way.
+
+    Raises:
+        ValueError: As :func:`steady_state`.
+    """
+    period, stages = _shortest_period(work), range(1, len(work.forward) + 1)
+    # Not by rounding alone.
+    apart = (
+        ceil((_round_trip(work, low, high) / period - 1) / (high - low) - 1e-9)
+        for low in stages
+        for high in stages[low:]
+    )
+    return max(1, *apart, 1) - 1
+
+
+def _shortest_period(work: Work) -> float:
+    _check(work)
+    if not any(work.busy):
+        raise ValueError(_NO_TIME)
+    return max(*work.busy, *work.send, *work.send_grad, 0.0)
+
+
+def _round_trip(work: Work, first: int, last: int) -> float:
+    """Seconds of a batch's way from a stage to another and back, if nobody is busy with other batches."""
+    there_and_back = (sum(times[first - 1 : last - 1]) for times in (work.send, work.send_grad))
+    return sum(work.busy[first - 1 : last]) + sum(there_and_back) + 2 * work.latency * (last - first)
+
+
 def _program(lag: int, num_batches: int) -> deque[tuple[Literal["F", "B"], int]]:
     program: deque[tuple[Literal["F", "B"], int]] = deque()
     for batch in range(num_batches + lag):
@@ -192,12 +234,14 @@ def _check(work: Work) -> None:
     num_stages = len(work.forward)
     if not num_stages:
         raise ValueError("forward=[]: a schedule needs the seconds of 1 stage or more.")
-    for name, values in work._asdict().items():
+    lists = {"forward": work.forward, "backward": work.backward, "send": work.send, "send_grad": work.send_grad}
+    for name, values in lists.items():
         needed, what = (num_stages - 1, "link between two stages") if "send" in name else (num_stages, "stage")
         if len(values) != needed:
             raise ValueError(
                 f"{name} has {len(values)} entries, but {num_stages} stages need {needed}: give one for each {what}."
             )
+    for name, values in {**lists, "latency": [work.latency]}.items():
         for value in values:
             if not (isfinite(value) and value >= 0):
                 raise ValueError(f"{name} holds {value}: a time must be finite and not negative.")

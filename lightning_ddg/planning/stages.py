@@ -64,7 +64,7 @@ def work_of(model: CostModel, starts: Sequence[int]) -> Work:
         [sizes[start] * model.seconds_per_byte for start in starts]
         for sizes in (profile.crossing, profile.crossing_grad)
     )
-    work = Work(forward, backward, send, send_grad)
+    work = Work(forward, backward, send, send_grad, model.latency, model.slack)
     return work.recomputed() if model.recompute else work
 
 

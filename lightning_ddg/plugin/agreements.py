@@ -1,8 +1,8 @@
 """What all ranks do after the same batch: stop, save by the clock, obey a signal.
 
 A stage is ahead of the stages after it, so what rank 0 decides in the middle of an epoch travels with the gradients and
-takes effect ``K`` batches later, in one process too. Nobody waits for it. What is decided at the end of a validation or
-of an epoch, where the ranks meet anyway, takes effect at once.
+takes effect ``d(1) + 1`` batches later, ``K`` without slack, in one process too. Nobody waits for it. What is decided
+at the end of a validation or of an epoch, where the ranks meet anyway, takes effect at once.
 
 An operator's signal (SIGTERM, or Ctrl-C) is one such case: stages that stopped wherever it met them would stop at
 different batches, some of them waiting for others. So in the middle of training it only leaves word, and all ranks stop
@@ -217,7 +217,7 @@ class Notices(Observer):
     """What rank 0 lets all stages know, so that each knows it in time, and none waits for it.
 
     A notice travels upstream from neighbour to neighbour, always before the next gradient. Stage K tells of it after
-    batch t; it reaches stage k before the gradient of batch t + 1, which stage k takes at iteration t + 1 + K - k.
+    batch t; it reaches stage k before the gradient of batch t + 1, which stage k takes at iteration t + 1 + d(k).
 
     Args:
         ranks: The processes.
@@ -255,11 +255,11 @@ class Agreements:
     Args:
         trainer: The Trainer, whose ``should_stop`` is watched and set.
         ranks: The processes.
-        num_stages: ``K``, the number of batches a decision takes to be carried out.
+        takes: The number of batches that a decision takes to be carried out: the greatest delay, and one.
     """
 
-    def __init__(self, trainer: Trainer, ranks: Ranks, num_stages: int) -> None:
-        self._trainer, self._ranks, self._num_stages = trainer, ranks, num_stages
+    def __init__(self, trainer: Trainer, ranks: Ranks, takes: int) -> None:
+        self._trainer, self._ranks, self._takes = trainer, ranks, takes
         self._notices = Notices(ranks)
         self._signals = Signals(trainer)
         self._checkpoints = TimedCheckpoints(trainer)
@@ -317,7 +317,7 @@ class Agreements:
             names = sorted(wanted - self._asked)
             # Where no gradients carry notices, what is asked for waits for the end of the epoch, where all ranks meet.
             if names and not compat.skips_backward(self._trainer):
-                self._notices.announce(Notice(self._run, batch + self._num_stages, names))
+                self._notices.announce(Notice(self._run, batch + self._takes, names))
         else:
             names = sorted(self._signals.asked - self._asked)
             if names:

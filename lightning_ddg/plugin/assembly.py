@@ -17,13 +17,12 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_ddg.comm.ranks import Ranks
+from lightning_ddg.comm.ranks import Link, Ranks
 from lightning_ddg.core.delay_line import DelayLine
 from lightning_ddg.core.evaluator import Evaluator
 from lightning_ddg.core.execution import Execution, Observers
 from lightning_ddg.core.extrapolation import Outlook
 from lightning_ddg.core.pipeline import Pipeline
-from lightning_ddg.core.schedule import delay
 from lightning_ddg.core.stage import Stage
 from lightning_ddg.core.staged import Staged
 from lightning_ddg.network.cut import Costs, Cut, decide_cut
@@ -193,7 +192,7 @@ def build(
     steps = MicroBatches(site, runner, proof)
     sharing = Sharing(site, ownership)
     evaluation = Evaluation(site, cut, execution, redirection, ownership, around)
-    agreements = Agreements(site.trainer, site.ranks, site.num_stages)
+    agreements = Agreements(site.trainer, site.ranks, site.delay(1) + 1)
     drain = make_drain(site, execution, optimizers)
     finish = Finish(site.options.staleness.finish, site.trainer, execution, drain)
     copies = StaleCopies(network.target, ownership)
@@ -227,7 +226,7 @@ def divide(
         options.allow_ties(one_process=site.one_process),
     )
     if site.fits and site.trainer.is_global_zero and not site.trainer.barebones:
-        print_cut(cut, "batch" if site.micro_batches == 1 else "micro-batch")
+        print_cut(cut, "batch" if site.micro_batches == 1 else "micro-batch", options.slack)
     _log.debug("rank %d: the network is cut at %s", site.ranks.rank, cut.split_points)
     return cut
 
@@ -246,12 +245,15 @@ def _measure(
     costs = site.ranks.broadcast(costs, site.ranks.reading_rank)
     if costs.model is None:
         return costs
+    link = site.ranks.link(Link(0.0, SECONDS_PER_BYTE))
     model = replace(
         costs.model,
         recompute=site.options.recompute,
         stash=site.options.staleness.stash,
         optimizer_copies=copies_kept(optimizers[0] if optimizers else None),
-        seconds_per_byte=site.ranks.seconds_per_byte(SECONDS_PER_BYTE),
+        seconds_per_byte=link.seconds_per_byte,
+        latency=link.latency,
+        slack=site.options.slack,
     )
     return replace(costs, model=model)
 
@@ -320,17 +322,18 @@ def make_execution(
     site: Site, cut: Cut, segments: Sequence[nn.Module], ownership: Ownership, outlook: Outlook | None
 ) -> Execution:
     """Choose and make what trains the stages of this process."""
-    rule, recompute, stage = site.options.staleness, site.options.recompute, site.ranks.stage
+    rule, recompute, slack = site.options.staleness, site.options.recompute, site.options.slack
+    stage = site.ranks.stage
     if stage is not None:
-        own = Stage(segments[stage - 1], delay(stage, site.num_stages), rule, recompute, outlook)
+        own = Stage(segments[stage - 1], site.delay(stage), rule, recompute, outlook)
         ties, ranks = ownership.ties, site.ranks
         evaluator = make_evaluator(site, segments[stage - 1], stage)
         return Pipeline(own, stage, site.num_stages, ranks.mailbox, rule.shrink, ranks.observers, ties, evaluator)
     if not rule.stash:
-        return Staged(segments, rule, recompute, site.ranks.observers, outlook)
+        return Staged(segments, rule, recompute, site.ranks.observers, outlook, slack)
     whole = partial(cut.chain.at_once, segments)
     site.undo.callback(cut.chain.release)
-    return DelayLine(segments, ownership.parameters_outside, rule, site.ranks.observers, whole, outlook)
+    return DelayLine(segments, ownership.parameters_outside, rule, site.ranks.observers, whole, outlook, slack)
 
 
 def make_step(

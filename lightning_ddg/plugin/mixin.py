@@ -23,8 +23,8 @@ class DDGInfo:
     Attributes:
         stage: Stage ``1..K`` of this process, input side first; ``None`` if it runs all stages.
         num_stages: ``K``; 1 under any other strategy.
-        delay: Delay ``K - stage`` of this process's stage in batches; 0 under any other strategy, ``None`` if the
-            process runs all stages.
+        delay: Delay of this process's stage in batches, ``K - stage`` without slack; 0 under any other strategy,
+            ``None`` if the process runs all stages.
     """
 
     stage: int | None

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from lightning_ddg.core.schedule import enough_micro_batches
+from lightning_ddg.core.schedule import enough_micro_batches, least_micro_batches
 from lightning_ddg.core.staleness import PAPER, Staleness
 from lightning_ddg.plugin import compat
 from lightning_ddg.plugin.host import (
@@ -72,6 +72,7 @@ class Options:
     drain: Literal["epoch", "fit", "never"] = "epoch"
     micro_batches: int | Literal["auto"] = 1
     eval_micro_batches: int | Literal["auto"] = 1
+    slack: int = 0
     recompute: bool = False
     verify: bool = True
     staleness: Staleness = field(default_factory=Staleness)
@@ -85,6 +86,7 @@ class Options:
             if value not in known:
                 raise ValueError(f"{name}={value!r} is not known. Use one of {', '.join(map(repr, known))}.")
         _check_stages(self.num_stages, self.split_points)
+        check_slack(self.slack)
         if not isinstance(self.timeout, timedelta) or self.timeout <= timedelta(0):
             raise ValueError(f"timeout={self.timeout!r} is not a limit. Use a positive datetime.timedelta.")
         _check_compile(self.compile, self.num_stages)
@@ -116,7 +118,7 @@ class Options:
 
     def micro_batches_for(self, num_stages: int) -> int:
         """Return after how many micro-batches each stage steps; 1 where batches are not split."""
-        return max(1, num_stages - 1) if self.micro_batches == "auto" else self.micro_batches
+        return least_micro_batches(num_stages, self.slack) if self.micro_batches == "auto" else self.micro_batches
 
     def eval_micro_batches_for(self, num_stages: int) -> int:
         """Return into how many micro-batches a batch is split in evaluation, if it has as many samples."""
@@ -125,7 +127,7 @@ class Options:
     def micro_batches_of(self, length: int, num_stages: int) -> int:
         """Return into how many micro-batches a batch of so many samples is split."""
         if self.micro_batches == "auto":
-            return enough_micro_batches(length, num_stages)
+            return enough_micro_batches(length, num_stages, self.slack)
         return max(1, min(length, self.micro_batches))
 
     # ---- checks against what is known later
@@ -284,6 +286,19 @@ def _check_stages(num_stages: Any, split_points: Any) -> None:
         raise ValueError(
             f"split_points={split_points!r} begin {len(split_points)} stages after the first, but"
             f" num_stages={num_stages} needs {num_stages - 1}. Name the submodules that begin stages 2 to {num_stages}."
+        )
+
+
+def check_slack(slack: Any) -> None:
+    """Refuse what is no number of batches.
+
+    Raises:
+        ValueError: Naming the value.
+    """
+    if isinstance(slack, bool) or not isinstance(slack, int) or slack < 0:
+        raise ValueError(
+            f"slack={slack!r} is not a number of batches. Use 0 (none), or the positive integer that"
+            " `lightning-ddg plan --latency_ms` names for your link."
         )
 
 

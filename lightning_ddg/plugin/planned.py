@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
+from math import isfinite
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from lightning_ddg.plugin import compat
 from lightning_ddg.plugin.finding import Found, choose, target_of
 from lightning_ddg.plugin.host import LightningModule
 from lightning_ddg.plugin.measure import NotCalled, call_of_network, logging_muted
+from lightning_ddg.plugin.options import check_slack
 from lightning_ddg.plugin.program import Program, calls_in_step, layers_of_step, step_on
 
 
@@ -38,6 +40,8 @@ def plan_module(
     stash: bool = True,
     micro_batches: int | Sequence[int] = (),
     finish: float = 0.0,
+    slack: int = 0,
+    latency_ms: float = 0.0,
     context: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> Plan:
     """Find a module's network, measure it on a batch, and plan cuts of it; leave the module as it was.
@@ -51,12 +55,14 @@ def plan_module(
         stash: Whether stages shall keep the weights of batches in flight.
         micro_batches: A number of micro-batches into which the batch is split for a comparison, or several.
         finish: The last part of a fit that is synchronous, in 0..1, whose cost is to be known.
+        slack: How many batches more are in flight between neighbours: the strategy's.
+        latency_ms: Milliseconds that any message is under way, one way; the slack that hides it is printed.
         context: Entered around each forward, e.g. autocast.
 
     Raises:
         TypeError: The network cannot be found.
-        ValueError: ``num_stages`` is empty, the network cannot be cut at all, the batch not be split, or ``finish`` is
-            no part of a fit.
+        ValueError: ``num_stages`` is empty, the network cannot be cut at all, the batch not be split, or ``finish``,
+            ``slack`` or ``latency_ms`` has no meaning.
         RuntimeError: The training step does not call the network, or it or the layers fail, or the layers one after the
             other compute something else than the network.
     """
@@ -64,6 +70,8 @@ def plan_module(
     if not numbers:
         raise ValueError(f"num_stages={num_stages!r} names no number of stages: give one, or several, such as [2, 4].")
     Staleness(finish=finish)  # says what is wrong with it
+    check_slack(slack)
+    _check_latency(latency_ms)
     counts = [micro_batches] if isinstance(micro_batches, int) else list(dict.fromkeys(micro_batches))
     parts = {count: _first_of(batch, count) for count in counts}
     configure = getattr(module, "configure_stages", None)
@@ -91,7 +99,7 @@ def plan_module(
                 f"The layers could not be measured one after the other ({type(error).__name__}: {error}). They must"
                 " run so for training in stages too; return others from `configure_stages()`."
             ) from error
-    model = CostModel(profile, recompute, stash, optimizer_copies, SECONDS_PER_BYTE)
+    model = CostModel(profile, recompute, stash, optimizer_copies, SECONDS_PER_BYTE, latency_ms / 1e3, slack)
     split_models = {count: replace(model, profile=one) for count, one in profiles.items()}
     return make_plan(network.chain, model, numbers, split_models, finish)
 
@@ -122,6 +130,14 @@ def _found(
     with suppress(Exception), context():
         calls = calls_in_step(module, target, step_on(module, map_tensors(torch.clone, batch)))
     return choose(module, network, target, calls, of_step, num_stages)
+
+
+def _check_latency(latency_ms: Any) -> None:
+    number = isinstance(latency_ms, float | int) and not isinstance(latency_ms, bool)
+    if not number or not isfinite(latency_ms) or latency_ms < 0:
+        raise ValueError(
+            f"latency_ms={latency_ms!r} is not how long a message is under way: give milliseconds one way, 0 or more."
+        )
 
 
 def _first_of(batch: Any, count: int) -> Any:

@@ -112,8 +112,8 @@ class StageProcesses(ParallelStrategy):
 
     @property
     def delay(self) -> int | None:
-        """Delay ``K - stage`` of this process's stage, in batches; ``None`` if it runs all stages."""
-        return None if self.stage is None else delay(self.stage, self.num_stages)
+        """Delay ``(K - stage)(1 + slack)`` of this process's stage, in batches; ``None`` if it runs all stages."""
+        return None if self.stage is None else delay(self.stage, self.num_stages, self._options.slack)
 
     @property
     def staleness(self) -> Staleness:
@@ -242,7 +242,8 @@ class StageProcesses(ParallelStrategy):
         )
         self._options.check_world_size(dist.get_world_size())
         first_error.silence_told()
-        return PipelineRanks.connect(self.num_stages, self.root_device, self._options.timeout, backend)
+        options = self._options
+        return PipelineRanks.connect(self.num_stages, self.root_device, options.timeout, backend, options.slack)
 
     def _tell(self, exception: BaseException) -> None:
         """Tell the other ranks what ends this one, and who reads its output what has come first."""

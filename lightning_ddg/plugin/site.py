@@ -11,6 +11,7 @@ import torch
 
 from lightning_ddg.comm.ranks import Ranks
 from lightning_ddg.core.rng import EVALUATION, TRAINING, Batch
+from lightning_ddg.core.schedule import delay
 from lightning_ddg.core.split import even_sizes, length_of, split
 from lightning_ddg.plugin.host import LightningModule, Precision, Trainer, TrainerFn
 from lightning_ddg.plugin.options import Options
@@ -79,6 +80,10 @@ class Site:
     def has_loss(self) -> bool:
         """Whether this process has the network's output, and so the loss."""
         return self.ranks.stage in (None, self.num_stages)
+
+    def delay(self, stage: int) -> int:
+        """Return the delay of a stage, in batches, or in micro-batches where batches are split."""
+        return delay(stage, self.num_stages, self.options.slack)
 
     def training_batch(self, number: int, micro: int = 0) -> Batch:
         """Return the context of a batch that is trained, or of one of its micro-batches."""

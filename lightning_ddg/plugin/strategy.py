@@ -49,8 +49,10 @@ class DDGStrategy(StageProcesses):
         drain: When the gradients still in flight are applied without a new forward: at the end of each ``"epoch"``, of
             the ``"fit"``, or ``"never"``, which is the paper's bare algorithm.
         micro_batches: Into how many micro-batches each batch is split, with one step for all, so that a gradient is at
-            most ``ceil((K - 1) / m)`` updates old. ``"auto"``: as many as make that one.
+            most ``ceil((K - 1)(1 + slack) / m)`` updates old. ``"auto"``: as many as make that one.
         eval_micro_batches: The same in evaluation by K processes, where samples go by themselves. ``"auto"``: ``4 K``.
+        slack: How many batches more are in flight between neighbours, to hide a link's latency: a number ``s`` makes
+            each delay ``1 + s`` times as long. ``lightning-ddg plan --latency_ms`` says how many a link needs.
         recompute: Whether stages keep the inputs of batches in flight only, and compute activations again in the
             backward, to the same weights. In one process it has an effect with ``stash=False`` only.
         verify: Whether the first batch's gradients are compared with backpropagation's: a difference ends the fit.
@@ -77,6 +79,7 @@ class DDGStrategy(StageProcesses):
         drain: Literal["epoch", "fit", "never"] = "epoch",
         micro_batches: int | Literal["auto"] = 1,
         eval_micro_batches: int | Literal["auto"] = 1,
+        slack: int = 0,
         recompute: bool = False,
         verify: bool = True,
         staleness: Staleness | Literal["corrected"] | None = None,
@@ -97,6 +100,7 @@ class DDGStrategy(StageProcesses):
             compile=compile,
             drain=drain,
             eval_micro_batches=eval_micro_batches,
+            slack=slack,
             recompute=recompute,
             verify=verify,
             **rules(staleness, micro_batches),
@@ -182,9 +186,8 @@ class DDGStrategy(StageProcesses):
     def _begin(self, site: Site, step: Callable[[], object] | None = None) -> None:
         trainer, self._begin_with = site.trainer, None
         run = self._run = build(site, partial(self._optimizers_of, trainer, site.fits), step)
-        self._checkpoints = CheckpointAssembler(
-            run.ownership, self._weights, run.groups, self._ranks.gather, run.share_for_saving
-        )
+        parts = (run.ownership, self._weights, run.groups, self._ranks.gather, run.share_for_saving)
+        self._checkpoints = CheckpointAssembler(*parts)
         self.setup_precision_plugin()
         if site.fits:
             # What is cut only to be evaluated was not measured, and a fit that follows shall be.
@@ -236,8 +239,7 @@ class DDGStrategy(StageProcesses):
     @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         """Run the backward of the batch that is due on this stage; ``closure_loss`` counts on the last stage only."""
-        run = self._run
-        if run is None:
+        if (run := self._run) is None:
             return super().backward(closure_loss, optimizer, *args, **kwargs)
         if run.step.passes_over():
             return closure_loss
@@ -294,15 +296,13 @@ class DDGStrategy(StageProcesses):
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Return the full state dict on rank 0; on others it is so after a fit, and where users' hooks will see it."""
-        if self._checkpoints is None:
-            return super().lightning_module_state_dict()
-        return self._checkpoints.module_state()
+        state = None if self._checkpoints is None else self._checkpoints.module_state()
+        return super().lightning_module_state_dict() if state is None else state
 
     @override
     def optimizer_state(self, optimizer: Optimizer | host.LightningOptimizer) -> dict[str, Any]:
         """Return the state of the user's optimizer over the whole module on rank 0, nothing elsewhere."""
-        if isinstance(optimizer, host.LightningOptimizer):
-            optimizer = optimizer.optimizer
+        optimizer = optimizer.optimizer if isinstance(optimizer, host.LightningOptimizer) else optimizer
         state = None if self._checkpoints is None else self._checkpoints.optimizer_state(optimizer)
         return super().optimizer_state(optimizer) if state is None else state
 

@@ -5,7 +5,7 @@ In one process, and in K through the processes and the messages::
     before the forward of batch 0    every stage sends its weights to rank 0, the reading rank also the step's arguments
                                      rank 0 runs the user's step on a copy of the module, uncut, and its backward
     after the backward of batch 0    every stage sends what was added to p.grad
-    in the iteration of batch K      rank 0 takes it, which by then has been sent, and compares
+    in the iteration of d(1) + 1     rank 0 takes it, which by then has been sent, and compares
 
 So no stage waits for anything but what others have sent before. Where batches are split, the micro-batches of the first
 one are proved together, if none of them sees a step: the last one's gradient is there as many iterations later.
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from lightning_ddg.core.execution import Channel, Execution
 from lightning_ddg.core.pytree import flatten, tensors_of, unflatten
 from lightning_ddg.core.rng import Batch
-from lightning_ddg.core.schedule import delay, stage_of_rank
+from lightning_ddg.core.schedule import crossings, stage_of_rank
 from lightning_ddg.core.witness import Gradients, Witness
 from lightning_ddg.network.cut import Cut
 from lightning_ddg.plugin.backprop import Plain, Unverifiable, plain_backprop
@@ -71,7 +71,8 @@ class Proof:
 
     def witness(self, execution: Execution) -> Execution:
         """Let the proof see what an execution adds to ``p.grad``."""
-        self._witness = Witness(execution, self._site.num_stages, self._parameters_of, self._added)
+        stages, slack = self._site.num_stages, self._site.options.slack
+        self._witness = Witness(execution, stages, self._parameters_of, self._added, slack)
         return self._witness
 
     # ---- called while training
@@ -119,13 +120,13 @@ class Proof:
             self._loss = f"the loss is {float(got):.6g} instead of {float(wanted):.6g}"
 
     def after_backward(self) -> None:
-        """Called after the backwards of each batch: when those of batch K have run here, stage 1's of batch 0 have.
+        """Called after the backwards of each batch: when that of d(1) + 1 has run here, stage 1's of batch 0 has.
 
         Raises:
             WrongGradients: If a gradient, or the loss, is wrong.
         """
         if self._begun and not self._over:
-            self._look(wait=self._backwards >= self._site.num_stages + self._proved)
+            self._look(wait=self._backwards > self._site.delay(1) + self._proved)
 
     def after_epoch(self) -> None:
         """Called when the ranks have met at an epoch's end: what they have sent before is here.
@@ -199,7 +200,8 @@ class Proof:
         """The parameters of a stage whose gradients differ, in their order, and how."""
         if self._plain is None:
             return {}
-        factor = self._site.options.staleness.shrink ** delay(stage, self._site.num_stages) if self._stale else 1.0
+        shrink = self._site.options.staleness.shrink if self._stale else 1.0
+        factor = shrink ** crossings(stage, self._site.num_stages)
         found = {}
         for name, parameter in self._parameters[stage].items():
             wanted = self._plain.grads.pop(name, None)

@@ -41,7 +41,7 @@ from lightning_ddg.core.rng import Batch
 from lightning_ddg.core.schedule import delay, stage_of_rank
 from lightning_ddg.core.stage import Stage
 from lightning_ddg.planning.simulate import Work as Seconds
-from lightning_ddg.planning.simulate import steady_state
+from lightning_ddg.planning.simulate import slack_needed, steady_state
 
 FORWARD_S, BACKWARD_S = 0.010, 0.020
 #: 131 kB of float32, as an activation and as its gradient.
@@ -55,19 +55,24 @@ _MTU = 9000
 _TUNSETIFF, _IFF_TUN, _IFF_NO_PI = 0x400454CA, 0x0001, 0x1000
 
 
-def allowed(stages: int, latency_s: float) -> float:
+def planned(stages: int, latency_s: float, slack: int = 0) -> Seconds:
+    """What ``lightning-ddg plan`` would simulate."""
+    links = [0.0] * (stages - 1)
+    return Seconds([FORWARD_S] * stages, [BACKWARD_S] * stages, links, links, latency_s, slack)
+
+
+def allowed(stages: int, latency_s: float, slack: int = 0) -> float:
     """Seconds that the schedule takes for a batch."""
-    links = [latency_s] * (stages - 1)
-    return steady_state(Seconds([FORWARD_S] * stages, [BACKWARD_S] * stages, links, links)).period
+    return steady_state(planned(stages, latency_s, slack)).period
 
 
-def measured(stages: int, latency_s: float, batches: int) -> float:
+def measured(stages: int, latency_s: float, batches: int, slack: int = 0) -> float:
     """Seconds that the bare loop takes for a batch, where every packet takes so long: the median, on the last stage.
 
     Raises:
         RuntimeError: If a host fails, or the limit is reached.
     """
-    task = json.dumps({"stages": stages, "latency": latency_s, "batches": batches})
+    task = json.dumps({"stages": stages, "latency": latency_s, "batches": batches, "slack": slack})
     where = ["unshare", "--user", "--map-root-user", "--net", sys.executable, "-m", __spec__.name, "--route", task]
     done = subprocess.run(where, capture_output=True, text=True, timeout=LIMIT + 30)
     if done.returncode:
@@ -78,7 +83,7 @@ def measured(stages: int, latency_s: float, batches: int) -> float:
 # ---- the router
 
 
-def route(stages: int, latency: float, batches: int) -> int:
+def route(stages: int, latency: float, batches: int, slack: int) -> int:
     """Starts a host for each rank and hands on what they send to each other; returns 1 if one fails."""
     hosts: list[subprocess.Popen[bytes]] = []
     devices: list[int] = []
@@ -87,7 +92,8 @@ def route(stages: int, latency: float, batches: int) -> int:
     try:
         for rank in range(stages):
             ours, theirs = socket.socketpair()
-            task = json.dumps({"rank": rank, "stages": stages, "batches": batches, "line": theirs.fileno()})
+            own = {"rank": rank, "line": theirs.fileno()}
+            task = json.dumps({"stages": stages, "batches": batches, "slack": slack, **own})
             command = ["unshare", "--net", sys.executable, "-m", __spec__.name, "--host", task]
             hosts.append(subprocess.Popen(command, pass_fds=[theirs.fileno()]))
             theirs.close()
@@ -115,7 +121,7 @@ def route(stages: int, latency: float, batches: int) -> int:
 # ---- a host
 
 
-def host(rank: int, stages: int, batches: int, line: int) -> None:
+def host(rank: int, stages: int, batches: int, slack: int, line: int) -> None:
     """Trains as one rank behind a device of its own; the last stage prints the seconds of a batch."""
     device = os.open("/dev/net/tun", os.O_RDWR)
     fcntl.ioctl(device, _TUNSETIFF, struct.pack("16sH14x", b"ddg0", _IFF_TUN | _IFF_NO_PI))
@@ -132,7 +138,7 @@ def host(rank: int, stages: int, batches: int, line: int) -> None:
     os.environ.update(MASTER_ADDR="10.78.0.1", MASTER_PORT=str(_PORT), GLOO_SOCKET_IFNAME="ddg0")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=stages, timeout=_TIMEOUT)
-    seconds = train(stages, batches)
+    seconds = train(stages, batches, slack)
     if rank == 0:
         print(seconds, flush=True)
     dist.destroy_process_group()
@@ -162,12 +168,12 @@ class EmulatedStage(nn.Module):
         return _Works.apply(value * self.scale)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def train(stages: int, batches: int) -> float:
+def train(stages: int, batches: int, slack: int) -> float:
     """The loop of docs/core.md; returns the median seconds from one batch to the next."""
-    ranks = PipelineRanks.connect(stages, torch.device("cpu"), _TIMEOUT, "gloo")
+    ranks = PipelineRanks.connect(stages, torch.device("cpu"), _TIMEOUT, "gloo", slack)
     number = stage_of_rank(dist.get_rank(), stages)
     module, inputs = EmulatedStage(), torch.ones(SHAPE)
-    pipeline = Pipeline(Stage(module, delay(number, stages)), number, stages, ranks.mailbox)
+    pipeline = Pipeline(Stage(module, delay(number, stages, slack)), number, stages, ranks.mailbox)
     optimizer = torch.optim.SGD(module.parameters(), lr=1e-6)
 
     def step() -> None:
@@ -199,6 +205,7 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m recipes.benchmarks.distance", description=__doc__)
     parser.add_argument("--stages", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--latency-ms", type=float, nargs="+", default=[0.0, 5.0, 20.0, 50.0], help="one way")
+    parser.add_argument("--slack", default="0", help="batches, or 'needed': as many as the plan names for the latency")
     parser.add_argument("--batches", type=int, default=60)
     parser.add_argument("--route", help=argparse.SUPPRESS)
     parser.add_argument("--host", help=argparse.SUPPRESS)
@@ -209,14 +216,15 @@ def main(arguments: Sequence[str]) -> int:
     if asked.route:
         return route(**json.loads(asked.route))
     print(f"torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores")
-    print("stages  latency  a batch  allowed  ratio of speeds")
+    print("stages  latency  slack  a batch  allowed  ratio of speeds")
     for stages in asked.stages:
         for latency_ms in asked.latency_ms:
-            found = measured(stages, latency_ms / 1000, asked.batches)
-            least = allowed(stages, latency_ms / 1000)
-            print(
-                f"{stages:6d} {latency_ms:5.0f} ms {found * 1000:5.1f} ms {least * 1000:5.1f} ms  {least / found:.2f}"
-            )
+            work = planned(stages, latency_ms / 1000)
+            slack = slack_needed(work) if asked.slack == "needed" else int(asked.slack)
+            found = measured(stages, latency_ms / 1000, asked.batches, slack)
+            least = allowed(stages, latency_ms / 1000, slack)
+            figures = f"{found * 1000:5.1f} ms {least * 1000:5.1f} ms  {least / found:.2f}"
+            print(f"{stages:6d} {latency_ms:5.0f} ms {slack:6d} {figures}", flush=True)
     return 0
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from lightning_ddg.comm import frames
-from lightning_ddg.comm.frames import AHEAD, LEAST, MOST, Room
+from lightning_ddg.comm.frames import AHEAD, LEAST, MOST, MOST_FAR, Room, receives_ahead
 from lightning_ddg.core.execution import ACTIVATION, GRADIENT
 from tests.comm.test_mailbox import connect
 from tests.harness import run_ranks
@@ -30,6 +30,15 @@ def test_room_is_made_for_the_largest_message_that_came_before_the_receive_was_p
     sizes = [10, 100_000, 20, *[30] * AHEAD, 5]
     assert list(rooms(sizes))[: AHEAD + 1] == [LEAST] * (AHEAD + 1)
     assert list(rooms(sizes))[AHEAD + 1 :] == [25 * LEAST] * 3
+
+
+def test_receives_are_ahead_as_far_as_a_sender_may_be() -> None:
+    assert [receives_ahead(slack) for slack in (0, 1, 4)] == [AHEAD, 12, 24]
+    room, made = Room(slack=1), []
+    for size in [100_000] * 13 + [MOST_FAR] * 13 + [MOST_FAR + 1] * 13:
+        made.append(room.next)
+        room.count(size)
+    assert made == [LEAST] * 12 + [25 * LEAST] * 13 + [MOST_FAR] * 14
 
 
 def test_room_never_shrinks_and_what_is_too_large_makes_none() -> None:
@@ -52,9 +61,9 @@ def drawn(rank: int) -> Iterator[torch.Tensor]:
         yield torch.full((size,), float(number))
 
 
-def exchange(exact: bool) -> None:
+def exchange(exact: bool, slack: int) -> None:
     with patch.object(frames, "_EXACT", exact):
-        mailbox = connect()
+        mailbox = connect(slack=slack)
         for other in [rank for rank in range(mailbox.size) if rank != mailbox.rank]:
             for number, value in enumerate(drawn(mailbox.rank)):
                 mailbox.send(other, ACTIVATION if number % 3 else GRADIENT, (value, number))
@@ -66,11 +75,11 @@ def exchange(exact: bool) -> None:
         mailbox.close()
 
 
-@pytest.mark.parametrize("exact", [True, False])
-def test_messages_of_all_sizes_arrive_whole(exact: bool) -> None:
+@pytest.mark.parametrize(("exact", "slack"), [(True, 0), (False, 0), (True, 2)])
+def test_messages_of_all_sizes_arrive_whole(exact: bool, slack: int) -> None:
     if exact and sys.platform != "linux":
         pytest.skip("gloo waits for as many bytes as there is room for here")
-    run_ranks(exchange, 3, exact)
+    run_ranks(exchange, 3, exact, slack)
 
 
 def count_sends() -> list[int]:

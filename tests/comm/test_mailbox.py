@@ -32,12 +32,14 @@ EPOCH = Channel("epoch", ends=True)
 LONG = timedelta(seconds=30)
 
 
-def connect(timeout: timedelta = LONG, group: dist.ProcessGroup | None = None, device: str = "cpu") -> GroupMailbox:
+def connect(
+    timeout: timedelta = LONG, group: dist.ProcessGroup | None = None, device: str = "cpu", slack: int = 0
+) -> GroupMailbox:
     if not dist.is_initialized():
         dist.init_process_group("gloo", rank=int(os.environ["LOCAL_RANK"]), world_size=int(os.environ["WORLD_SIZE"]))
     chosen = group or cast(dist.ProcessGroup, dist.group.WORLD)
     names = [f"rank {rank} by name" for rank in range(dist.get_world_size())]
-    return GroupMailbox(chosen, torch.device(device), timeout, names)
+    return GroupMailbox(chosen, torch.device(device), timeout, names, slack=slack)
 
 
 def own_threads() -> list[str]:

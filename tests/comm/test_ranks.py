@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 from lightning_ddg.comm.mailbox import PeerError
-from lightning_ddg.comm.ranks import LocalRanks, PipelineRanks, Ranks
+from lightning_ddg.comm.ranks import Link, LocalRanks, PipelineRanks, Ranks
 from lightning_ddg.core.execution import Channel, Observer
 from tests.harness import run_ranks
 
@@ -46,7 +46,7 @@ def test_one_process_agrees_with_itself() -> None:
     ]  # fmt: skip
     assert ranks.gather({"a": 1}) == []
     ranks.share(nn.Linear(1, 1), ["weight"], [0])
-    assert ranks.seconds_per_byte(0.25) == 0.25
+    assert ranks.link(Link(0.0, 0.25)) == Link(0.0, 0.25)
     assert ranks.abort("a reason") == "a reason"
     ranks.disconnect()
 
@@ -144,18 +144,20 @@ def test_observers_are_told_of_waits_and_the_log_of_what_is_new() -> None:
     assert "Rank 0 (stage 2) disconnects" in lines
 
 
-def measure() -> float:
+def measure() -> Link:
     ranks = connect()
-    seconds = ranks.seconds_per_byte(1.0)
+    link = ranks.link(Link(1.0, 1.0))
     ranks.disconnect()
-    return seconds
+    return link
 
 
 def test_a_byte_takes_some_time_and_all_ranks_see_it() -> None:
     first, second, third = run_ranks(measure, 3)
     assert first == second == third
     # No memory moves a terabyte in a second, and no loopback is as slow as a megabyte.
-    assert 1e-12 < first < 1e-6
+    assert 1e-12 < first.seconds_per_byte < 1e-6
+    # A message of one byte: no two processes talk in a microsecond, and none need a tenth of a second.
+    assert 1e-6 < first.latency < 0.1
 
 
 # ---- weights and states

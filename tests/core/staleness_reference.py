@@ -24,6 +24,11 @@ def parts_of(network: nn.Sequential, starts: Sequence[int]) -> list[nn.Sequentia
     return [network[begin:end] for begin, end in zip(bounds[:-1], bounds[1:], strict=True)]
 
 
+def delays_of(count: int, slack: int) -> list[int]:
+    """The delays of stages: as many batches as stages follow, each ``1 + slack`` times."""
+    return [late * (1 + slack) for late in reversed(range(count))]
+
+
 class Steps:
     """One optimizer a stage, whose learning rate in step ``t`` is ``lr * d ** -(1 - t / T)`` while ``t < T``.
 
@@ -38,8 +43,10 @@ class Steps:
         rate: Callable[[int], float] = lambda step: 1.0,
         compensate: bool = False,
         clip: Callable[[Sequence[nn.Parameter]], object] | None = None,
+        slack: int = 0,
     ) -> None:
         self.parameters = [list(part.parameters()) for part in parts]
+        self.delays = delays_of(len(parts), slack)
         self.optimizers = [optimizer(own) if own else None for own in self.parameters]
         if compensate:
             self.optimizers = [one and Compensated(one.param_groups[0]["params"], one) for one in self.optimizers]
@@ -48,7 +55,7 @@ class Steps:
         self.t = 0
 
     def lr(self, stage: int, step: int) -> float:
-        delay = len(self.parameters) - 1 - stage
+        delay = self.delays[stage]
         slow = delay ** -(1 - step / self.slow_start) if delay and step < self.slow_start else 1.0
         return float(self.base * self.rate(step) * slow)
 
@@ -58,7 +65,7 @@ class Steps:
         return [] if chosen is None else ahead(chosen, rates)
 
     def apply(self, stage: int, grads: Sequence[Tensor | None], batches: int = 1) -> None:
-        chosen, delay = self.optimizers[stage], len(self.parameters) - 1 - stage
+        chosen, delay = self.optimizers[stage], self.delays[stage]
         if chosen is None:
             return
         for parameter, grad in zip(self.parameters[stage], grads, strict=True):
@@ -86,6 +93,7 @@ def train_exactly(
     accumulate: int = 1,
     rate: Callable[[int], float] = lambda step: 1.0,
     clip: Callable[[Sequence[nn.Parameter]], object] | None = None,
+    slack: int = 0,
 ) -> None:
     """Rules whose gradient is one of the full network, at ``w`` or further on.
 
@@ -93,7 +101,8 @@ def train_exactly(
     ``w`` by the steps that come before the gradient's use.
     """
     parts = parts_of(network, starts)
-    count, steps, batches_of_step = len(parts), Steps(parts, optimizer, slow_start, rate, compensate, clip), 1
+    steps, batches_of_step = Steps(parts, optimizer, slow_start, rate, compensate, clip, slack), 1
+    count, delays = len(parts), steps.delays
     for batches in epochs:
         history: list[list[list[Tensor]]] = []
         velocity = [[torch.zeros_like(p) for p in own] for own in steps.parameters]
@@ -101,9 +110,9 @@ def train_exactly(
         for number, (x, y) in enumerate(batches):
             today = [[p.detach().clone() for p in own] for own in steps.parameters]
             if extrapolate and number % accumulate == 0:
-                waiting = [min(number, count - 1 - stage) for stage in range(count)]
+                waiting = [min(number, delay) for delay in delays]
                 points = [
-                    steps.ahead(stage, late / batches_of_step, (count - 1 - stage - late) // batches_of_step)
+                    steps.ahead(stage, late / batches_of_step, (delays[stage] - late) // batches_of_step)
                     for stage, late in enumerate(waiting)
                 ]
             if extrapolate:
@@ -115,7 +124,7 @@ def train_exactly(
                 with torch.no_grad():
                     for stage, own in enumerate(steps.parameters):
                         for p, v in zip(own, velocity[stage], strict=True):
-                            p.copy_(p + (count - 1 - stage) * v)
+                            p.copy_(p + delays[stage] * v)
             network.zero_grad()
             (nn.functional.cross_entropy(network(x), y) / accumulate).backward()
             history.append(
@@ -126,7 +135,7 @@ def train_exactly(
                     for p, value in zip(own, values, strict=True):
                         p.copy_(value)
             for stage in range(count):
-                due = number - (count - 1 - stage)
+                due = number - delays[stage]
                 if due >= 0:
                     new, old = history[due][stage], sums[stage]
                     sums[stage] = new if old is None else [a + b for a, b in zip(old, new, strict=True)]
@@ -141,7 +150,7 @@ def train_exactly(
             sums = [None] * count
             steps.t += 1
         for stage in range(count):
-            late = [grads[stage] for grads in history[max(0, len(history) - (count - 1 - stage)) :]]
+            late = [grads[stage] for grads in history[max(0, len(history) - delays[stage]) :]]
             for first in range(0, len(late), accumulate):
                 steps.apply(
                     stage, [sum(same) for same in zip(*late[first : first + accumulate], strict=True)], batches_of_step
@@ -149,7 +158,12 @@ def train_exactly(
 
 
 def train_with_features_replayed(
-    network: nn.Sequential, starts: Sequence[int], epochs: Epochs, optimizer: Optimizer, slow_start: int = 0
+    network: nn.Sequential,
+    starts: Sequence[int],
+    epochs: Epochs,
+    optimizer: Optimizer,
+    slow_start: int = 0,
+    slack: int = 0,
 ) -> None:
     """Features Replay: ``g_k = d< F_k(h_{k-1}^s ; w_k^t), delta_k^s >``, the forward run again with today's weights."""
     parts = parts_of(network, starts)
@@ -160,11 +174,17 @@ def train_with_features_replayed(
         *grads, by_input = torch.autograd.grad(parts[stage](x), [*own, x], delta)
         return grads, by_input
 
-    _train_stages(parts, epochs, Steps(parts, optimizer, slow_start), lambda part, x: (part(x), None), backward)
+    steps = Steps(parts, optimizer, slow_start, slack=slack)
+    _train_stages(parts, epochs, steps, lambda part, x: (part(x), None), backward)
 
 
 def train_with_current_weights(
-    network: nn.Sequential, starts: Sequence[int], epochs: Epochs, optimizer: Optimizer, shrink: float = 1.0
+    network: nn.Sequential,
+    starts: Sequence[int],
+    epochs: Epochs,
+    optimizer: Optimizer,
+    shrink: float = 1.0,
+    slack: int = 0,
 ) -> None:
     """The released code: stale activations and today's weights, layer by layer, for linear layers and ``tanh``."""
     parts = parts_of(network, starts)
@@ -186,7 +206,7 @@ def train_with_current_weights(
                 delta = delta @ layer.weight
         return grads, delta * shrink
 
-    _train_stages(parts, epochs, Steps(parts, optimizer), forward, backward)
+    _train_stages(parts, epochs, Steps(parts, optimizer, slack=slack), forward, backward)
 
 
 def _train_stages(
@@ -202,12 +222,12 @@ def _train_stages(
         def update(number: int, last: int, inputs: Any = inputs, states: Any = states, deltas: Any = deltas) -> None:
             ready = {}
             for stage in range(count):
-                due = number - (count - 1 - stage)
+                due = number - steps.delays[stage]
                 if 0 <= due < last:
                     ready[stage] = backward(stage, inputs[due][stage], states[due][stage], deltas[due, stage])
             for stage, (grads, by_input) in ready.items():
                 steps.apply(stage, [grad.detach() for grad in grads])
-                deltas[number - (count - 1 - stage), stage - 1] = by_input.detach()
+                deltas[number - steps.delays[stage], stage - 1] = by_input.detach()
 
         for number, (x, y) in enumerate(batches):
             inputs.append([])
@@ -223,5 +243,5 @@ def _train_stages(
             deltas[number, count - 1] = output.grad
             update(number, number + 1)
             steps.t += 1
-        for late in range(1, count):
+        for late in range(1, 1 + steps.delays[0]):
             update(len(inputs) - 1 + late, len(inputs))

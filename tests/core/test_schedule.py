@@ -5,12 +5,18 @@ from __future__ import annotations
 import pytest
 
 from lightning_ddg.core.rng import seed_of
-from lightning_ddg.core.schedule import delay, rank_of_stage, stage_of_rank
+from lightning_ddg.core.schedule import crossings, delay, rank_of_stage, stage_of_rank
 
 
 def test_the_last_stage_has_no_delay_and_each_earlier_one_a_batch_more() -> None:
     assert [delay(stage, 4) for stage in (1, 2, 3, 4)] == [3, 2, 1, 0]
     assert delay(1, 1) == 0
+
+
+def test_slack_gives_each_boundary_as_many_batches_more() -> None:
+    assert [delay(stage, 4, 2) for stage in (1, 2, 3, 4)] == [9, 6, 3, 0]
+    assert [crossings(stage, 4) for stage in (1, 2, 3, 4)] == [3, 2, 1, 0]
+    assert delay(1, 1, 5) == 0
 
 
 @pytest.mark.parametrize(("stage", "num_stages"), [(0, 2), (3, 2), (-1, 4), (1, 0)])

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torchvision import tv_tensors
 
-from lightning_ddg.core.schedule import delay_in_updates, enough_micro_batches
+from lightning_ddg.core.schedule import delay_in_updates, enough_micro_batches, least_micro_batches
 from lightning_ddg.core.split import even_sizes, join, length_of, split, weighted_mean
 
 Pair = namedtuple("Pair", ["x", "y"])
@@ -45,6 +45,10 @@ def test_enough_micro_batches_are_even_where_they_can_be(length: int, num_stages
 def test_the_delay_in_updates_is_one_with_as_many_micro_batches_as_the_first_stage_is_late() -> None:
     assert [delay_in_updates(8, m) for m in (1, 2, 3, 4, 6, 7, 12)] == [7, 4, 3, 2, 2, 1, 1]
     assert delay_in_updates(1, 1) == 0
+    assert [delay_in_updates(3, m, slack=2) for m in (1, 2, 4, 6)] == [6, 3, 2, 1]
+    assert [enough_micro_batches(length, 3, slack=2) for length in (12, 21, 4)] == [6, 7, 4]
+    assert least_micro_batches(3, slack=2) == 6
+    assert least_micro_batches(1, slack=2) == 1
 
 
 def test_what_is_of_samples_is_split_and_the_rest_goes_along() -> None:

@@ -21,6 +21,8 @@ from lightning_ddg.core.staleness import Staleness
 
 STAGES = 4
 PAPER_LIKE = [Staleness(), Staleness(shrink=0.5), Staleness(slow_start=5), Staleness(extrapolate=True)]
+# Numbers of batches and slacks; with the last, the pipeline is never full.
+RUNS = [(2, 0), (7, 0), (13, 2), (7, 2)]
 RULES = [*PAPER_LIKE, Staleness(stash=False), Staleness(shrink=0.5, slow_start=5, extrapolate=True)]
 
 
@@ -77,11 +79,11 @@ def train(executions: list[Execution], modules: list[nn.Module], *, count: int) 
     return seen
 
 
-def pipelines(modules: list[nn.Module], rule: Staleness, recompute: bool) -> list[Execution]:
+def pipelines(modules: list[nn.Module], rule: Staleness, recompute: bool, slack: int) -> list[Execution]:
     queues: Any = defaultdict(deque)
     return [
         Pipeline(
-            Stage(module, delay(number, STAGES), rule, recompute),
+            Stage(module, delay(number, STAGES, slack), rule, recompute),
             number,
             STAGES,
             LocalMailbox(rank_of_stage(number, STAGES), STAGES, queues),
@@ -91,24 +93,26 @@ def pipelines(modules: list[nn.Module], rule: Staleness, recompute: bool) -> lis
     ]
 
 
-@pytest.mark.parametrize("count", [2, 7])
+@pytest.mark.parametrize(("count", "slack"), RUNS)
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("rule", PAPER_LIKE)
-def test_it_gives_the_weights_of_the_delay_line(rule: Staleness, recompute: bool, count: int) -> None:
+def test_it_gives_the_weights_of_the_delay_line(rule: Staleness, recompute: bool, count: int, slack: int) -> None:
     ours, theirs = segments(), segments()
-    found = train([Staged(ours, rule, recompute)], ours, count=count)
-    expected = train([DelayLine(theirs, (), rule)], theirs, count=count)
-    assert len(found) == len(expected) == 2 * (count + min(count, STAGES - 1))
+    found = train([Staged(ours, rule, recompute, slack=slack)], ours, count=count)
+    expected = train([DelayLine(theirs, (), rule, slack=slack)], theirs, count=count)
+    assert len(found) == len(expected) == 2 * (count + min(count, delay(1, STAGES, slack)))
     torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("count", [2, 7])
+@pytest.mark.parametrize(("count", "slack"), RUNS)
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("rule", RULES)
-def test_it_trains_and_drains_as_stages_with_a_mailbox_each(rule: Staleness, recompute: bool, count: int) -> None:
+def test_it_trains_and_drains_as_stages_with_a_mailbox_each(
+    rule: Staleness, recompute: bool, count: int, slack: int
+) -> None:
     ours, theirs = segments(), segments()
-    found = train([Staged(ours, rule, recompute)], ours, count=count)
-    assert found == train(pipelines(theirs, rule, recompute), theirs, count=count)
+    found = train([Staged(ours, rule, recompute, slack=slack)], ours, count=count)
+    assert found == train(pipelines(theirs, rule, recompute, slack), theirs, count=count)
     assert found[0] != found[-1]
 
 

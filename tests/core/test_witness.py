@@ -23,14 +23,15 @@ def inputs(batch: int) -> Tensor:
     return torch.full((2, 3), float(batch + 1), dtype=torch.float64)
 
 
-def executions(layers: list[nn.Module]) -> dict[str, Execution]:
-    return {"delay line": DelayLine(layers), "staged": Staged(layers, Staleness(stash=False), False)}
+def executions(layers: list[nn.Module], slack: int) -> dict[str, Execution]:
+    staged = Staged(layers, Staleness(stash=False), False, slack=slack)
+    return {"delay line": DelayLine(layers, slack=slack), "staged": staged}
 
 
 @pytest.mark.parametrize("kind", ["delay line", "staged"])
-@pytest.mark.parametrize("batches", [1, 2, 3, 5])
+@pytest.mark.parametrize(("batches", "slack"), [(1, 0), (2, 0), (3, 0), (5, 0), (2, 1), (7, 1), (9, 2)])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_each_stage_is_told_of_once_with_the_first_batch(kind: str, batches: int, accumulate: int) -> None:
+def test_each_stage_is_told_of_once_with_the_first_batch(kind: str, batches: int, slack: int, accumulate: int) -> None:
     layers = segments()
     nn.Sequential(*layers)(inputs(0)).square().sum().backward()
     expected = [layer.weight.grad.clone() for layer in layers]  # type: ignore[union-attr, operator]
@@ -42,12 +43,13 @@ def test_each_stage_is_told_of_once_with_the_first_batch(kind: str, batches: int
         assert stage not in told
         told[stage] = grads[0].clone() if grads[0] is not None else None
 
-    witness = Witness(executions(layers)[kind], 3, lambda stage: list(layers[stage - 1].parameters()), tell)
+    chosen = executions(layers, slack)[kind]
+    witness = Witness(chosen, 3, lambda stage: list(layers[stage - 1].parameters()), tell, slack)
     optimizer = torch.optim.SGD([p for layer in layers for p in layer.parameters()], lr=0.1)
     for number in range(batches):
         loss = witness.train(Batch(number), (inputs(number),), {}).square().sum()
         witness.backward(loss.backward)
-        assert set(told) == {3 - late for late in range(min(number + 1, 3))}
+        assert set(told) == {3 - late for late in range(3) if late * (1 + slack) <= number}
         if number % accumulate == accumulate - 1:
             witness.before_step()
             optimizer.step()

@@ -230,10 +230,10 @@ FAULTS: dict[str, tuple[Callable[[], Patch], str]] = {
 }
 
 
-def fit_with(fault: str, devices: int, verify: bool = True) -> None:
+def fit_with(fault: str, devices: int, verify: bool = True, slack: int = 0) -> None:
     warnings.simplefilter("ignore")
     module = Layered(keeps=fault == "attribute")
-    strategy = DDGStrategy(num_stages=2, split_points=[module.cut], verify=verify)
+    strategy = DDGStrategy(num_stages=2, split_points=[module.cut], verify=verify, slack=slack)
     with FAULTS[fault][0]():
         quiet_trainer(devices=devices, strategy=strategy, max_epochs=1).fit(module, loader("mlp", count=20))
 
@@ -246,9 +246,9 @@ def test_a_fault_in_one_process_ends_the_fit(fault: str) -> None:
     assert f"the input side that differs is {FAULTS[fault][1]!r} (stage 1)" in str(caught.value)
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_in_two_processes_ends_the_fit_on_both(fault: str) -> None:
-    zero, one = run_ranks_raw(fit_with, 2, fault, 2)
+@pytest.mark.parametrize(("fault", "slack"), [*((fault, 0) for fault in FAULTS), ("lost gradient", 1)])
+def test_a_fault_in_two_processes_ends_the_fit_on_both(fault: str, slack: int) -> None:
+    zero, one = run_ranks_raw(fit_with, 2, fault, 2, True, slack)
     assert zero.error is not None
     assert one.error is not None
     assert "WrongGradients" in zero.error
@@ -358,6 +358,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], Any]] = {
     "today's weights": ({"staleness": Staleness(stash=False)}, {}, lambda: Classifier("dropout_mlp")),
     "prediction, slow start": ({"staleness": Staleness(extrapolate=True, slow_start=9)}, {}, lambda: Classifier("mlp")),
     "shrunk": ({"staleness": Staleness(shrink=0.5)}, {}, lambda: Classifier("dropout_mlp")),
+    "slack": ({"slack": 1, "staleness": Staleness(shrink=0.5)}, {}, lambda: Classifier("dropout_mlp")),
     "one batch": ({}, {"limit_train_batches": 1}, lambda: Classifier("dropout_mlp")),
     "drained at the end": ({"drain": "fit"}, {"limit_train_batches": 1}, lambda: Classifier("dropout_mlp")),
     "bf16-mixed": ({}, {"precision": "bf16-mixed"}, lambda: Classifier("dropout_mlp").float()),

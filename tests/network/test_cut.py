@@ -244,6 +244,9 @@ def test_memory_of_a_stage() -> None:
     last = 4 * 500 + 50 + 5 + 2 * 5
     assert CostModel(profile).stage_memory([1]) == [first, last]
     assert CostModel(profile, optimizer_copies=0).stage_memory([]) == [2 * 600 + 60]
+    # Slack 2: a delay of 3, and four messages that may have arrived before their turn.
+    slack = [4 * 100 + 3 * 100 + 4 * 10 + 4 * 4, 4 * 500 + 50 + 5 + 4 * 5]
+    assert CostModel(profile, slack=2).stage_memory([1]) == slack
     # Of what is never trained there is one copy, whatever the delay.
     assert CostModel(replace(profile, frozen=[1000, 2000, 3000])).stage_memory([1]) == [first + 1000, last + 5000]
 

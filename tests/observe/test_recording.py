@@ -74,6 +74,12 @@ def test_what_the_events_say() -> None:
     )
 
 
+def test_with_slack_the_simulation_has_it_too() -> None:
+    measured = summarize(rows_of(WORK, 30), slack=2)
+    assert measured is not None
+    assert measured.work.slack == 2
+
+
 @pytest.mark.parametrize("batches", [0, 1])
 def test_too_few_events_say_nothing(batches: int) -> None:
     row = [Event(1, kind, batch, 0.0, 1.0) for batch in range(batches) for kind in ("F", "B")]

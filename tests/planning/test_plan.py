@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -153,6 +154,8 @@ def test_without_details_each_cut_is_a_line(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_the_picture_has_a_panel_for_each_number_of_stages(tmp_path: Path) -> None:
+    make_plan(chain(), replace(MODEL, latency=0.03, slack=4), [3]).draw(tmp_path / "far.svg")
+    assert "3 stages: " in (tmp_path / "far.svg").read_text()
     make_plan(chain(), MODEL, [2, 3, 9]).draw(tmp_path / "plan.svg")
     text = (tmp_path / "plan.svg").read_text()
     for words in (
@@ -361,6 +364,36 @@ def test_a_synchronous_finish_costs_what_all_stages_take_together(capsys: pytest
     assert "4 1 12.0 ms 24.0 ms 13.2 ms 1.82x" in lines
     with pytest.raises(ValueError, match=r"finish=2 is no part of a fit"):
         plan_module(Classifier(), next(iter(loader("mlp"))), 2, finish=2)
+
+
+def test_a_latency_costs_less_with_slack_and_the_plan_says_how_much_hides_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    half = replace(PROFILE, forward=[t / 2 for t in PROFILE.forward], backward=[t / 2 for t in PROFILE.backward])
+    far = replace(MODEL, latency=0.030)
+    make_plan(chain(), far, [2, 4], {3: replace(far, profile=half)}).print(details=False)
+    lines = [" ".join(line.replace("│", " ").split()) for line in capsys.readouterr().out.splitlines()]
+    assert "Links of 30.0 ms one way, slack=0" in lines
+    # Stages of 15 and 9 ms: (24 + 2 * 30) / 2, and for 15 ms a batch (84 / 15 - 1) batches more on the way.
+    assert "2 1 42.0 ms 0.57x 4 15.0 ms 1.60x 5" in lines
+    assert lines[-2].startswith("4 3 ")
+    make_plan(chain(), replace(far, slack=4), [2]).print()
+    printed = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "Links of 30.0 ms one way, slack=4" in printed
+    assert "delay, slack=4" in printed
+    assert re.search(r"2 15\.0 ms 1\.60x 80% stage 1 \S+ kB 5 ", printed)
+    assert "2 1 15.0 ms 1.60x 4 15.0 ms 1.60x 5" in printed
+    # Five batches in flight instead of one: activations, older weights, and what has arrived before its turn.
+    stages = [make_plan(chain(), one, [2]).rows[2] for one in (MODEL, replace(MODEL, slack=4))]
+    assert stages[1].stages[0].in_flight > 2 * stages[0].stages[0].in_flight  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("latency", [-1, float("inf"), float("nan"), True, "50"])
+def test_what_is_no_latency_or_slack_is_refused(latency: Any) -> None:
+    with pytest.raises(ValueError, match=rf"latency_ms={latency!r} is not how long a message is under way: give milli"):
+        plan_module(Classifier(), next(iter(loader("mlp"))), 2, latency_ms=latency)
+    with pytest.raises(ValueError, match=r"slack=0.5 is not a number of batches. Use 0"):
+        plan_module(Classifier(), next(iter(loader("mlp"))), 2, slack=0.5)  # type: ignore[arg-type]
 
 
 def test_without_micro_batches_there_is_no_such_table(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from lightning_ddg.network.cut import CostModel, Costs, Cut
 from lightning_ddg.network.layers import Chain
 from lightning_ddg.network.profile import Profile
-from lightning_ddg.planning.report import cut_table, print_cut, uneven_line
+from lightning_ddg.planning.report import cut_table, link_line, print_cut, uneven_line
 from lightning_ddg.planning.units import show_bytes
 
 
@@ -47,6 +47,33 @@ def test_rows() -> None:
         ("2", "net.3 (1)", "1,500", "37.5%", "1"),
         ("3", "net.4 (1)", "1,204", "12.5%", "0"),
     ]
+
+
+def test_slack_makes_delays_longer() -> None:
+    table = cut_table(cut_of(make_chain(), [3, 4], [1.0, 1.0, 2.0, 3.0, 1.0], "measured time"), slack=2)
+    assert list(table.columns[4].cells) == ["6", "3", "0"]
+
+
+@pytest.mark.parametrize(
+    ("latency", "slack", "line"),
+    [
+        (0.0, 0, None),
+        # Of stages of 10, 10 and 5 ms.
+        (0.0002, 0, "link: 0.20 ms one way, 1 GB/s"),
+        (0.019, 0, "link: 19.0 ms one way, 1 GB/s; slack=4 would hide it: 10.0 ms per batch instead of 33.7 ms"),
+        (0.019, 4, "link: 19.0 ms one way, 1 GB/s"),
+    ],
+)
+def test_a_measured_link_is_said_and_what_would_hide_it(
+    latency: float, slack: int, line: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    profile = Profile([0.002] * 5, [0.003] * 5, [0, 1, 1, 1, 1], [0, 1, 1, 1, 1], [0] * 5, [1_000] * 5)
+    model = CostModel(profile, seconds_per_byte=1e-9, latency=latency, slack=slack)
+    cut = Cut(make_chain(), [2, 4], Costs.measured(model))
+    assert link_line(cut) == line
+    print_cut(cut, slack=slack)
+    assert ("link: " in capsys.readouterr().out) == (line is not None)
+    assert link_line(cut_of(make_chain(), [3], [1.0] * 5, "parameters")) is None
 
 
 def test_what_was_measured_has_columns_of_its_own() -> None:

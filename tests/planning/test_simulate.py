@@ -10,7 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from lightning_ddg.planning.simulate import Event, SteadyState, Work, simulate, steady_state, synchronous_period
+from lightning_ddg.core.schedule import delay
+from lightning_ddg.planning.simulate import (
+    Event,
+    SteadyState,
+    Work,
+    simulate,
+    slack_needed,
+    steady_state,
+    synchronous_period,
+)
 
 NONE: list[float] = []
 
@@ -105,10 +114,12 @@ def draw(seed: int) -> Work:
     longest = generator.choice([0.0, 0.2, 2.0, 10.0])
     work = [[generator.uniform(0.1, 2.0) for _ in range(num_stages)] for _ in range(2)]
     links = [[generator.uniform(0.0, longest) for _ in range(num_stages - 1)] for _ in range(2)]
-    return Work(*work, *links)
+    if seed % 2:
+        return Work(*work, *links)
+    return Work(*work, *links, latency=generator.uniform(0.0, 8.0), slack=generator.randint(0, 5))
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(80))
 def test_the_closed_form_is_what_the_simulation_settles_into(seed: int) -> None:
     work = draw(seed)
     # Two circuits that are almost equally slow settle late: what is left of it falls with the number of batches.
@@ -118,12 +129,12 @@ def test_the_closed_form_is_what_the_simulation_settles_into(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(20))
 def test_every_stage_follows_its_program_and_waits_for_its_messages_alone(seed: int) -> None:
     planned = draw(seed)
-    forward, backward, send, send_grad = planned
+    forward, backward, send, send_grad, latency, slack = planned
     num_stages, batches = len(forward), 9
     events = simulate(planned, batches)
     ended = {(event.stage, event.kind, event.batch): event.end for event in events}
     for stage in range(1, num_stages + 1):
-        lag = num_stages - stage
+        lag = delay(stage, num_stages, slack)
         work = of(events, stage, "F", "B")
         program = [(kind, t if kind == "F" else t - lag) for t in range(batches + lag) for kind in "FB"]
         assert [(event.kind, event.batch) for event in work] == [(k, t) for k, t in program if 0 <= t < batches]
@@ -131,9 +142,9 @@ def test_every_stage_follows_its_program_and_waits_for_its_messages_alone(seed: 
         for event in work:
             assert event.end - event.start == pytest.approx((forward if event.kind == "F" else backward)[stage - 1])
             if event.kind == "F" and stage > 1:
-                arrived = ended[stage - 1, "F", event.batch] + send[stage - 2]
+                arrived = ended[stage - 1, "F", event.batch] + send[stage - 2] + latency
             elif event.kind == "B" and stage < num_stages:
-                arrived = ended[stage + 1, "B", event.batch] + send_grad[stage - 1]
+                arrived = ended[stage + 1, "B", event.batch] + send_grad[stage - 1] + latency
             else:
                 arrived = 0.0
             assert event.start >= max(free, arrived) - 1e-9
@@ -143,6 +154,48 @@ def test_every_stage_follows_its_program_and_waits_for_its_messages_alone(seed: 
             free = event.end
         row = of(events, stage)
         assert all(after.start == before.end for before, after in zip(row, row[1:], strict=False)), "no gap is unsaid"
+
+
+def test_a_link_that_is_far_hides_behind_batches_in_flight() -> None:
+    """Two equal stages of f + b = 30 and 50 one way: a round trip is 3.3 batches long."""
+    far = Work([10.0, 10.0], [20.0, 20.0], [0.0], [0.0], latency=50.0)
+    assert [steady_state(far._replace(slack=slack)).period for slack in range(6)] == pytest.approx(
+        [80.0, 160 / 3, 40.0, 32.0, 30.0, 30.0]
+    )
+    assert slack_needed(far) == 4
+    assert steady_state(far._replace(slack=4)).reason == "stage 1"
+    assert settled(far._replace(slack=4)) == pytest.approx(30.0)
+    # The way to all of eight stages and back is seven times as long, and as many times as many batches are on it.
+    eight = Work([10.0] * 8, [20.0] * 8, [0.0] * 7, [0.0] * 7, latency=50.0)
+    assert slack_needed(eight) == 4
+    assert slack_needed(Work([10.0, 1.0], [20.0, 1.0], [0.0], [0.0], latency=10.0)) == 0, "hidden behind idle time"
+    assert slack_needed(Work([1.0], [2.0], NONE, NONE, latency=9.0)) == 0
+
+
+def test_what_a_link_carries_is_not_hidden() -> None:
+    work = Work([1.0, 1.0], [1.0, 1.0], [5.0], [0.0], latency=1.0)
+    needed = slack_needed(work)
+    assert steady_state(work._replace(slack=needed)).period == 5.0
+    assert steady_state(work._replace(slack=needed)).reason == "the activations between stages 1 and 2"
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_the_slack_that_is_needed_is_the_least_with_which_no_round_trip_is_seen(seed: int) -> None:
+    work = draw(2 * seed)
+    shortest = max([*work.busy, *work.send, *work.send_grad])
+    least = slack_needed(work)
+    assert steady_state(work._replace(slack=least)).period == pytest.approx(shortest, rel=1e-9)
+    assert settled(work._replace(slack=least), 1000) == pytest.approx(shortest, rel=0.01)
+    if least:
+        assert steady_state(work._replace(slack=least - 1)).period > shortest * (1 + 1e-9)
+        # As many batches as it takes until the simulation knows.
+        fewer = work._replace(slack=least - 1)
+        assert settled(fewer, 1000) == pytest.approx(steady_state(fewer).period, rel=0.01)
+
+
+def test_micro_batches_that_are_flushed_fill_a_longer_pipeline_no_later() -> None:
+    work = Work([1.0] * 3, [2.0] * 3, [0.0] * 2, [0.0] * 2)
+    assert synchronous_period(work._replace(slack=1), 6) >= 3 * (6 + 2)
 
 
 BAD: dict[str, tuple[Callable[[], object], str]] = {
@@ -163,6 +216,11 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
         lambda: steady_state(Work([1.0, 1.0], [1.0, 1.0], [float("nan")], [0.0])),
         "send holds nan: a time must be finite",
     ),
+    "latency": (
+        lambda: simulate(Work([1.0, 1.0], [1.0, 1.0], [0.0], [0.0], latency=-1.0), 1),
+        "latency holds -1.0: a time must be finite and not negative",
+    ),
+    "no time, slack": (lambda: slack_needed(Work([0.0], [0.0], NONE, NONE)), "No stage takes any time"),
     "no batch": (
         lambda: simulate(Work([1.0], [1.0], NONE, NONE), 0),
         "num_batches=0: a schedule needs 1 batch or more",

@@ -49,6 +49,10 @@ ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"compile": {"options": {"triton.cudagraphs": True}}}, ValueError, "triton.cudagraphs.* records CUDA graphs"),
     ({"staleness": {"shrink": 0.5}}, TypeError, "staleness=.*'shrink': 0.5.* is no Staleness. Use lightning_ddg.Stal"),
     ({"staleness": "none"}, ValueError, "staleness='none' is not known. Use 'corrected', or Staleness"),
+    *(
+        ({"slack": slack}, ValueError, f"slack={slack!r} is not a number of batches. Use 0 .none., or the positive int")
+        for slack in (-1, 1.0, True, "1", None)
+    ),
     ({"recompute": 1}, TypeError, "recompute=1 is not a bool. Use True or False"),
     (
         {"staleness": Staleness(stash=False), "compile": True},

@@ -26,6 +26,8 @@ def test_the_schedule_pays_half_a_round_trip_a_batch_with_two_stages() -> None:
     assert distance.allowed(2, 0.0) == pytest.approx(0.030)
     assert distance.allowed(2, 0.050) == pytest.approx(0.080)
     assert distance.allowed(4, 0.020) == pytest.approx(0.060)
+    assert distance.allowed(2, 0.050, slack=1) == pytest.approx(0.160 / 3)
+    assert distance.allowed(2, 0.050, slack=4) == pytest.approx(0.030)
 
 
 @pytest.mark.slow
@@ -35,6 +37,14 @@ def test_a_message_pays_one_latency() -> None:
     near, far = (distance.measured(2, latency, 30) for latency in (0.0, 0.1))
     # One latency a batch is 100 ms; what the receiver says first, and waits for an answer to, would be 100 ms more.
     assert 0.09 < far - near < 0.15
+
+
+@pytest.mark.slow
+def test_slack_hides_a_latency() -> None:
+    if reason := why_not():
+        pytest.skip(f"this machine does not let one make a link: {reason}")
+    # Four more batches on their way in a round trip of 100 ms: without them, 80 ms a batch at least.
+    assert distance.measured(2, 0.05, 45, slack=4) < 0.06
 
 
 @pytest.mark.slow
