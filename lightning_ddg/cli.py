@@ -1,11 +1,12 @@
-"""The command line: LightningCLI with this package's strategies, and the command ``plan``.
+"""The command line: LightningCLI with this package's strategies, and the commands ``plan`` and ``doctor``.
 
 ``lightning-ddg`` and ``python -m lightning_ddg`` are the same program: ``fit``, ``validate``, ``test`` and ``predict``
-as :class:`~lightning.pytorch.cli.LightningCLI` has them, with three differences.
+as :class:`~lightning.pytorch.cli.LightningCLI` has them, with four differences.
 
 * Importing this package registered its strategies, so a YAML file may say ``strategy: ddg``.
 * A module that lies next to the user's YAML file can be named as a ``class_path``, however the program was started.
 * ``plan`` takes the YAML file of a ``fit`` and shows what it would be like in 2, 3, ... stages, without training.
+* ``doctor`` takes nothing, and says what this machine can do.
 
 Lightning's launcher starts the other stages by running the same command line again in the same directory. Both forms
 can be repeated: neither reads its standard input, and neither depends on anything but ``sys.argv`` and the directory.
@@ -20,6 +21,7 @@ from typing import Any
 
 from lightning_ddg.planning.plan import NUM_STAGES, Plan
 from lightning_ddg.planning.timeline import check_picture
+from lightning_ddg.plugin import doctor
 from lightning_ddg.plugin.host import (
     ArgsType,
     Callback,
@@ -175,9 +177,11 @@ def main(args: ArgsType = None) -> None:
 
     Raises:
         SystemExit: The arguments cannot be parsed, with status 2 and a message on standard error; or they ask for
-            help, with status 0; or nothing can be planned, with status 1 and a message on standard error.
+            help, with status 0; or nothing can be planned, or a check of the doctor's fails, with status 1.
     """
     here = os.getcwd()
     if here not in sys.path:
         sys.path.insert(0, here)
+    if (sys.argv[1:] if args is None else args) == ["doctor"]:
+        raise SystemExit(doctor.main())
     _CLI(args=args, trainer_class=_Trainer, save_config_kwargs={"overwrite": True})
