@@ -6,25 +6,23 @@ training, for checkpoints and at the end; unless it says otherwise, every rank m
 
 from __future__ import annotations
 
-import time
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import lru_cache
-from statistics import median
-from typing import Any, NamedTuple, Protocol, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from lightning_ddg.comm.link import Link, measured
 from lightning_ddg.comm.mailbox import GroupMailbox, PeerError
 from lightning_ddg.core.execution import Channel, Observers
 from lightning_ddg.core.schedule import rank_of_stage, stage_of_rank
 
 STATE = Channel("state", on_host=True)
-PROBE = Channel("probe")
 BARRIER = Channel("barrier")
 BROADCAST = Channel("broadcast", on_host=True, varied=True)
 VOTE = Channel("vote")
@@ -32,23 +30,7 @@ VOTE = Channel("vote")
 _GROUP = "lightning_ddg"
 #: The least time that ranks which are all there are given to connect.
 _CONNECTING = timedelta(seconds=30)
-_PROBE_BYTES = 4 << 20
-# Nobody has made room for as much: word of it goes there, its receiver's answer back, and then it comes.
-_PROBE_LATENCIES = 3
-_PROBE_ROUNDS = 5
 _T = TypeVar("_T")
-
-
-class Link(NamedTuple):
-    """How long a message takes between two stages.
-
-    Attributes:
-        latency: Seconds one way, however small it is; 0 where that was not measured.
-        seconds_per_byte: Seconds that each of its bytes takes besides.
-    """
-
-    latency: float
-    seconds_per_byte: float
 
 
 class Ranks(Protocol):
@@ -338,29 +320,11 @@ class PipelineRanks(Ranks):
                             _add_buffer(module, name, value, saved=name not in hidden)
 
     def link(self, default: Link) -> Link:
-        latency, whole, second = 0.0, 0.0, rank_of_stage(2, self.num_stages)
+        found, second = default, rank_of_stage(2, self.num_stages)
         if self.rank in (self.reading_rank, second):
             peer = second if self.reads else self.reading_rank
-            latency, whole = (self._one_way(peer, size, first=self.reads) for size in (1, _PROBE_BYTES))
-        seconds_per_byte = max(0.0, whole - _PROBE_LATENCIES * latency) / _PROBE_BYTES
-        return self.broadcast(Link(latency, seconds_per_byte), src=self.reading_rank)
-
-    def _one_way(self, peer: int, size: int, *, first: bool) -> float:
-        """Half the median time of so many bytes to a peer and back; the first round does not count."""
-        message = torch.zeros(size, dtype=torch.uint8, device=self._device)
-        seconds = []
-        for _ in range(1 + _PROBE_ROUNDS):
-            start = time.perf_counter()
-            if first:
-                self.mailbox.send(peer, PROBE, message)
-            self.mailbox.take(peer, PROBE)
-            if not first:
-                self.mailbox.send(peer, PROBE, message)
-            # What has been taken may still be on its way to the device.
-            if self._device.type == "cuda":
-                torch.cuda.synchronize(self._device)
-            seconds.append(time.perf_counter() - start)
-        return median(seconds[1:]) / 2
+            found = measured(self.mailbox, peer, self._device, first=self.reads)
+        return self.broadcast(found, src=self.reading_rank)
 
     def abort(self, reason: str) -> str:
         if self._failure is None:

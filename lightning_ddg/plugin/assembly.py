@@ -17,7 +17,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_ddg.comm.ranks import Link, Ranks
+from lightning_ddg.comm.link import Link
+from lightning_ddg.comm.ranks import Ranks
 from lightning_ddg.core.delay_line import DelayLine
 from lightning_ddg.core.evaluator import Evaluator
 from lightning_ddg.core.execution import Execution, Observers

@@ -25,7 +25,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_ddg.comm.ranks import Link
+from lightning_ddg.comm.link import Link
 from lightning_ddg.core.staleness import Staleness
 from lightning_ddg.planning.report import print_table
 from lightning_ddg.planning.units import show_bytes, show_ms

@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from lightning_ddg.comm.ranks import Link, PipelineRanks
+from lightning_ddg.comm.link import Link
+from lightning_ddg.comm.ranks import PipelineRanks
 from recipes.ports import held_port
 
 
