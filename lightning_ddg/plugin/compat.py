@@ -352,6 +352,11 @@ def without_outputs(trainer: Trainer, skipped: Callable[[], bool]) -> Undo:
     return replaced(optimization, "run", run_and_forget)
 
 
+def accumulates(trainer: Trainer) -> bool:
+    """Return whether no step of the optimizer follows the batch that is trained, in automatic optimization."""
+    return bool(trainer.fit_loop._should_accumulate())
+
+
 def skips_backward(trainer: Trainer) -> bool:
     """Return whether this batch has no backward: stochastic weight averaging ends with an epoch of forwards."""
     return trainer.fit_loop._skip_backward

@@ -18,9 +18,14 @@ _MODES = host.part("pytorch.utilities.combined_loader")._SUPPORTED_MODES
 sized_len = host.part("fabric.utilities.data").sized_len
 
 
-def seed_workers_as_one_device(loader: Any) -> None:
-    """Seed the loader's worker processes as rank 0's would be, although another rank reads."""
-    host.part("fabric.utilities.data")._auto_add_worker_init_fn(loader, 0)
+def seed_workers(loader: Any, replica: int) -> None:
+    """Seed the loader's worker processes as those of a device's, one for each replica, would be."""
+    host.part("fabric.utilities.data")._auto_add_worker_init_fn(loader, replica)
+
+
+def keeps_position(loader: Any) -> bool:
+    """Return whether Lightning saves and restores the loader's state."""
+    return isinstance(loader, _Stateful)
 
 
 def loops_with_data(trainer: Trainer) -> list[Any]:

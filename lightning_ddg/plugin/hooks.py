@@ -115,9 +115,9 @@ class FitHooks(Callback):
         if self._ranks.others:
             self._copies.mark(look=True)
             own = compat.looks_after_epoch(trainer, pl_module)
-            self._ranks.mailbox.send(self._ranks.others, EPOCH, own)
+            self._ranks.world.send(self._ranks.all_others, EPOCH, own)
             # Every rank ends the epoch before any goes on.
-            others = [self._ranks.mailbox.take(rank, EPOCH) for rank in self._ranks.others]
+            others = [self._ranks.world.take(rank, EPOCH) for rank in self._ranks.all_others]
             if own or any(others):
                 self._sharing.share()
         if self._proof is not None:

@@ -24,8 +24,9 @@ def patch_run(site: Site) -> None:
     if site.one_process:
         return
     keep, trainer, module = site.undo.callback, site.trainer, site.module
-    keep_metrics_local(type(trainer.strategy))
-    keep(compat.silence_sync_dist_advice())
+    keep_metrics_local(type(trainer.strategy), site.ranks.replicas)
+    if site.ranks.replicas.size == 1:
+        keep(compat.silence_sync_dist_advice())
     keep(clip_values_that_exist(site.precision))
     keep(compat.silence_sigterm_broadcast(trainer))
     if site.fits and site.device.type != "cpu":
