@@ -47,8 +47,8 @@ def train(
 
     Before the batch ``synchronous_from`` what is late is applied, and from there on nothing is late.
 
-    With several ``replicas`` each batch is a list of as many, one of each. The gradient is the mean of theirs, where one
-    that is skipped, as a number and a replica, counts as zero. Buffers are those of the first.
+    With several ``replicas`` each batch is a list of as many, one of each. The gradient is the mean of theirs, where
+    one that is skipped, as a number and a replica, counts as zero. Buffers are those of the first.
     """
     number, delays = count(), list(reversed(range(len(stages))))
     optimizers = [optimizer(parameters) if parameters else None for parameters in stages]

@@ -7,7 +7,7 @@ training, for checkpoints and at the end; unless it says otherwise, every rank m
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import lru_cache
@@ -143,8 +143,8 @@ class Ranks(Protocol):
         """
         return
 
-    def share_first(self, module: nn.Module, names: Collection[str]) -> None:
-        """Give the parameters and buffers that the first replica's process of this stage has to those of all others."""
+    def share_first(self, module: nn.Module, names: Collection[str], take: Callable[..., None] = adopt) -> None:
+        """Give the parameters and buffers of the first replica's process of this stage to the others, to ``take``."""
         return
 
     def seconds_per_byte(self, default: float) -> float:
@@ -355,12 +355,12 @@ class PipelineRanks(Ranks):
                 if rank in sources:
                     adopt(module, *mailbox.take(rank, STATE))
 
-    def share_first(self, module: nn.Module, names: Collection[str]) -> None:
+    def share_first(self, module: nn.Module, names: Collection[str], take: Callable[..., None] = adopt) -> None:
         if self._alone:
             return
         with self._conversation() as world:
             if self.replicas.number:
-                adopt(module, *world.take(self.rank, STATE))
+                take(module, *world.take(self.rank, STATE))
             else:
                 alike = range(self.rank + self.size, world.size, self.size)
                 world.send(alike, STATE, given(module, names))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+import torch
 from torch import Tensor, nn
 
 
@@ -22,6 +23,23 @@ def adopt(module: nn.Module, values: dict[str, Tensor], hidden: Collection[str])
             named[name].detach().copy_(value)
         else:
             _add_buffer(module, name, value, saved=name not in hidden)
+
+
+def renew(module: nn.Module, values: dict[str, Tensor], hidden: Collection[str]) -> None:
+    """Put other buffers into the place of those that another rank has with other values.
+
+    They are not written into: backwards of batches in flight may need them as they are.
+    """
+    own = dict(module.named_buffers())
+    slots = [(part._buffers, name) for part in module.modules() for name in part._buffers]
+    for name, value in values.items():
+        if name not in own or own[name].shape != value.shape:
+            _add_buffer(module, name, value, saved=name not in hidden)
+        elif not torch.equal(own[name], here := value.to(own[name].device)):
+            # One buffer may have several names.
+            for table, inner in slots:
+                if table[inner] is own[name]:
+                    table[inner] = here
 
 
 def _tensors_of(module: nn.Module) -> dict[str, Tensor]:

@@ -283,6 +283,13 @@ class Notices(Observer):
             self.announce(notice)
 
 
+class Followed(dict[str, Any]):
+    """The metrics by which callbacks and schedulers decide, on a replica whose own are not those of rank 0."""
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        """Leave out what this rank has logged: who went by that would do something else than the first replica."""
+
+
 class Agreements:
     """What is asked for, what all ranks know, and what is due.
 
@@ -309,6 +316,8 @@ class Agreements:
         undo = ExitStack()
         undo.callback(self._ranks.observers.subscribe(self._notices))
         undo.callback(self._checkpoints.install())
+        if self._ranks.replicas.number:
+            undo.callback(compat.hold_metrics(self._trainer, Followed))
         # In one process Lightning's own ways will do.
         if self._ranks.size > 1:
             undo.callback(self._signals.install())
@@ -379,11 +388,13 @@ class Agreements:
         if not self._run or self._trainer.sanity_checking:
             return
         wanted, world = self._wanted, self._ranks.world
+        # A look at metrics that are known on the last stage only: it may reduce them over the replicas, which all join.
+        own = dict(self._trainer.callback_metrics) if self._ranks.is_rank_zero else {}
         if self._ranks.decides:
-            world.send(self._ranks.all_others, METRICS, (dict(self._trainer.callback_metrics), wanted), snapshot=True)
+            world.send(self._ranks.all_others, METRICS, (own, wanted), snapshot=True)
         else:
             metrics, wanted = world.take(0, METRICS)
-            self._trainer.callback_metrics.update(metrics)
+            dict.update(self._trainer.callback_metrics, metrics)
         if meet:
             self._stopping = self._trainer.should_stop = STOP in wanted
             self._signals.obey(wanted)

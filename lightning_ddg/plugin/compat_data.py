@@ -103,6 +103,11 @@ def before_transfer(module: LightningModule, function: Callable[[], None]) -> Un
     return replaced(module, "_on_before_batch_transfer", call_and_transfer)
 
 
+def bypass_before_batch_transfer(module: LightningModule) -> Undo:
+    """Hide from the user's hooks the stand-ins that the loader yields on a rank that does not read."""
+    return replaced(module, "_on_before_batch_transfer", lambda batch, dataloader_idx=0: batch)
+
+
 def leave_out_loader_states(trainer: Trainer) -> Undo:
     """Save empty states of the training loaders, where they are not iterated and so are not asked."""
 

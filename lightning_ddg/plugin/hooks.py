@@ -131,6 +131,12 @@ class FitHooks(Callback):
         self._sharing.share()
 
     @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give the other replicas rank 0's metrics before a callback goes by their own."""
+        if self._ranks.replicas.size > 1:
+            self._agreements.follow()
+
+    @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Drain with ``drain="fit"``; let the users' hooks see the trained weights."""
         self._drain.at_end("fit")

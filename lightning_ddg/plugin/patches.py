@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from lightning_ddg.core.execution import Execution
 from lightning_ddg.plugin import compat
 from lightning_ddg.plugin.clipping import clip_norm_per_stage, clip_values_that_exist
+from lightning_ddg.plugin.compat_data import bypass_before_batch_transfer
 from lightning_ddg.plugin.drain import Drain
 from lightning_ddg.plugin.local_metrics import keep_metrics_local
 from lightning_ddg.plugin.ownership import Ownership
@@ -32,7 +33,7 @@ def patch_run(site: Site) -> None:
     if site.fits and site.device.type != "cpu":
         keep(compat.hide_example_input(module))
     if not site.ranks.reads:
-        keep(compat.bypass_before_batch_transfer(module))
+        keep(bypass_before_batch_transfer(module))
 
 
 def patch_fit(site: Site, ownership: Ownership) -> None:

@@ -11,6 +11,7 @@ the moments below, :class:`~lightning_ddg.plugin.redirection.Redirection` refuse
 
 from __future__ import annotations
 
+from lightning_ddg.comm.weights import renew
 from lightning_ddg.plugin.ownership import Ownership
 from lightning_ddg.plugin.site import Site
 
@@ -31,7 +32,7 @@ class Sharing:
         if not self._site.weights.whole:
             site, names = self._site, self._ownership.own_names
             buffers = {name for name, _ in site.module.named_buffers()}
-            site.ranks.share_first(site.module, [name for name in names if name in buffers])
+            site.ranks.share_first(site.module, [name for name in names if name in buffers], renew)
             site.ranks.share(site.module, names, range(site.ranks.size))
             self._site.weights.shared = True
 

@@ -31,6 +31,7 @@ from torchmetrics import Accuracy, MetricCollection
 
 from lightning_ddg import DDGStrategy
 from lightning_ddg.plugin import compat
+from lightning_ddg.plugin.compat_data import bypass_before_batch_transfer
 from lightning_ddg.plugin.local_metrics import keep_metrics_local
 from tests.networks import SAFELY, Classifier, dataset, loader, quiet_trainer
 
@@ -96,7 +97,7 @@ def test_transferring_a_batch_runs_the_three_hooks() -> None:
 
 def test_only_the_hook_before_the_transfer_is_bypassed() -> None:
     module = Hooked()
-    undo = compat.bypass_before_batch_transfer(module)
+    undo = bypass_before_batch_transfer(module)
     fitted(module, DataLoader(dataset("mlp"), 22))
     assert module.called == ["transfer", "after"]
     undo()
