@@ -317,7 +317,7 @@ class Agreements:
         undo.callback(self._ranks.observers.subscribe(self._notices))
         undo.callback(self._checkpoints.install())
         if self._ranks.replicas.number:
-            undo.callback(compat.hold_metrics(self._trainer, Followed))
+            compat.hold_metrics(self._trainer, Followed)
         # In one process Lightning's own ways will do.
         if self._ranks.size > 1:
             undo.callback(self._signals.install())

@@ -118,11 +118,13 @@ def mute_training_logs(trainer: Trainer, module: LightningModule) -> Undo:
     return replaced(module, "log", log_unless_training)
 
 
-def hold_metrics(trainer: Trainer, kind: type[dict[str, Any]]) -> Undo:
-    """Hold ``callback_metrics`` in a dictionary of another kind: Lightning puts what this rank has logged there."""
+def hold_metrics(trainer: Trainer, kind: type[dict[str, Any]]) -> None:
+    """Hold ``callback_metrics`` in a dictionary of another kind: Lightning puts what this rank has logged there.
+
+    Until the next run, which begins with a new one.
+    """
     connector = trainer._logger_connector
     connector._callback_metrics = kind(connector._callback_metrics)
-    return lambda: setattr(connector, "_callback_metrics", dict(connector._callback_metrics))
 
 
 def forget_in_metrics(module: LightningModule, unknown: Callable[[Any], bool]) -> None:

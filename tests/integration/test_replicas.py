@@ -270,9 +270,9 @@ def test_two_pipelines_train_as_one_process_with_all_their_batches() -> None:
             got, values, shapes = results[name]
             assert largest_difference(got, state) <= 1e-11, (name, rank)
             assert largest_difference(got, ranks[0][name][0]) == 0.0, (name, rank)
-            assert values == ranks[0][name][1], (name, rank)
             if case.get("make") is not Measured:
                 continue
+            assert values == ranks[0][name][1], (name, rank)
             # The batches of an evaluation are as large on both, as 18 samples are 9 on each.
             assert values.keys() >= {"accuracy", "loss_epoch", "right", "val_loss", "largest"}
             for key in values.keys() & metrics.keys():
