@@ -15,6 +15,7 @@ from lightning_ddg.plugin.host import CombinedLoader, LightningModule, Trainer, 
 _DataFetcher = host.part("pytorch.loops.fetchers")._DataFetcher
 _Stateful = host.part("fabric.utilities.types")._Stateful
 _MODES = host.part("pytorch.utilities.combined_loader")._SUPPORTED_MODES
+set_sampler_epoch = host.part("fabric.utilities.data")._set_sampler_epoch
 sized_len = host.part("fabric.utilities.data").sized_len
 
 
@@ -159,6 +160,9 @@ def set_up_training_data(trainer: Trainer, loaders: Any = None) -> None:
         if loaders is not None:
             undo.callback(replaced(loop._data_source, "dataloader", lambda: loaders))
         loop.setup_data()
+    # The loop says it too, but only when the first batch has been read: in a resumed fit of another epoch's order.
+    for loader in () if loop._combined_loader is None else loop._combined_loader.flattened:
+        set_sampler_epoch(loader, loop.epoch_progress.current.processed)
 
 
 def first_fetched(trainer: Trainer) -> list[Any]:

@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import os
+import re
+import signal
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 from torchmetrics import Accuracy, SumMetric
 
 from lightning_ddg import DDGStrategy, Staleness
 from lightning_ddg.comm import replicas as comm
 from tests import reference
-from tests.harness import run_ranks
+from tests.harness import run_ranks, run_ranks_raw
 from tests.integration.test_exact import STARTS
 from tests.networks import (
     OPTIMIZERS,
+    SAFELY,
     Classifier,
     ManualClassifier,
     dataset,
@@ -278,3 +288,290 @@ def test_two_pipelines_train_as_one_process_with_all_their_batches() -> None:
             for key in values.keys() & metrics.keys():
                 assert values[key] == pytest.approx(metrics[key], abs=1e-6), (name, rank, key)
             assert set(shapes) == {(2, 3)}
+
+
+# ---- checkpoints, decisions, and the data
+
+
+class StopsOn(Callback):
+    """Wants to stop after a batch, on one rank alone."""
+
+    def __init__(self, rank: int, batch: int) -> None:
+        self.rank, self.batch = rank, batch
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_rank == self.rank and batch_idx == self.batch:
+            trainer.should_stop = True
+
+
+class Stream(IterableDataset[Any]):
+    """Ends after fewer samples on some replicas."""
+
+    def __init__(self, samples: dict[int, int]) -> None:
+        self.samples = samples
+
+    def __iter__(self) -> Iterator[Any]:
+        replica = int(os.environ["LOCAL_RANK"]) // 2
+        yield from (dataset("mlp")[number] for number in range(self.samples[replica]))
+
+
+class Plateau(Classifier):
+    """Its rate goes by a metric that is another one on each replica."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, threshold=0.02)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "val_loss"}}
+
+
+def trained(folder: str, ckpt: str | None, devices: int, epochs: int, num_stages: int = 2) -> dict[str, Tensor]:
+    """Trains from a checkpoint, or leaves one after the first epoch."""
+    module = Classifier("convnet", "adamw_fused")
+    saving = ModelCheckpoint(folder, "{epoch}", save_top_k=-1)
+    trainer = quiet_trainer(
+        devices=devices,
+        strategy=DDGStrategy(num_stages, ["net.5"]),
+        max_epochs=epochs,
+        callbacks=[saving],
+        enable_checkpointing=True,
+    )
+    trainer.fit(module, DataLoader(dataset("convnet", COUNT), 5), ckpt_path=ckpt, **SAFELY)
+    return state_of(module)
+
+
+def stopped(rank: int, batch: int) -> int:
+    trainer = quiet_trainer(
+        devices=4, strategy=DDGStrategy(2, ["net.3"]), max_epochs=1, callbacks=[StopsOn(rank, batch)]
+    )
+    trainer.fit(Classifier("mlp", "sgd"), DataLoader(dataset("mlp", COUNT), 1))
+    return trainer.global_step
+
+
+def rates(folder: str) -> tuple[list[float], dict[str, Tensor]]:
+    module = Plateau("mlp")
+    trainer = quiet_trainer(
+        devices=4,
+        strategy=DDGStrategy(2, ["net.3"]),
+        max_epochs=4,
+        callbacks=[ModelCheckpoint(folder, monitor="train_loss", save_top_k=1)],
+        enable_checkpointing=True,
+    )
+    trainer.fit(module, DataLoader(dataset("mlp", COUNT), 5), DataLoader(dataset("mlp", COUNT), 5))
+    return [group["lr"] for group in trainer.optimizers[0].param_groups], state_of(module)
+
+
+def streamed() -> tuple[int, list[str]]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer = quiet_trainer(devices=4, strategy=DDGStrategy(2, ["net.3"]), max_epochs=2)
+        trainer.fit(Classifier("mlp", "sgd"), DataLoader(Stream({0: 22, 1: 13}), 5))
+    return trainer.global_step, [str(entry.message) for entry in caught if "ended after" in str(entry.message)]
+
+
+def evaluated() -> list[Any]:
+    """Validates what was never trained, and predicts a number of samples that the replicas cannot divide."""
+    module = Measured()
+    trainer = quiet_trainer(devices=4, strategy=DDGStrategy(2, ["net.3"]))
+    (metrics,) = trainer.validate(module, DataLoader(dataset("mlp", 18), 4), verbose=False)
+    predictions = trainer.predict(module, DataLoader(dataset("mlp", 7), 2)) or []
+    x, y = dataset("mlp", 18).tensors
+    logits = module.head(module.net(x)).detach()
+    wanted = float(nn.functional.cross_entropy(logits, y)), float(logits.argmax(dim=1).eq(y).sum())
+    own = module.net(dataset("mlp", 7).tensors[0]).argmax(dim=1).tolist()
+    return [metrics["val_loss"] - wanted[0], metrics["right"] - wanted[1], [p.tolist() for p in predictions], own]
+
+
+def drawn() -> tuple[int, Any]:
+    """The seeds of the stages' draws, and what one without a seed begins with."""
+    torch.manual_seed(int(os.environ["LOCAL_RANK"]))
+    module = Classifier("mlp", "sgd")
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    trainer = quiet_trainer(devices=4, strategy=DDGStrategy(2, ["net.3"]), max_epochs=1, limit_train_batches=1)
+    seeds: list[int] = []
+
+    class Noting(Callback):
+        def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+            seeds.append(trainer.strategy.run.site.training_batch(0).seed)
+
+    trainer.callbacks.append(Noting())  # type: ignore[attr-defined]
+    trainer.fit(module, DataLoader(dataset("mlp", COUNT), 5))
+    return seeds[0], state_of(module)
+
+
+def behave(folder: str) -> dict[str, Any]:
+    warnings.simplefilter("ignore")
+    results: dict[str, Any] = {"whole": trained(f"{folder}/whole", None, 4, 2)}
+    trained(f"{folder}/half", None, 4, 1)
+    results["resumed"] = trained(f"{folder}/again", f"{folder}/half/epoch=0.ckpt", 4, 2)
+    results["stopped"] = [stopped(0, 3), stopped(2, 3), stopped(1, 3)]
+    results["rates"], results["by rates"] = rates(f"{folder}/rates")
+    results["streamed"], results["evaluated"], results["drawn"] = streamed(), evaluated(), drawn()
+    return results
+
+
+def resume(folder: str, devices: int) -> dict[str, Tensor]:
+    warnings.simplefilter("ignore")
+    return trained(f"{folder}/{devices}", f"{folder}/half/epoch=0.ckpt", devices, 2)
+
+
+def test_checkpoints_decisions_and_data(tmp_path: Path) -> None:
+    ranks = run_ranks(behave, 4, str(tmp_path))
+    first = ranks[0]
+    for number, rank in enumerate(ranks):
+        assert largest_difference(rank["whole"], first["whole"]) == 0.0
+        assert largest_difference(rank["resumed"], first["whole"]) <= 1e-11, "as if it had not been stopped"
+        # In three batches, one more than with one pipeline: the 4th asks, the last of the other replica a batch later.
+        assert rank["stopped"] == first["stopped"]
+        assert rank["rates"] == first["rates"]
+        assert largest_difference(rank["by rates"], first["by rates"]) == 0.0
+        assert rank["streamed"][0] == 2 * 3, "three batches of each epoch, as the shorter has"
+        loss, right, predictions, own = rank["evaluated"]
+        assert abs(loss) <= 1e-6
+        assert right == 0
+        assert [value for batch in predictions for value in batch] == own[number // 2 :: 2]
+        assert largest_difference(rank["drawn"][1], first["drawn"][1]) == 0.0, "all begin with those of the first"
+    assert first["rates"][0] < 0.1
+    assert first["stopped"][0] == 3 + 1 + 3
+    assert first["stopped"][1] in (8, 9), "asked for by the other replica"
+    assert first["stopped"][2] == 11, "by who has no loss: as with one pipeline, it does not count"
+    assert len(first["streamed"][1]) == 0, "said on the rank that reads"
+    assert "The data of replica 1 ended after 3 batches" in ranks[1]["streamed"][1][0]
+    assert len(ranks[1]["streamed"][1]) == 2, "in each epoch"
+    assert [rank["drawn"][0] == first["drawn"][0] for rank in ranks] == [True, True, False, False]
+
+    saved = torch.load(tmp_path / "whole" / "epoch=1.ckpt", weights_only=True)
+    assert largest_difference(saved["state_dict"], first["whole"]) == 0.0
+    assert saved["lightning_ddg"] == {"num_stages": 2, "split_points": ["net.5"]}
+    alone = resume(str(tmp_path), 1)
+    for state in run_ranks(resume, 2, str(tmp_path), 2):
+        assert largest_difference(state, alone) <= 1e-11
+
+
+# ---- what is refused, and what fails
+
+
+class Gathers(Classifier):
+    def __init__(self, how: Callable[[Any, Tensor], object]) -> None:
+        super().__init__("mlp", "sgd")
+        self.how = how
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        self.how(self, loss)
+        return loss
+
+
+class Sparse(Classifier):
+    def __init__(self) -> None:
+        super().__init__("transformer", "sgd")
+        self.net[0].sparse = True  # type: ignore[index]
+
+
+class Positioned(DataLoader[Any]):
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def attempt(make: Callable[[], Classifier] = Classifier, data: Any = None, network: str = "mlp", **options: Any) -> str:
+    """What a fit with two pipelines says."""
+    validation, num_stages = options.pop("validation", None), options.pop("num_stages", 2)
+    points = [f"net.{start}" for start in STARTS[num_stages]]
+    strategy = DDGStrategy(num_stages, points, timeout=timedelta(seconds=20))
+    try:
+        trainer = quiet_trainer(**{"devices": 4, "strategy": strategy, "max_epochs": 1, **options})
+        data = DataLoader(dataset(network, COUNT), 5) if data is None else data
+        trainer.fit(make(), data, validation)
+    except Exception as error:  # noqa: BLE001 - what each rank says is what is tested
+        return f"{type(error).__name__}: {error}"
+    return "trained"
+
+
+def of_ranks(replicas: int, rank: int) -> Any:
+    return DataLoader(dataset("mlp"), 5, sampler=DistributedSampler(dataset("mlp"), replicas, rank))
+
+
+def own_share(extra: int = 0) -> Any:
+    """A share by hand, of the second replica with more."""
+    rank = int(os.environ["LOCAL_RANK"])
+    return DataLoader(dataset("mlp", 11 + extra * (rank // 2)), 5)
+
+
+def all_attempts() -> dict[str, str]:
+    warnings.simplefilter("ignore")
+    rank = int(os.environ["LOCAL_RANK"])
+    gathers = partial(attempt, lambda: Gathers(lambda module, loss: module.all_gather(loss, sync_grads=True)))
+    return {
+        "one stage": attempt(num_stages=1),
+        "three stages": attempt(num_stages=3),
+        "sync_batchnorm": attempt(sync_batchnorm=True),
+        "sampler of ranks": attempt(data=of_ranks(4, rank)),
+        "sampler of replicas": attempt(data=of_ranks(2, rank // 2)),
+        "own shares": attempt(data=own_share(), use_distributed_sampler=False),
+        "uneven shares": attempt(data=own_share(5), use_distributed_sampler=False),
+        "uneven evaluation": attempt(validation=DataLoader(Stream({0: 22, 1: 13}), 5)),
+        "position": attempt(data=Positioned(dataset("mlp", COUNT), 5)),
+        "gradients": gathers(),
+        "operation": attempt(lambda: Gathers(lambda module, loss: module.trainer.strategy.reduce(loss, None, "bor"))),
+        "collective": attempt(lambda: Gathers(lambda module, loss: dist.all_reduce(loss.detach()))),
+        "sparse": attempt(Sparse, network="transformer"),
+    }
+
+
+REFUSED = {
+    "one stage": "num_stages=1 cuts nothing, so that 4 processes would be replicas .* Use strategy='ddp'",
+    "three stages": "num_stages=3 stages cannot be trained by 4 processes.* Use devices=3, or a multiple",
+    "sync_batchnorm": "sync_batchnorm=True synchronises BatchNorm over 2 replicas.*Remove sync_batchnorm=True",
+    "sampler of ranks": r"DistributedSampler with num_replicas=4 and rank=\d, but this is replica \d of 2.*Leave the",
+    "sampler of replicas": "^trained$",
+    "own shares": "^trained$",
+    "uneven shares": "different numbers of batches: 3 on replica 0, 4 on replica 1.*Give each the same number",
+    "uneven evaluation": "After 3 batches of an evaluation.*replica 0 has another of loader 0, replica 1 has ended",
+    "position": "Positioned keeps its position.*one replica of 2.*Use a loader without `state_dict`",
+    "gradients": r"all_gather\(sync_grads=True\).*Use sync_grads=False",
+    "operation": "reduce_op='bor' is not known to 2 replicas of the data. Use one of 'avg', 'sum'",
+    "collective": "`all_reduce` was called in a step, but the processes are the stages of 2 replicas.*Use `self.all",
+    "sparse": r"The gradient of 'net.0.weight' is sparse, of which 2 replicas.*`sparse=False`",
+}
+
+
+def test_what_replicas_cannot_do_is_refused_by_name() -> None:
+    ranks = run_ranks(all_attempts, 4)
+    for name, message in REFUSED.items():
+        said = [rank[name] for rank in ranks]
+        # Who does not find it itself is told by who does.
+        assert any(re.search(message, text) for text in said), (name, said)
+        assert all((text == "trained") == (message == "^trained$") for text in said), (name, said)
+
+
+class Fails(Callback):
+    def __init__(self, rank: int, how: str) -> None:
+        self.rank, self.how = rank, how
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_rank == self.rank and batch_idx == 1:
+            if self.how == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise ArithmeticError("bang in a hook")
+
+
+def fail(rank: int, how: str) -> None:
+    warnings.simplefilter("ignore")
+    trainer = quiet_trainer(devices=4, strategy=DDGStrategy(2, ["net.3"]), callbacks=[Fails(rank, how)])
+    trainer.fit(Classifier("mlp", "sgd"), DataLoader(dataset("mlp", COUNT), 5))
+
+
+@pytest.mark.parametrize(("rank", "how"), [(3, "raise"), (2, "kill")])
+def test_a_failure_in_one_replica_ends_all(rank: int, how: str) -> None:
+    began = time.monotonic()
+    results = run_ranks_raw(fail, 4, rank, how, timeout=60)
+    assert time.monotonic() - began < 40
+    name = f"Rank {rank} \\(replica 1, stage {2 - rank % 2}\\)"
+    wanted = f"{name} is gone" if how == "kill" else f"{name} failed while training .epoch 0, batch 1.*bang in a hook"
+    for other, result in enumerate(results):
+        assert result.error is not None
+        if other != rank or how == "raise":
+            assert re.search(wanted, result.error), (other, result.error)
