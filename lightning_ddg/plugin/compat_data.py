@@ -161,8 +161,9 @@ def set_up_training_data(trainer: Trainer, loaders: Any = None) -> None:
             undo.callback(replaced(loop._data_source, "dataloader", lambda: loaders))
         loop.setup_data()
     # The loop says it too, but only when the first batch has been read: in a resumed fit of another epoch's order.
+    epoch: Any = loop.epoch_progress.current
     for loader in () if loop._combined_loader is None else loop._combined_loader.flattened:
-        set_sampler_epoch(loader, loop.epoch_progress.current.processed)
+        set_sampler_epoch(loader, epoch.processed)
 
 
 def first_fetched(trainer: Trainer) -> list[Any]:

@@ -2,7 +2,7 @@
 
 As with DDP, Lightning's ``DistributedSampler`` makes the shares, and repeats some samples so that they are equally
 long; what has no sampler, such as a stream, the user divides. A replica that ended alone would be waited for, so the
-ranks that read agree on each batch before they announce it, but for predictions, for which no two replicas need each other.
+ranks that read agree on each batch before they announce it, but for predictions, which each replica makes alone.
 """
 
 from __future__ import annotations
