@@ -30,12 +30,13 @@ def train(
     optimizer: Callable[[Any], torch.optim.Optimizer],
     scheduler: Callable[[torch.optim.Optimizer], Any] | None,
     drain: str,
-    skipped: Collection[int] = (),
+    skipped: Collection[Any] = (),
     micro_batches: int = 1,
     accumulate: int = 1,
     clip: Callable[[list[nn.Parameter]], object] | None = None,
     synchronous_from: int | None = None,
     slack: int = 0,
+    replicas: int = 1,
 ) -> None:
     """Trains a network whose parameters are those of the stages; each has an optimizer and a scheduler of its own.
 
@@ -48,6 +49,9 @@ def train(
     Each delay is ``1 + slack`` times as long as the number of the stages that follow.
 
     Before the batch ``synchronous_from`` what is late is applied, and from there on nothing is late.
+
+    With several ``replicas`` each batch is a list of as many, one of each. The gradient is the mean of theirs, where
+    one that is skipped, as a number and a replica, counts as zero. Buffers are those of the first.
     """
     number, delays = count(), [late * (1 + slack) for late in reversed(range(len(stages)))]
     optimizers = [optimizer(parameters) if parameters else None for parameters in stages]
@@ -77,18 +81,23 @@ def train(
         history.clear()
 
     for batches in epochs:
-        for index, (x, y) in enumerate(batches):
+        for index, batch in enumerate(batches):
             now = next(number)
-            skips = now in skipped
+            shares = [batch] if replicas == 1 else batch
             if now == synchronous_from:
                 apply_the_rest()
                 delays = [0] * len(stages)
-            parts = min(micro_batches, len(x))
-            for part_x, part_y in zip(x.tensor_split(parts), y.tensor_split(parts), strict=True):
+            parts = min(micro_batches, len(shares[0][0]))
+            for part in range(parts):
                 network.zero_grad()
-                loss = nn.functional.cross_entropy(network(part_x), part_y)
-                if not skips:
-                    (loss / accumulate * (len(part_x) / len(x))).backward()
+                for replica, (x, y) in enumerate(shares):
+                    buffers = [buffer.clone() for buffer in network.buffers()]
+                    part_x, part_y = x.tensor_split(parts)[part], y.tensor_split(parts)[part]
+                    loss = nn.functional.cross_entropy(network(part_x), part_y)
+                    if now not in skipped and (now, replica) not in skipped:
+                        (loss / accumulate * (len(part_x) / len(x)) / replicas).backward()
+                    for buffer, before in zip(network.buffers(), buffers, strict=True) if replica else ():
+                        buffer.copy_(before)
                 history.append([[None if p.grad is None else p.grad.clone() for p in stage] for stage in stages])
                 for stage in range(len(stages)):
                     at = len(history) - 1 - delays[stage]

@@ -6,7 +6,7 @@ training, for checkpoints and at the end; unless it says otherwise, every rank m
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import lru_cache
@@ -19,6 +19,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from lightning_ddg.comm.link import Link, measured
 from lightning_ddg.comm.mailbox import GroupMailbox, PeerError
+from lightning_ddg.comm.replicas import PipelineMailbox, Replicas
+from lightning_ddg.comm.weights import adopt, given
 from lightning_ddg.core.execution import Channel, Observers
 from lightning_ddg.core.schedule import rank_of_stage, stage_of_rank
 
@@ -34,16 +36,19 @@ _T = TypeVar("_T")
 
 
 class Ranks(Protocol):
-    """The processes that train together.
+    """The processes that train together: one pipeline, or several alike, which are replicas of each other.
+
+    Ranks are those within this process's pipeline, but for :attr:`world` and what says so.
 
     Attributes:
         rank: This process's rank.
-        size: How many processes there are.
+        size: How many processes the pipeline has.
         num_stages: ``K``.
         stage: Number ``1..K`` of this process's stage; ``None`` if it has all of them.
-        reading_rank: The rank that reads data: that of stage 1.
-        mailbox: Connects the ranks.
-        observers: Are told of every wait for a message.
+        reading_rank: The rank that reads data: that of stage 1. In the first pipeline the world counts it so too.
+        mailbox: Connects the ranks; ``world`` those of all pipelines, which have other ranks there.
+        replicas: The processes with the same stage.
+        observers: Are told of every wait for a message of the pipeline.
     """
 
     rank: int
@@ -51,7 +56,9 @@ class Ranks(Protocol):
     num_stages: int
     stage: int | None
     reading_rank: int
-    mailbox: GroupMailbox | EmptyMailbox
+    mailbox: GroupMailbox | PipelineMailbox | EmptyMailbox
+    world: GroupMailbox | EmptyMailbox
+    replicas: Replicas
     observers: Observers
 
     @property
@@ -60,18 +67,33 @@ class Ranks(Protocol):
         return [rank for rank in range(self.size) if rank != self.rank]
 
     @property
+    def all_others(self) -> list[int]:
+        """The other ranks of all pipelines, as :attr:`world` counts them."""
+        return [rank for rank in range(self.world.size) if rank != self.world.rank]
+
+    @property
     def reads(self) -> bool:
         """Whether this rank reads data."""
         return self.rank == self.reading_rank
 
     @property
     def is_rank_zero(self) -> bool:
-        """Whether this is rank 0, that of the last stage."""
+        """Whether this is its pipeline's rank 0, that of the last stage."""
         return self.rank == 0
 
     @property
+    def decides(self) -> bool:
+        """Whether this is rank 0 of all, which decides, logs and saves."""
+        return self.world.rank == 0
+
+    @property
+    def name(self) -> str:
+        """This process's name in messages."""
+        return "Rank 0"
+
+    @property
     def mesh(self) -> DeviceMesh:
-        """The processes as a mesh with the axes ``("data", "stage")``; the first has length 1.
+        """The processes as a mesh with the axes ``("data", "stage")``.
 
         Raises:
             RuntimeError: In one process.
@@ -79,19 +101,19 @@ class Ranks(Protocol):
         raise RuntimeError("There is no device mesh in one process, nor before the Trainer has connected several.")
 
     def barrier(self) -> None:
-        """Wait until every rank has come here."""
+        """Wait until every rank of all pipelines has come here."""
         return
 
     def broadcast(self, obj: _T, src: int = 0) -> _T:
-        """Return the object of rank ``src``."""
+        """Return the object of rank ``src`` of the world on every rank of all pipelines."""
         return obj
 
     def agree(self, decision: bool, all: bool = True) -> bool:
-        """Return whether all ranks say yes, or any of them."""
+        """Return whether all ranks of all pipelines say yes, or any of them."""
         return decision
 
     def gather(self, own: dict[Any, Any]) -> list[dict[Any, Any]]:
-        """Return on rank 0 what the other ranks have, in their order; an empty list on all others.
+        """Return on rank 0 of all what the other ranks of its pipeline have, in order; an empty list on all others.
 
         Ranks that have disconnected are connected for the moment.
 
@@ -101,7 +123,7 @@ class Ranks(Protocol):
         return []
 
     def exchange(self, value: _T) -> list[_T]:
-        """Return what each rank has given, in their order; values are pytrees of tensors and Python values.
+        """Return what each rank of all pipelines has given, in order; values are pytrees of tensors and Python values.
 
         Raises:
             PeerError: If a rank has failed.
@@ -109,12 +131,16 @@ class Ranks(Protocol):
         return [value]
 
     def share(self, module: nn.Module, names: Collection[str], sources: Collection[int]) -> None:
-        """Give every rank the parameters and buffers of a module that others have, under the same names.
+        """Give every rank of the pipeline the parameters and buffers of a module that others have, by their names.
 
         A buffer that a rank does not have yet, or of another shape, as its owner's forward has made it, is made there.
 
         Of the ranks, ``sources`` give; this one gives those in ``names``, if it is among them.
         """
+        return
+
+    def share_first(self, module: nn.Module, names: Collection[str], take: Callable[..., None] = adopt) -> None:
+        """Give the parameters and buffers of the first replica's process of this stage to the others, to ``take``."""
         return
 
     def link(self, default: Link) -> Link:
@@ -168,27 +194,31 @@ class LocalRanks(Ranks):
         self.num_stages = num_stages
         self.stage = None
         self.reading_rank = 0
-        self.mailbox = EmptyMailbox()
+        self.mailbox = self.world = EmptyMailbox()
+        self.replicas = Replicas(self.world, [0], 0)
         self.observers = Observers()
 
 
 class PipelineRanks(Ranks):
-    """As many processes as stages; the default process group must exist.
+    """One pipeline or several, each of as many processes as stages; the default process group must exist.
+
+    Rank ``r`` of the world has the stage ``K - r % K`` of the replica ``r // K``.
 
     Args:
-        num_stages: ``K``.
+        num_stages: ``K``. The default group has as many ranks, or a multiple.
         device: This rank's device.
         timeout: The longest a rank waits for one message.
         backend: Backend of the default group. With NCCL, tensors go from device to device.
         slack: ``s`` of the stages' delays: so many batches more may be under way. The greatest of all ranks' counts.
     """
 
-    mailbox: GroupMailbox
+    world: GroupMailbox
 
     def __init__(self, num_stages: int, device: torch.device, timeout: timedelta, backend: str, slack: int = 0) -> None:
-        self.rank, self.size = dist.get_rank(), num_stages
-        self.num_stages = num_stages
-        self.stage = stage_of_rank(self.rank, num_stages)
+        world = dist.get_rank()
+        self.num_stages = self.size = num_stages
+        self.rank, self._first = world % num_stages, world - world % num_stages
+        self.stage = stage_of_rank(world, num_stages)
         self.reading_rank = rank_of_stage(1, num_stages)
         self.observers = Observers()
         self._device = device
@@ -197,7 +227,11 @@ class PipelineRanks(Ranks):
         self._failure: str | None = None
         self._slack = _greatest(slack, device)
         self._mesh = _mesh_of(dist.group.WORLD, device.type, num_stages)
-        self.mailbox = self._open(self.observers)
+        self._alone = dist.get_world_size() == num_stages
+        self.world = self._open(self.observers if self._alone else None)
+        self.mailbox = self._view(self.world)
+        alike = range(self.rank, self.world.size, num_stages)
+        self.replicas = Replicas(self.world, alike, world // num_stages, self._swap_alike)
         self._connected = True
 
     @classmethod
@@ -216,20 +250,28 @@ class PipelineRanks(Ranks):
             _barrier(device)
         return cls(num_stages, device, timeout, backend, slack)
 
+    @property
+    def name(self) -> str:
+        return name_of_rank(self.world.rank, self.num_stages, self.world.size)
+
+    def _view(self, world: GroupMailbox) -> GroupMailbox | PipelineMailbox:
+        return world if self._alone else PipelineMailbox(world, self._first, self.size, self.observers)
+
     def _open(self, observers: Observers | None = None) -> GroupMailbox:
         def connect(those: list[int], backend: str) -> dist.ProcessGroup:
             # The mailbox keeps the limit of a message; NCCL's own, which would end the process, must not be shorter.
             timeout = max(self._timeout, timedelta(minutes=30) if backend == "nccl" else _CONNECTING)
             return cast(dist.ProcessGroup, dist.new_group(those, timeout=timeout, backend=backend, group_desc=_GROUP))
 
-        ranks = list(range(self.size))
+        ranks = list(range(dist.get_world_size()))
         group = connect(ranks, "gloo")
         edges: dict[tuple[int, int], dist.ProcessGroup] = {}
-        if "nccl" in self._backend:
-            neighbours = [(rank, rank - 1) for rank in ranks[1:]] + [(rank - 1, rank) for rank in ranks[1:]]
-            for edge in dict.fromkeys([*neighbours, (ranks[-1], ranks[0])]):
+        for first in range(0, len(ranks), self.size) if "nccl" in self._backend else ():
+            own = ranks[first : first + self.size]
+            neighbours = [(rank, rank - 1) for rank in own[1:]] + [(rank - 1, rank) for rank in own[1:]]
+            for edge in dict.fromkeys([*neighbours, (own[-1], own[0])]):
                 edges[edge] = connect(sorted(edge), "nccl")
-        names = [f"Rank {rank} (stage {stage_of_rank(rank, self.num_stages)})" for rank in ranks]
+        names = [name_of_rank(rank, self.num_stages, len(ranks)) for rank in ranks]
         return GroupMailbox(group, self._device, self._timeout, names, edges, observers, self._slack)
 
     @property
@@ -241,16 +283,16 @@ class PipelineRanks(Ranks):
         if self._failure is not None:
             return
         if self._talks():
-            _swap(self.mailbox, BARRIER, None)
+            _swap(self.world, BARRIER, None)
         elif dist.is_initialized():
             _barrier(self._device)
 
     def broadcast(self, obj: _T, src: int = 0) -> _T:
         if self._talks():
-            if self.rank != src:
-                return cast(_T, self.mailbox.take(src, BROADCAST))
-            self.mailbox.send(self.others, BROADCAST, obj)
-            self.mailbox.flush()
+            if self.world.rank != src:
+                return cast(_T, self.world.take(src, BROADCAST))
+            self.world.send(self.all_others, BROADCAST, obj)
+            self.world.flush()
             return obj
         box = [obj]
         if dist.is_initialized():
@@ -259,14 +301,14 @@ class PipelineRanks(Ranks):
 
     def agree(self, decision: bool, all: bool = True) -> bool:
         if self._talks():
-            votes = sum(_swap(self.mailbox, VOTE, bool(decision)))
+            votes = sum(_swap(self.world, VOTE, bool(decision)))
         elif dist.is_initialized():
             counted = torch.tensor(int(decision), device=_device_of_group(self._device))
             dist.all_reduce(counted)
             votes = int(counted)
         else:
             return decision
-        return votes == self.size if all else votes > 0
+        return votes == self.world.size if all else votes > 0
 
     def _talks(self) -> bool:
         """Whether the mailbox carries what ranks decide together: it knows who fails, and how long to wait.
@@ -279,45 +321,57 @@ class PipelineRanks(Ranks):
         return self._connected
 
     def gather(self, own: dict[Any, Any]) -> list[dict[Any, Any]]:
-        with self._conversation() as mailbox:
-            return _gather(mailbox, own)
+        with self._conversation() as world:
+            return [] if self.replicas.number else _gather(world, self.size, own)
 
     @contextmanager
     def _conversation(self) -> Iterator[GroupMailbox]:
         if self._failure is not None:
             raise PeerError(f"No checkpoint can be assembled, as other stages are out of reach. {self._failure}")
         if self._connected:
-            yield self.mailbox
+            yield self.world
             return
         # After a fit, `trainer.save_checkpoint` finds the ranks no longer connected.
-        mailbox = self._open()
+        world = self._open()
         try:
-            yield mailbox
+            yield world
         finally:
-            mailbox.disconnect()
+            world.disconnect()
 
     def exchange(self, value: _T) -> list[_T]:
-        with self._conversation() as mailbox:
-            values = _swap(mailbox, STATE, value)
-            mailbox.flush()
-        return values
+        with self._conversation() as world:
+            values = _swap(world, STATE, value)
+            world.flush()
+            return values
 
     def share(self, module: nn.Module, names: Collection[str], sources: Collection[int]) -> None:
-        named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        with self._conversation() as mailbox:
+        with self._conversation() as world:
+            mailbox = self._view(world)
             if self.rank in sources:
-                own = {name: named[name].detach() for name in names if name in named}
-                hidden = {name for name in own if not _is_saved(module, name)}
-                mailbox.send(self.others, STATE, (own, hidden))
-                mailbox.flush()
+                mailbox.send(self.others, STATE, given(module, names))
+                world.flush()
             for rank in self.others:
                 if rank in sources:
-                    values, hidden = mailbox.take(rank, STATE)
-                    for name, value in values.items():
-                        if name in named and named[name].shape == value.shape:
-                            named[name].detach().copy_(value)
-                        else:
-                            _add_buffer(module, name, value, saved=name not in hidden)
+                    adopt(module, *mailbox.take(rank, STATE))
+
+    def share_first(self, module: nn.Module, names: Collection[str], take: Callable[..., None] = adopt) -> None:
+        if self._alone:
+            return
+        with self._conversation() as world:
+            if self.replicas.number:
+                take(module, *world.take(self.rank, STATE))
+            else:
+                alike = range(self.rank + self.size, world.size, self.size)
+                world.send(alike, STATE, given(module, names))
+                world.flush()
+
+    def _swap_alike(self, value: Any) -> list[Any] | None:
+        """What the processes of this stage have given, once the conversation has ended; ``None`` before."""
+        if self._talks():
+            return None
+        values = [value] * self.replicas.size
+        dist.all_gather_object(values, value, group=self._mesh.get_group("data"))
+        return values
 
     def link(self, default: Link) -> Link:
         found, second = default, rank_of_stage(2, self.num_stages)
@@ -328,13 +382,19 @@ class PipelineRanks(Ranks):
 
     def abort(self, reason: str) -> str:
         if self._failure is None:
-            self._failure = self.mailbox.abort(reason) if self._connected else self.mailbox.failure or reason
+            self._failure = self.world.abort(reason) if self._connected else self.world.failure or reason
         return self._failure
 
     def disconnect(self) -> None:
         if self._connected:
             self._connected = False
-            self.mailbox.disconnect()
+            self.world.disconnect()
+
+
+def name_of_rank(rank: int, num_stages: int, size: int) -> str:
+    """Return the name of a rank of the world, which has a size, in messages."""
+    replica = f"replica {rank // num_stages}, " if size > num_stages else ""
+    return f"Rank {rank} ({replica}stage {stage_of_rank(rank, num_stages)})"
 
 
 def is_own_group(group: dist.ProcessGroup | None) -> bool:
@@ -345,21 +405,8 @@ def is_own_group(group: dist.ProcessGroup | None) -> bool:
 # One mesh for all fits with a default group, as a mesh's groups hold sockets and threads.
 @lru_cache(maxsize=1)
 def _mesh_of(world: dist.ProcessGroup, device_type: str, num_stages: int) -> DeviceMesh:
-    return init_device_mesh(device_type, (1, num_stages), mesh_dim_names=("data", "stage"))
-
-
-def _is_saved(module: nn.Module, name: str) -> bool:
-    """Whether a parameter or buffer is part of the state dict."""
-    owner, _, own_name = name.rpartition(".")
-    return own_name not in module.get_submodule(owner)._non_persistent_buffers_set
-
-
-def _add_buffer(module: nn.Module, name: str, value: torch.Tensor, *, saved: bool) -> None:
-    """Register a buffer that another rank has made, where the rest of its module is."""
-    owner, _, own_name = name.rpartition(".")
-    part = module.get_submodule(owner)
-    near = next((tensor.device for tensor in (*part.parameters(), *part.buffers())), value.device)
-    part.register_buffer(own_name, value.to(near, copy=True), persistent=saved)
+    shape = (dist.get_world_size(world) // num_stages, num_stages)
+    return init_device_mesh(device_type, shape, mesh_dim_names=("data", "stage"))
 
 
 def _device_of_group(own: torch.device) -> torch.device:
@@ -388,9 +435,9 @@ def _swap(mailbox: GroupMailbox, channel: Channel, value: _T) -> list[_T]:
     return [values.get(rank, value) for rank in range(mailbox.size)]
 
 
-def _gather(mailbox: GroupMailbox, own: dict[Any, Any]) -> list[dict[Any, Any]]:
+def _gather(mailbox: GroupMailbox, size: int, own: dict[Any, Any]) -> list[dict[Any, Any]]:
     if mailbox.rank == 0:
-        return [mailbox.take(rank, STATE) for rank in range(1, mailbox.size)]
+        return [mailbox.take(rank, STATE) for rank in range(1, size)]
     mailbox.send(0, STATE, own)
     mailbox.flush()
     return []

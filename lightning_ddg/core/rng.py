@@ -7,7 +7,7 @@ as the data loader's, go on as if nothing had been drawn. All saving and restori
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple, cast
 
@@ -19,6 +19,8 @@ from lightning_ddg.core import numpy_state
 _MASK = (1 << 64) - 1
 
 TRAINING, EVALUATION = 0, 1
+# No batch has this number.
+_REPLICA = _MASK - 1
 
 
 def seed_of(base: int, stage: int, batch: int, purpose: int = TRAINING, micro: int = 0) -> int:
@@ -34,8 +36,17 @@ def seed_of(base: int, stage: int, batch: int, purpose: int = TRAINING, micro: i
         purpose: ``TRAINING`` or ``EVALUATION``.
         micro: Which micro-batch of the batch; the first one draws what the whole batch would.
     """
+    return _mixed(base, (stage, batch, purpose, *([micro] if micro else [])))
+
+
+def seed_of_replica(base: int, replica: int) -> int:
+    """Return the seed of one of several pipelines that train together; the first one's is the run's own."""
+    return _mixed(base, (replica, _REPLICA)) if replica else base
+
+
+def _mixed(base: int, values: Iterable[int]) -> int:
     state = base & _MASK
-    for value in (stage, batch, purpose, *([micro] if micro else [])):
+    for value in values:
         state = (state + 0x9E3779B97F4A7C15 * (value + 1)) & _MASK
         state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK

@@ -143,7 +143,8 @@ class DDGMonitor(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to look on."""
         strategy, run = trainer.strategy, _run_of(trainer)
-        if run is None:
+        # One pipeline is like the other, and rank 0 shows the figures of its own.
+        if run is None or run.ranks.replicas.number:
             return
         self._gathering = Gathering(run.ranks)
         stages, device = run.execution.stages, strategy.root_device

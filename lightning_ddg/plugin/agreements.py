@@ -2,7 +2,8 @@
 
 A stage is ahead of the stages after it, so what rank 0 decides in the middle of an epoch travels with the gradients and
 takes effect ``d(1) + 1`` batches later, ``K`` without slack, in one process too. Nobody waits for it. What is decided
-at the end of a validation or of an epoch, where the ranks meet anyway, takes effect at once.
+at the end of a validation or of an epoch, where the ranks meet anyway, takes effect at once. Where there are several
+replicas it goes to the last stage of each first, which hears of it a batch later, so that it takes a batch more.
 
 An operator's signal (SIGTERM, or Ctrl-C) is one such case: stages that stopped wherever it met them would stop at
 different batches, some of them waiting for others. So in the middle of training it only leaves word, and all ranks stop
@@ -33,6 +34,7 @@ _log = logging.getLogger(host.part("pytorch").__name__)
 
 METRICS = Channel("metrics")
 NOTICE = Channel("notice")
+TOLD = Channel("told", varied=True)
 
 STOP = "stop"
 TERMINATE = "terminate"
@@ -226,6 +228,8 @@ class Notices(Observer):
     def __init__(self, ranks: Ranks) -> None:
         self.known: list[Notice] = []
         self._ranks = ranks
+        # Whether another replica's rank 0 has said something after a batch that has not been taken.
+        self._untold = False
 
     def announce(self, notice: Notice) -> None:
         """Note something that all stages must know, and let the stages upstream know it."""
@@ -240,13 +244,50 @@ class Notices(Observer):
             self.announce(self._ranks.mailbox.take(source, NOTICE))
 
     def ask(self, names: list[str]) -> None:
-        """On another rank than 0: ask rank 0 for a decision."""
-        self._ranks.mailbox.send(0, NOTICE, names)
+        """On another rank than 0 of all: ask rank 0 for a decision."""
+        self._ranks.world.send(0, NOTICE, names)
 
     def asked(self) -> list[str]:
-        """On rank 0: return what others have asked for since it was last called."""
-        mailbox = self._ranks.mailbox
-        return [name for peer in self._ranks.others if mailbox.has(peer, NOTICE) for name in mailbox.take(peer, NOTICE)]
+        """On rank 0 of all: return what others have asked for since it was last called."""
+        world = self._ranks.world
+        return [name for peer in self._ranks.all_others if world.has(peer, NOTICE) for name in world.take(peer, NOTICE)]
+
+    def forget(self) -> None:
+        """Called when a run begins: what was known in an earlier one counts no more."""
+        self.known.clear()
+        self._untold = False
+
+    def end_batch(self, new: Notice | None = None) -> None:
+        """Called on the last stage of each replica after each batch; on rank 0 of all with what it has just announced.
+
+        The others hear of it one batch later, when it is there, so that they do not wait.
+        """
+        replicas, world = self._ranks.replicas, self._ranks.world
+        if replicas.size == 1:
+            return
+        if replicas.number == 0:
+            world.send(range(self._ranks.size, world.size, self._ranks.size), TOLD, new)
+        elif self._untold:
+            self._hear()
+        self._untold = True
+
+    def end(self) -> None:
+        """Called when training has ended: take what has not been heard of yet, as nobody will."""
+        if self._untold and self._ranks.is_rank_zero and self._ranks.replicas.number:
+            self._hear()
+        self._untold = False
+
+    def _hear(self) -> None:
+        notice = self._ranks.world.take(0, TOLD)
+        if notice is not None:
+            self.announce(notice)
+
+
+class Followed(dict[str, Any]):
+    """The metrics by which callbacks and schedulers decide, on a replica whose own are not those of rank 0."""
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        """Leave out what this rank has logged: who went by that would do something else than the first replica."""
 
 
 class Agreements:
@@ -255,11 +296,12 @@ class Agreements:
     Args:
         trainer: The Trainer, whose ``should_stop`` is watched and set.
         ranks: The processes.
-        takes: The number of batches that a decision takes to be carried out: the greatest delay, and one.
+        takes: The number of batches that a decision takes in one pipeline: the greatest delay, and one.
     """
 
     def __init__(self, trainer: Trainer, ranks: Ranks, takes: int) -> None:
-        self._trainer, self._ranks, self._takes = trainer, ranks, takes
+        self._trainer, self._ranks = trainer, ranks
+        self._takes = takes + (ranks.replicas.size > 1)
         self._notices = Notices(ranks)
         self._signals = Signals(trainer)
         self._checkpoints = TimedCheckpoints(trainer)
@@ -274,6 +316,8 @@ class Agreements:
         undo = ExitStack()
         undo.callback(self._ranks.observers.subscribe(self._notices))
         undo.callback(self._checkpoints.install())
+        if self._ranks.replicas.number:
+            compat.hold_metrics(self._trainer, Followed)
         # In one process Lightning's own ways will do.
         if self._ranks.size > 1:
             undo.callback(self._signals.install())
@@ -286,11 +330,12 @@ class Agreements:
         self._stopping = False
         self._asked.clear()
         self._due.clear()
-        self._notices.known.clear()
+        self._notices.forget()
         self._signals.listen()
 
     def end(self) -> None:
         """Called when training has ended: signals act at once again."""
+        self._notices.end()
         self._signals.listen(False)
 
     def due(self, batch: int) -> bool:
@@ -310,18 +355,23 @@ class Agreements:
         Raises:
             KeyboardInterrupt: If that is due.
         """
-        if self._ranks.is_rank_zero:
-            wanted = {*self._checkpoints.elapsed(), *self._signals.asked, *self._notices.asked()}
-            if self._trainer.should_stop and not self._stopping:
-                wanted.add(STOP)
+        stops = {STOP} if self._trainer.should_stop and not self._stopping else set()
+        if self._ranks.decides:
+            wanted = {*self._checkpoints.elapsed(), *self._signals.asked, *self._notices.asked(), *stops}
             names = sorted(wanted - self._asked)
+            notice: Notice | None = None
             # Where no gradients carry notices, what is asked for waits for the end of the epoch, where all ranks meet.
             if names and not compat.skips_backward(self._trainer):
-                self._notices.announce(Notice(self._run, batch + self._takes, names))
+                notice = Notice(self._run, batch + self._takes, names)
+                self._notices.announce(notice)
+            self._notices.end_batch(notice)
         else:
-            names = sorted(self._signals.asked - self._asked)
+            # With another replica's loss a hook of the user's may want to stop as well.
+            names = sorted({*self._signals.asked, *(stops if self._ranks.is_rank_zero else ())} - self._asked)
             if names:
                 self._notices.ask(names)
+            if self._ranks.is_rank_zero:
+                self._notices.end_batch()
         self._asked.update(names)
         self._trainer.should_stop = self._stopping
         self._signals.obey(self._due)
@@ -337,12 +387,14 @@ class Agreements:
         """
         if not self._run or self._trainer.sanity_checking:
             return
-        wanted, mailbox = self._wanted, self._ranks.mailbox
-        if self._ranks.is_rank_zero:
-            mailbox.send(self._ranks.others, METRICS, (dict(self._trainer.callback_metrics), wanted), snapshot=True)
+        wanted, world = self._wanted, self._ranks.world
+        # A look at metrics that are known on the last stage only: it may reduce them over the replicas, which all join.
+        own = dict(self._trainer.callback_metrics) if self._ranks.is_rank_zero else {}
+        if self._ranks.decides:
+            world.send(self._ranks.all_others, METRICS, (own, wanted), snapshot=True)
         else:
-            metrics, wanted = mailbox.take(0, METRICS)
-            self._trainer.callback_metrics.update(metrics)
+            metrics, wanted = world.take(0, METRICS)
+            dict.update(self._trainer.callback_metrics, metrics)
         if meet:
             self._stopping = self._trainer.should_stop = STOP in wanted
             self._signals.obey(wanted)

@@ -34,6 +34,7 @@ from lightning_ddg.planning.report import print_cut
 from lightning_ddg.planning.simulate import SECONDS_PER_BYTE
 from lightning_ddg.plugin import compat
 from lightning_ddg.plugin.agreements import Agreements, time_on_rank_zero
+from lightning_ddg.plugin.averaging import Averaging
 from lightning_ddg.plugin.clipping import remembered_clipping
 from lightning_ddg.plugin.collectives import collectives_refused
 from lightning_ddg.plugin.compiling import compile_stage
@@ -124,7 +125,7 @@ class Run:
         self.execution.begin(trainer.global_step)
         self.agreements.begin()
         compat.keep_callback(trainer, self.hooks)
-        self.site.undo.callback(time_on_rank_zero(trainer, self.ranks.is_rank_zero))
+        self.site.undo.callback(time_on_rank_zero(trainer, self.ranks.decides))
 
     def end_training(self) -> None:
         """Called when training has ended: give every rank all the trained weights, as the users' hooks left them."""
@@ -190,11 +191,12 @@ def build(
     execution = execution if proof is None else proof.witness(execution)
     around = alone(site, cut)
     runner = make_step(site, network, program, cut, ownership, execution, redirection, proof, around)
-    steps = MicroBatches(site, runner, proof)
+    averaging = Averaging(site, ownership)
+    steps = MicroBatches(site, runner, proof, averaging)
     sharing = Sharing(site, ownership)
     evaluation = Evaluation(site, cut, execution, redirection, ownership, around)
     agreements = Agreements(site.trainer, site.ranks, site.delay(1) + 1)
-    drain = make_drain(site, execution, optimizers)
+    drain = make_drain(site, execution, optimizers, averaging)
     finish = Finish(site.options.staleness.finish, site.trainer, execution, drain)
     copies = StaleCopies(network.target, ownership)
     site.undo.callback(copies.forget)
@@ -207,6 +209,7 @@ def build(
         site.undo.callback(agreements.install())
         site.undo.callback(hooks.install(site.trainer, site.module))
     # Without a seed each process has made its own weights; what is never trained is not shared again.
+    site.ranks.share_first(site.module, ownership.own_names)
     evaluation.share_outside(lambda tensor: True)
     parts = (site, cut, ownership, groups, execution, steps, evaluation, sharing, drain, finish, agreements, hooks)
     return Run(*parts, proof)
@@ -228,7 +231,7 @@ def divide(
     )
     if site.fits and site.trainer.is_global_zero and not site.trainer.barebones:
         print_cut(cut, "batch" if site.micro_batches == 1 else "micro-batch", options.slack)
-    _log.debug("rank %d: the network is cut at %s", site.ranks.rank, cut.split_points)
+    _log.debug("rank %d: the network is cut at %s", site.ranks.world.rank, cut.split_points)
     return cut
 
 
@@ -377,19 +380,19 @@ def alone(site: Site, cut: Cut) -> Callable[[], AbstractContextManager[object]]:
 
     @contextmanager
     def surrounded() -> Iterator[None]:
-        with collectives_refused(), misses_explained(site.module, elsewhere):
+        with collectives_refused(site.ranks.replicas.size), misses_explained(site.module, elsewhere):
             yield
 
     return surrounded
 
 
-def make_drain(site: Site, execution: Execution, optimizers: Sequence[Optimizer]) -> Drain:
+def make_drain(site: Site, execution: Execution, optimizers: Sequence[Optimizer], averaging: Averaging) -> Drain:
     """Make what applies gradients in flight."""
     clip_again: Callable[[], object] = _nothing
     if site.fits and not site.module.automatic_optimization:
         clip_again, undo = remembered_clipping(site.module)
         site.undo.callback(undo)
-    return Drain(site.options.drain, site.module, execution, optimizers, clip_again, site.micro_batches)
+    return Drain(site.options.drain, site.module, execution, optimizers, clip_again, averaging, site.micro_batches)
 
 
 def _nothing() -> None:

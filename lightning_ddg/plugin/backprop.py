@@ -81,7 +81,8 @@ def plain_backprop(
         raise Unverifiable("some parameters have no values in this process")
     for device in devices:
         # Processes that do not take part would be waited for.
-        alone = contextlib.nullcontext() if site.one_process else collectives_refused()
+        size = site.ranks.replicas.size
+        alone = contextlib.nullcontext() if site.one_process else collectives_refused(size)
         try:
             with trial(site.module.modules(), [site.device]), _silence(), alone, _gradients_kept(site.module):
                 one = batch._replace(device=device)

@@ -1,7 +1,8 @@
 """Collectives of ``torch.distributed`` in the user's training step: refused, as other processes would not join them.
 
 A loss written for data parallelism reduces or gathers over the replicas of the data where ``dist.is_initialized()``.
-Here there is one replica, but several processes, each of which runs another part of the step.
+Here there are several processes to a replica, each of which runs another part of the step. What Lightning's own methods
+reduce and gather is reduced and gathered over the replicas.
 """
 
 from __future__ import annotations
@@ -13,10 +14,13 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 import torch.distributed._functional_collectives as functional
+from torch import Tensor
 from torch.distributed import ProcessGroup, distributed_c10d
 
 from lightning_ddg.comm.ranks import is_own_group
+from lightning_ddg.comm.replicas import Replicas
 
 # What torch's functions call before they communicate: whether the rank is in the group, how a new group is called, and
 # which group a functional collective means. Also those that were imported by name before come here.
@@ -32,16 +36,19 @@ _here = threading.local()
 
 
 @contextmanager
-def collectives_refused() -> Iterator[None]:
+def collectives_refused(replicas: int = 1) -> Iterator[None]:
     """Refuse collectives, messages and new groups of the user's, that the calling thread starts inside.
 
     Methods of a process group and torch's operators themselves, of which its functions are made, are not noticed.
+
+    Args:
+        replicas: How many there are of the data, for the message.
 
     Raises:
         RuntimeError: Where one is called.
     """
     before = [getattr(module, name) for module, name in _ASKED]
-    outer, _here.refused = getattr(_here, "refused", False), True
+    outer, _here.refused = getattr(_here, "refused", 0), replicas
     for (module, name), inside in zip(_ASKED, before, strict=True):
         setattr(module, name, partial(_ask, inside, threading.get_ident()))
     try:
@@ -58,11 +65,51 @@ def check_outside_step(name: str) -> None:
     Raises:
         RuntimeError: Naming it.
     """
-    if getattr(_here, "refused", False):
+    if getattr(_here, "refused", 0):
         raise _refusal(name)
 
 
+_OPERATIONS = {"avg": "mean"} | {name: name for name in ("sum", "mean", "min", "max", "product")}
+
+
+def reduced(replicas: Replicas, value: Any, operation: Any) -> Any:
+    """Return the sum, mean, minimum, maximum or product of a tensor, or a number, over the replicas.
+
+    Raises:
+        ValueError: For another operation.
+    """
+    name = "sum" if operation is None else str(operation).rpartition(".")[2].lower()
+    if name not in _OPERATIONS:
+        raise ValueError(
+            f"reduce_op={operation!r} is not known to {replicas.size} replicas of the data. Use one of"
+            f" {', '.join(map(repr, _OPERATIONS))}."
+        )
+    tensor = value if isinstance(value, Tensor) else torch.as_tensor(value)
+    return replicas.reduce(tensor, _OPERATIONS[name])
+
+
+def gathered(replicas: Replicas, tensor: Tensor, sync_grads: bool) -> Tensor:
+    """Return the tensors of all replicas, stacked.
+
+    Raises:
+        ValueError: With gradients through it.
+    """
+    if sync_grads:
+        raise ValueError(
+            f"all_gather(sync_grads=True) lets gradients go from one of {replicas.size} replicas to another, which"
+            " DDGStrategy does not do. Use sync_grads=False, with the own part put in again, or one pipeline"
+            " (devices=num_stages), whose last stage has the whole batch."
+        )
+    return torch.stack(replicas.gather(tensor))
+
+
 def _refusal(name: str) -> RuntimeError:
+    if _here.refused > 1:
+        return RuntimeError(
+            f"`{name}` was called in a step, but the processes are the stages of {_here.refused} replicas of the data,"
+            " and run different parts of the step, so that others would never join. Use `self.all_gather`,"
+            " `self.log(..., sync_dist=True)` or a torchmetrics object: these go over the replicas."
+        )
     return RuntimeError(
         f"`{name}` was called in a step, but there is one replica of the data: the processes are stages of it. In"
         " training they run different parts of the step, so that others would never join; in an evaluation all have"

@@ -99,11 +99,6 @@ def _if_allowed(hook: Callable[..., None], allowed: Callable[[BaseException], bo
     return save_or_warn
 
 
-def bypass_before_batch_transfer(module: LightningModule) -> Undo:
-    """Hide from the user's hooks the stand-ins that the loader yields on a rank that does not read."""
-    return replaced(module, "_on_before_batch_transfer", lambda batch, dataloader_idx=0: batch)
-
-
 def mute_logging(module: LightningModule) -> Undo:
     """Let the training step log nothing, while the layers are measured."""
     return replaced(module, "log", lambda *args, **kwargs: None)
@@ -121,6 +116,15 @@ def mute_training_logs(trainer: Trainer, module: LightningModule) -> Undo:
             value.reset()
 
     return replaced(module, "log", log_unless_training)
+
+
+def hold_metrics(trainer: Trainer, kind: type[dict[str, Any]]) -> None:
+    """Hold ``callback_metrics`` in a dictionary of another kind: Lightning puts what this rank has logged there.
+
+    Until the next run, which begins with a new one.
+    """
+    connector = trainer._logger_connector
+    connector._callback_metrics = kind(connector._callback_metrics)
 
 
 def forget_in_metrics(module: LightningModule, unknown: Callable[[Any], bool]) -> None:
@@ -350,6 +354,11 @@ def without_outputs(trainer: Trainer, skipped: Callable[[], bool]) -> Undo:
         return {} if skipped() else outputs
 
     return replaced(optimization, "run", run_and_forget)
+
+
+def accumulates(trainer: Trainer) -> bool:
+    """Return whether no step of the optimizer follows the batch that is trained, in automatic optimization."""
+    return bool(trainer.fit_loop._should_accumulate())
 
 
 def skips_backward(trainer: Trainer) -> bool:

@@ -15,12 +15,18 @@ from lightning_ddg.plugin.host import CombinedLoader, LightningModule, Trainer, 
 _DataFetcher = host.part("pytorch.loops.fetchers")._DataFetcher
 _Stateful = host.part("fabric.utilities.types")._Stateful
 _MODES = host.part("pytorch.utilities.combined_loader")._SUPPORTED_MODES
+set_sampler_epoch = host.part("fabric.utilities.data")._set_sampler_epoch
 sized_len = host.part("fabric.utilities.data").sized_len
 
 
-def seed_workers_as_one_device(loader: Any) -> None:
-    """Seed the loader's worker processes as rank 0's would be, although another rank reads."""
-    host.part("fabric.utilities.data")._auto_add_worker_init_fn(loader, 0)
+def seed_workers(loader: Any, replica: int) -> None:
+    """Seed the loader's worker processes as those of a device's, one for each replica, would be."""
+    host.part("fabric.utilities.data")._auto_add_worker_init_fn(loader, replica)
+
+
+def keeps_position(loader: Any) -> bool:
+    """Return whether Lightning saves and restores the loader's state."""
+    return isinstance(loader, _Stateful)
 
 
 def loops_with_data(trainer: Trainer) -> list[Any]:
@@ -98,6 +104,11 @@ def before_transfer(module: LightningModule, function: Callable[[], None]) -> Un
     return replaced(module, "_on_before_batch_transfer", call_and_transfer)
 
 
+def bypass_before_batch_transfer(module: LightningModule) -> Undo:
+    """Hide from the user's hooks the stand-ins that the loader yields on a rank that does not read."""
+    return replaced(module, "_on_before_batch_transfer", lambda batch, dataloader_idx=0: batch)
+
+
 def leave_out_loader_states(trainer: Trainer) -> Undo:
     """Save empty states of the training loaders, where they are not iterated and so are not asked."""
 
@@ -149,6 +160,10 @@ def set_up_training_data(trainer: Trainer, loaders: Any = None) -> None:
         if loaders is not None:
             undo.callback(replaced(loop._data_source, "dataloader", lambda: loaders))
         loop.setup_data()
+    # The loop says it too, but only when the first batch has been read: in a resumed fit of another epoch's order.
+    epoch: Any = loop.epoch_progress.current
+    for loader in () if loop._combined_loader is None else loop._combined_loader.flattened:
+        set_sampler_epoch(loader, epoch.processed)
 
 
 def first_fetched(trainer: Trainer) -> list[Any]:

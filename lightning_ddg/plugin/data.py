@@ -12,7 +12,6 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch.utils.data import DistributedSampler
 
 from lightning_ddg.comm.ranks import Ranks
 from lightning_ddg.core.execution import Channel
@@ -21,6 +20,7 @@ from lightning_ddg.core.rng import Generators
 from lightning_ddg.plugin import compat_data as compat
 from lightning_ddg.plugin.compat import Undo
 from lightning_ddg.plugin.host import LightningModule, Trainer, is_param_in_hook_signature
+from lightning_ddg.plugin.shares import Shares, check_sampler
 
 LENGTH = Channel("length", varied=True)
 FLAG = Channel("flag")
@@ -106,6 +106,7 @@ class BatchExchange:
 
     def __init__(self, ranks: Ranks, trainer: Trainer) -> None:
         self._ranks, self._mailbox, self._trainer = ranks, ranks.mailbox, trainer
+        self._shares = Shares(ranks.replicas, trainer)
         # Whether what is moved to the device next is what the loop has fetched, and not a batch of the user's own.
         self._due = False
         # Of each loader whose batches are predicted: how many batches' indices the other ranks know.
@@ -129,9 +130,11 @@ class BatchExchange:
         """Return a user's loader as the loop that sets it up shall see it: with the length it has where it is read."""
         if not self._ranks.others:
             return dataloader
-        check_sampler(dataloader)
-        compat.seed_workers_as_one_device(dataloader)
+        replicas = self._ranks.replicas
+        check_sampler(dataloader, replicas.number, replicas.size)
+        compat.seed_workers(dataloader, replicas.number)
         if self._ranks.reads:
+            self._shares.check(dataloader)
             self._mailbox.send(self._ranks.others, LENGTH, compat.sized_len(dataloader))
             return dataloader
         return CountedLoader(dataloader, self._mailbox.take(self._ranks.reading_rank, LENGTH))
@@ -141,6 +144,7 @@ class BatchExchange:
         self._due = False
         self._told.clear()
         self._mailbox.send(self._ranks.others, LENGTH, [compat.sized_len(loader) for loader in loaders])
+        source = self._shares.together(source)
         return loaders, Announced(source, lambda loader: self._mailbox.send(self._ranks.others, FLAG, loader))
 
     def _followed(self, source: Iterator[Any] | None, loaders: Sequence[Any]) -> tuple[Sequence[Any], Iterator[Any]]:
@@ -232,22 +236,6 @@ def run_on_cpu(step: Callable[..., object], args: Any, kwargs: Any) -> object:
 
 def _own(loader: Any) -> Any:
     return loader.loader if isinstance(loader, CountedLoader) else loader
-
-
-def check_sampler(loader: Any) -> None:
-    """Refuse a sampler that would leave out a part of the data: one process reads for all.
-
-    Raises:
-        ValueError: Naming the number of replicas.
-    """
-    samplers = (getattr(loader, "sampler", None), getattr(getattr(loader, "batch_sampler", None), "sampler", None))
-    for sampler in samplers:
-        if isinstance(sampler, DistributedSampler) and sampler.num_replicas > 1:
-            raise ValueError(
-                f"A data loader has a {type(sampler).__name__} with num_replicas={sampler.num_replicas}, which gives"
-                " each process a part of the data, but here one process reads for all stages. Leave the sampler out"
-                " (shuffle=True), or give it num_replicas=1, rank=0."
-            )
 
 
 def check_steps(module: LightningModule) -> None:

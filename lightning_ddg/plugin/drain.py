@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_ddg.core.execution import Execution
+from lightning_ddg.plugin.averaging import Averaging
 from lightning_ddg.plugin.host import LightningModule
 from lightning_ddg.plugin.ownership import keep_options
 
@@ -27,6 +28,7 @@ class Drain:
         execution: Has the gradients.
         optimizers: Step with them.
         clip_again: Clips as the last step in manual optimization did.
+        averaging: Takes the mean of gradients over replicas.
         micro_batches: How many make up a batch.
 
     Attributes:
@@ -40,10 +42,11 @@ class Drain:
         execution: Execution,
         optimizers: Sequence[Optimizer],
         clip_again: Callable[[], object],
+        averaging: Averaging,
         micro_batches: int = 1,
     ) -> None:
         self._when, self._module, self._execution = when, module, execution
-        self._micro_batches = micro_batches
+        self._averaging, self._micro_batches = averaging, micro_batches
         self._optimizers, self._clip_again = optimizers, clip_again
         self._steps = 0
         # And the most backwards that there have been for one.
@@ -91,6 +94,7 @@ class Drain:
             for _ in range(max(1, self._accumulated - self.pending)):
                 if not self._execution.drain():
                     break
+            self._averaging.now()
             self._clip_again()
             optimizer.step()
 
@@ -104,6 +108,7 @@ class Drain:
             for _ in range(trainer.accumulate_grad_batches * self._micro_batches):
                 if not self._execution.drain():
                     break
+            self._averaging.now()
             # A user's `optimizer_step` may look at the loss, and the batches' own are long gone.
             return torch.zeros((), device=module.device)
 

@@ -152,7 +152,7 @@ def _calls(site: Site, first_batch: FirstBatch, target: nn.Module | None) -> Ste
 
 def _alone(site: Site) -> AbstractContextManager[object]:
     """Processes that do not take part would be waited for."""
-    return nullcontext() if site.one_process else collectives_refused()
+    return nullcontext() if site.one_process else collectives_refused(site.ranks.replicas.size)
 
 
 def _layers_of_step(site: Site, program: Program, first_batch: FirstBatch, points: Collection[str]) -> ReplayedChain:

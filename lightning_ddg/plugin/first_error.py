@@ -16,7 +16,7 @@ from typing import Any
 from torch.multiprocessing.spawn import ProcessExitedException
 
 from lightning_ddg.comm.mailbox import PeerError
-from lightning_ddg.core.schedule import stage_of_rank
+from lightning_ddg.comm.ranks import name_of_rank
 from lightning_ddg.plugin import compat
 from lightning_ddg.plugin.host import LightningModule, SIGTERMException, Trainer
 
@@ -73,11 +73,11 @@ def sign(exception: BaseException, rank: str, first: str) -> None:
     _add_line(exception, one_line(first if first.startswith(rank) else f"{rank} ends: {first}"))
 
 
-def sign_exit(exception: ProcessExitedException, num_stages: int) -> None:
+def sign_exit(exception: ProcessExitedException, num_stages: int, size: int) -> None:
     """Let the exception of who has started the processes say in its last line which of them has ended, and how."""
     rank, code = exception.error_index, exception.exit_code
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"has left with exit code {code}"
-    _add_line(exception, f"Rank {rank} (stage {stage_of_rank(rank, num_stages)}) {how}")
+    _add_line(exception, f"{name_of_rank(rank, num_stages, size)} {how}")
 
 
 def _add_line(exception: BaseException, line: str) -> None:

@@ -115,9 +115,9 @@ class FitHooks(Callback):
         if self._ranks.others:
             self._copies.mark(look=True)
             own = compat.looks_after_epoch(trainer, pl_module)
-            self._ranks.mailbox.send(self._ranks.others, EPOCH, own)
+            self._ranks.world.send(self._ranks.all_others, EPOCH, own)
             # Every rank ends the epoch before any goes on.
-            others = [self._ranks.mailbox.take(rank, EPOCH) for rank in self._ranks.others]
+            others = [self._ranks.world.take(rank, EPOCH) for rank in self._ranks.all_others]
             if own or any(others):
                 self._sharing.share()
         if self._proof is not None:
@@ -129,6 +129,12 @@ class FitHooks(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let validation steps, and hooks around them, look at weights that are up to date."""
         self._sharing.share()
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give the other replicas rank 0's metrics before a callback goes by their own."""
+        if self._ranks.replicas.size > 1:
+            self._agreements.follow()
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

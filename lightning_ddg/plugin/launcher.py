@@ -83,7 +83,7 @@ class ForkLauncher(compat.MultiProcessingLauncher):  # type: ignore[misc]
                 if handed_on:
                     raise SystemExit(STOPPED_BY_SIGTERM) from None
                 if isinstance(exception, ProcessExitedException):
-                    first_error.sign_exit(exception, self._strategy.num_stages)
+                    first_error.sign_exit(exception, self._strategy.num_stages, self._strategy.world_size)
                 raise
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""torchmetrics in several processes: each process keeps what it has seen to itself, in a run and after it."""
+"""torchmetrics in several processes: what a metric has seen goes to the replicas, never to other stages."""
 
 from __future__ import annotations
 
@@ -7,16 +7,20 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_ddg.comm.replicas import Replicas
 from lightning_ddg.plugin import compat
 from lightning_ddg.plugin.host import Strategy
 
 _in_force = ExitStack()
 
 
-def keep_metrics_local(kind: type[Strategy]) -> compat.Undo:
-    """There is one replica of the data, so a metric is complete on every rank that updates it; syncing would hang.
+def keep_metrics_local(kind: type[Strategy], replicas: Replicas) -> compat.Undo:
+    """With one replica of the data a metric is complete on every rank that updates it; syncing with others would hang.
+
+    With several it is synchronised over the ranks with the same stage, which do the same to it.
 
     All metrics of the process: those in a callback, in a list, or made in a hook are no submodules of the module. Also
     after the run, when the processes are still connected, until a strategy that is none of this kind sets up several
@@ -24,6 +28,9 @@ def keep_metrics_local(kind: type[Strategy]) -> compat.Undo:
     """
     _in_force.close()
     original, world = Metric.sync, dist.group.WORLD
+
+    def gather(value: Tensor, group: Any = None) -> list[Tensor]:
+        return replicas.gather(value)
 
     def sync(
         self: Metric,
@@ -33,7 +40,8 @@ def keep_metrics_local(kind: type[Strategy]) -> compat.Undo:
         distributed_available: Callable[[], bool] | None = None,
     ) -> None:
         if dist.group.WORLD is world:
-            distributed_available = _never
+            several = replicas.size > 1
+            dist_sync_fn, distributed_available = (gather, _always) if several else (dist_sync_fn, _never)
         original(self, dist_sync_fn, process_group, should_sync, distributed_available)
 
     setattr(Metric, "sync", sync)  # noqa: B010
@@ -44,3 +52,7 @@ def keep_metrics_local(kind: type[Strategy]) -> compat.Undo:
 
 def _never() -> bool:
     return False
+
+
+def _always() -> bool:
+    return True

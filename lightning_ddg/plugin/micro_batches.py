@@ -22,6 +22,7 @@ from lightning_ddg.core.pytree import map_tensors
 from lightning_ddg.core.split import join
 from lightning_ddg.core.tensors import add_gradient
 from lightning_ddg.plugin import compat
+from lightning_ddg.plugin.averaging import Averaging
 from lightning_ddg.plugin.one_log import OneLog
 from lightning_ddg.plugin.site import Part, Site
 from lightning_ddg.plugin.step import StepRunner
@@ -37,11 +38,12 @@ class MicroBatches:
         site: What the run is built of.
         runner: Runs the user's step.
         proof: Compares the first batch's gradients with those of plain backpropagation, if that is wanted.
+        averaging: Takes the mean of gradients over replicas.
     """
 
-    def __init__(self, site: Site, runner: StepRunner, proof: Proof | None) -> None:
+    def __init__(self, site: Site, runner: StepRunner, proof: Proof | None, averaging: Averaging) -> None:
         self.step = runner.step
-        self._site, self._runner, self._proof = site, runner, proof
+        self._site, self._runner, self._proof, self._averaging = site, runner, proof, averaging
         self._uses_outputs = compat.uses_step_outputs(site.module)
         self._keeps_old = compat.looks_before_zeroing(site.module)
         # Of all micro-batches of this batch but the last.
@@ -97,7 +99,7 @@ class MicroBatches:
             return False
         self._put_back()
         passes = self._runner.passes_over()
-        self._runner.flush()
+        self._complete()
         return passes
 
     def backward(
@@ -110,8 +112,13 @@ class MicroBatches:
         # The last micro-batch may have none.
         if not self._runner.passes_over():
             self._runner.backward(loss, lambda: plugin.backward(scaled, module, optimizer, *args, **kwargs))
-        self._runner.flush()
+        self._complete()
         return plugin.post_backward(scaled, module)
+
+    def _complete(self) -> None:
+        """All of the batch has gone."""
+        self._runner.flush()
+        self._averaging.after_backward()
 
     def _backward_now(self, output: Any, part: Part, optimizers: Sequence[Optimizer]) -> Any:
         """Run the backward of a micro-batch; return its output without a graph."""

@@ -116,6 +116,10 @@ class Options:
             return world_size
         return 2 if self.split_points is None else len(self.split_points) + 1
 
+    def replicas(self, world_size: int) -> int:
+        """Return how many pipelines ``world_size`` processes make: D, 1 where one process trains all stages."""
+        return 1 if world_size == 1 else world_size // self.stages(world_size)
+
     def micro_batches_for(self, num_stages: int) -> int:
         """Return after how many micro-batches each stage steps; 1 where batches are not split."""
         return least_micro_batches(num_stages, self.slack) if self.micro_batches == "auto" else self.micro_batches
@@ -133,7 +137,7 @@ class Options:
     # ---- checks against what is known later
 
     def check_world_size(self, world_size: int) -> None:
-        """Refuse several processes that are not as many as the stages, and one with a limit to each stage's device.
+        """Refuse several processes that are no multiple of the stages, and one with a limit to each stage's device.
 
         Raises:
             ValueError: Naming the numbers.
@@ -145,15 +149,21 @@ class Options:
                     " one. Leave it out, or use as many devices as stages."
                 )
             return
-        if self.num_stages != "auto" and self.num_stages != world_size:
+        if self.num_stages == 1:
+            raise ValueError(
+                f"num_stages=1 cuts nothing, so that {world_size} processes would be replicas of the whole network. Use"
+                f" strategy='ddp', which is that, or num_stages='auto', or devices=1."
+            )
+        if self.num_stages != "auto" and world_size % self.num_stages:
             raise ValueError(
                 f"num_stages={self.num_stages} stages cannot be trained by {world_size} processes: each process trains"
-                f" one stage. Use devices={self.num_stages}, num_stages={world_size} or num_stages='auto', or one"
-                " process."
+                f" one stage. Use devices={self.num_stages}, or a multiple for as many replicas,"
+                f" num_stages={world_size} or num_stages='auto', or one process."
             )
-        if self.split_points is not None and (named := len(self.split_points) + 1) != world_size:
+        named = world_size if self.split_points is None else len(self.split_points) + 1
+        if self.num_stages == "auto" and named != world_size:
             raise ValueError(
-                f"split_points={list(self.split_points)!r} make {named} stages, but there are {world_size} processes,"
+                f"split_points={self.split_points!r} make {named} stages, but there are {world_size} processes,"
                 f" and each trains one stage. Use devices={named}, or name {world_size - 1} split points."
             )
 
@@ -399,13 +409,14 @@ def check_precision(plugin: Any) -> None:
         )
 
 
-def check_trainer(trainer: Trainer, layer_sync: Any, one_process: bool) -> None:
+def check_trainer(trainer: Trainer, layer_sync: Any, one_process: bool, replicas: int = 1) -> None:
     """Refuse options and callbacks of a Trainer that stages cannot serve.
 
     Args:
         trainer: The Trainer.
         layer_sync: Its plugin that synchronises layers between replicas, if any.
         one_process: Whether one process trains all stages.
+        replicas: How many pipelines there are.
 
     Raises:
         ValueError: For ``sync_batchnorm=True``, and in several processes for a time-based ``val_check_interval`` and
@@ -417,6 +428,12 @@ def check_trainer(trainer: Trainer, layer_sync: Any, one_process: bool) -> None:
             f"A time-based `val_check_interval` ({interval} seconds) is measured by each process for itself, so that"
             " the stages would validate at different batches. Give a number of batches or a fraction of an epoch"
             " instead."
+        )
+    if layer_sync is not None and replicas > 1:
+        raise ValueError(
+            f"sync_batchnorm=True synchronises BatchNorm over {replicas} replicas, which DDGStrategy does not do: it"
+            " would lock their stages together. Remove sync_batchnorm=True, or use one pipeline (devices=num_stages),"
+            " whose BatchNorm sees the whole batch."
         )
     if layer_sync is not None:
         raise ValueError(

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from lightning_ddg.core.execution import Execution
 from lightning_ddg.plugin import compat
 from lightning_ddg.plugin.clipping import clip_norm_per_stage, clip_values_that_exist
+from lightning_ddg.plugin.compat_data import bypass_before_batch_transfer
 from lightning_ddg.plugin.drain import Drain
 from lightning_ddg.plugin.local_metrics import keep_metrics_local
 from lightning_ddg.plugin.ownership import Ownership
@@ -24,14 +25,15 @@ def patch_run(site: Site) -> None:
     if site.one_process:
         return
     keep, trainer, module = site.undo.callback, site.trainer, site.module
-    keep_metrics_local(type(trainer.strategy))
-    keep(compat.silence_sync_dist_advice())
+    keep_metrics_local(type(trainer.strategy), site.ranks.replicas)
+    if site.ranks.replicas.size == 1:
+        keep(compat.silence_sync_dist_advice())
     keep(clip_values_that_exist(site.precision))
     keep(compat.silence_sigterm_broadcast(trainer))
     if site.fits and site.device.type != "cpu":
         keep(compat.hide_example_input(module))
     if not site.ranks.reads:
-        keep(compat.bypass_before_batch_transfer(module))
+        keep(bypass_before_batch_transfer(module))
 
 
 def patch_fit(site: Site, ownership: Ownership) -> None:

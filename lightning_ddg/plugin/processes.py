@@ -25,7 +25,7 @@ from lightning_ddg.core.schedule import delay, stage_of_rank
 from lightning_ddg.core.staleness import Staleness
 from lightning_ddg.plugin import compat, first_error, host
 from lightning_ddg.plugin.checkpoint_file import WholeFileCheckpointIO
-from lightning_ddg.plugin.collectives import check_outside_step
+from lightning_ddg.plugin.collectives import check_outside_step, gathered, reduced
 from lightning_ddg.plugin.host import (
     Accelerator,
     CheckpointIO,
@@ -111,6 +111,21 @@ class StageProcesses(ParallelStrategy):
         return None if self.world_size == 1 else stage_of_rank(self.global_rank, self.num_stages)
 
     @property
+    def data_parallel_size(self) -> int:
+        """Number of pipelines ``D``, replicas of each other, each of which reads its share of the data."""
+        return self._options.replicas(self.world_size)
+
+    @property
+    def replica(self) -> int:
+        """Which pipeline ``0..D-1`` this process belongs to."""
+        return 0 if self.world_size == 1 else self.global_rank // self.num_stages
+
+    @property
+    def is_distributed(self) -> bool:
+        """Whether there are several replicas: if so, Lightning divides the data and reduces what is logged."""
+        return self.data_parallel_size > 1
+
+    @property
     def delay(self) -> int | None:
         """Delay ``(K - stage)(1 + slack)`` of this process's stage, in batches; ``None`` if it runs all stages."""
         return None if self.stage is None else delay(self.stage, self.num_stages, self._options.slack)
@@ -122,7 +137,7 @@ class StageProcesses(ParallelStrategy):
 
     @property
     def device_mesh(self) -> DeviceMesh:
-        """The processes as a mesh with the axes ``("data", "stage")``; the first has length 1.
+        """The processes as a mesh with the axes ``("data", "stage")``, of the lengths ``D`` and ``K``.
 
         Raises:
             RuntimeError: In one process, or before the processes have been connected.
@@ -144,7 +159,7 @@ class StageProcesses(ParallelStrategy):
     @property
     @override
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        return {"num_replicas": 1, "rank": 0}
+        return {"num_replicas": self.data_parallel_size, "rank": self.replica}
 
     @property
     def process_group_backend(self) -> str | None:
@@ -249,7 +264,7 @@ class StageProcesses(ParallelStrategy):
         """Tell the other ranks what ends this one, and who reads its output what has come first."""
         if not self._ranks.others:
             return
-        rank = f"Rank {self.global_rank} (stage {self.stage})"
+        rank = self._ranks.name
         trainer = cast(LightningModule, self.lightning_module).trainer
         first_error.sign(exception, rank, self._ranks.abort(first_error.reason(rank, trainer, exception)))
         if os.getppid() == self._first_process:
@@ -284,8 +299,14 @@ class StageProcesses(ParallelStrategy):
 
     @override
     def reduce(self, tensor: Tensor | Any, group: Any | None = None, reduce_op: Any | None = "mean") -> Tensor | Any:
-        """Return the tensor as it is: there is one replica of the data, and each rank has seen all of it."""
-        return tensor
+        """Reduce over the replicas of the data; with one, return the tensor as it is: each rank has seen all of it.
+
+        Every rank with this stage has to call it, in a training step those of the last stage.
+
+        Raises:
+            ValueError: For an operation that is not known.
+        """
+        return tensor if self.data_parallel_size == 1 else reduced(self._ranks.replicas, tensor, reduce_op)
 
     @override
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
@@ -295,5 +316,11 @@ class StageProcesses(ParallelStrategy):
 
     @override
     def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
-        """Return the tensor with a new first dimension of length 1: there is one replica of the data."""
-        return tensor.unsqueeze(0)
+        """Return the tensors of all replicas of the data, stacked along a new first dimension of length ``D``.
+
+        Raises:
+            ValueError: For ``sync_grads=True`` with several replicas.
+        """
+        if self.data_parallel_size == 1:
+            return tensor.unsqueeze(0)
+        return gathered(self._ranks.replicas, tensor, sync_grads)

@@ -11,6 +11,7 @@ the moments below, :class:`~lightning_ddg.plugin.redirection.Redirection` refuse
 
 from __future__ import annotations
 
+from lightning_ddg.comm.weights import renew
 from lightning_ddg.plugin.ownership import Ownership
 from lightning_ddg.plugin.site import Site
 
@@ -27,9 +28,12 @@ class Sharing:
         self._site, self._ownership = site, ownership
 
     def share(self) -> None:
-        """Give every process all weights, until the next step."""
+        """Give every process all weights, until the next step; buffers are those of the first replica."""
         if not self._site.weights.whole:
-            self._site.ranks.share(self._site.module, self._ownership.own_names, range(self._site.ranks.size))
+            site, names = self._site, self._ownership.own_names
+            buffers = {name for name, _ in site.module.named_buffers()}
+            site.ranks.share_first(site.module, [name for name in names if name in buffers], renew)
+            site.ranks.share(site.module, names, range(site.ranks.size))
             self._site.weights.shared = True
 
     def share_if(self, wanted: bool) -> bool:

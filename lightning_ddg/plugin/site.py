@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from lightning_ddg.comm.ranks import Ranks
-from lightning_ddg.core.rng import EVALUATION, TRAINING, Batch
+from lightning_ddg.core.rng import EVALUATION, TRAINING, Batch, seed_of_replica
 from lightning_ddg.core.schedule import delay
 from lightning_ddg.core.split import even_sizes, length_of, split
 from lightning_ddg.plugin.host import LightningModule, Precision, Trainer, TrainerFn
@@ -44,7 +44,7 @@ class Site:
         ranks: The processes.
         precision: The precision plugin.
         device: This process's device.
-        seed: The run's, the same on every rank.
+        seed: The run's, the same on every rank; replicas draw by others.
         evaluations: Numbers the evaluated batches, over all runs.
         recorded_cut: Where an earlier run, or that of a checkpoint, has cut the network, if any has.
         weights: Which weights of the module are up to date in this process.
@@ -87,7 +87,11 @@ class Site:
 
     def training_batch(self, number: int, micro: int = 0) -> Batch:
         """Return the context of a batch that is trained, or of one of its micro-batches."""
-        return Batch(number, TRAINING, self.seed, self.device, micro)
+        return Batch(number, TRAINING, self._own_seed, self.device, micro)
+
+    @property
+    def _own_seed(self) -> int:
+        return seed_of_replica(self.seed, self.ranks.replicas.number)
 
     @property
     def micro_batches(self) -> int:
@@ -117,8 +121,8 @@ class Site:
 
     def evaluated_batch(self) -> Batch:
         """Return the context of the next batch that is evaluated."""
-        return Batch(next(self.evaluations), EVALUATION, self.seed, self.device)
+        return Batch(next(self.evaluations), EVALUATION, self._own_seed, self.device)
 
     def first_draws(self) -> AbstractContextManager[None]:
-        """Draw inside as the first step would, and leave no trace of it."""
-        return self.training_batch(0).draws(0)
+        """Draw inside as the first step of the first replica would, and leave no trace of it."""
+        return Batch(0, TRAINING, self.seed, self.device).draws(0)

@@ -151,7 +151,7 @@ class DDGStrategy(StageProcesses):
     @override
     def setup(self, trainer: host.Trainer) -> None:
         module = cast(host.LightningModule, self.lightning_module)
-        check_trainer(trainer, self._layer_sync, one_process=self.world_size == 1)
+        check_trainer(trainer, self._layer_sync, self.world_size == 1, self.data_parallel_size)
         self._options.check_casts(self.precision_plugin)
         if self.world_size > 1:
             check_steps(module)

@@ -5,16 +5,19 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, Sampler, TensorDataset
 
 from lightning_ddg import DDGStrategy
 from tests.harness import run_ranks
-from tests.networks import Classifier, largest_difference, quiet_trainer, state_of
+from tests.networks import SAFELY, Classifier, largest_difference, quiet_trainer, state_of
 
 
 @dataclass
@@ -286,3 +289,22 @@ def test_a_sampler_is_told_the_epoch() -> None:
     assert plain[:8] != plain[8:16]
     assert run_ranks(see_order, 1, "ddg", 1) == [plain]
     assert run_ranks(see_order, 2, "ddg", 2)[0] == plain
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("strategy", ["auto", "ddg"])
+def test_a_sampler_is_told_the_epoch_before_the_first_batch_of_a_resumed_fit(strategy: str, tmp_path: Path) -> None:
+    """What the network is found by is read early."""
+    x = torch.arange(8, dtype=torch.float64)[:, None].expand(8, 6)
+    data = TensorDataset(x, torch.zeros(8, dtype=torch.long))
+
+    def see(epochs: int, path: str | None = None) -> list[float]:
+        module, saving = SeesOrder(), ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+        trainer = quiet_trainer(
+            strategy=strategy, devices=1, max_epochs=epochs, callbacks=[saving], enable_checkpointing=True
+        )
+        trainer.fit(module, DataLoader(data, batch_size=4, sampler=Shuffles()), ckpt_path=path, **SAFELY)
+        return module.order[-8:]
+
+    whole = see(2)
+    assert see(2, str(tmp_path / "epoch=0.ckpt")) == whole

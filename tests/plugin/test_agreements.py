@@ -11,6 +11,8 @@ import lightning.pytorch as pl
 import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 
+from lightning_ddg.comm.ranks import EmptyMailbox
+from lightning_ddg.comm.replicas import Replicas
 from lightning_ddg.core.execution import ACTIVATION, GRADIENT, Channel, Observers
 from lightning_ddg.plugin.agreements import NOTICE, Agreements, Notice, TimedCheckpoints, time_on_rank_zero
 from tests.networks import Classifier, loader, quiet_trainer
@@ -51,7 +53,16 @@ def agreements(num_stages: int = 3, rank: int = 0, **trainer: Any) -> tuple[Agre
     letters = Letters()
     others = [other for other in range(num_stages) if other != rank]
     ranks: Any = SimpleNamespace(
-        rank=rank, size=num_stages, others=others, is_rank_zero=rank == 0, mailbox=letters, observers=Observers()
+        rank=rank,
+        size=num_stages,
+        others=others,
+        all_others=others,
+        is_rank_zero=rank == 0,
+        decides=rank == 0,
+        mailbox=letters,
+        world=letters,
+        replicas=Replicas(EmptyMailbox(), [0], 0),
+        observers=Observers(),
     )
     made = Agreements(fake, ranks, num_stages)
     made.begin()

@@ -30,7 +30,9 @@ from torch.utils.data import DataLoader, IterableDataset
 from torchmetrics import Accuracy, MetricCollection
 
 from lightning_ddg import DDGStrategy
+from lightning_ddg.comm.ranks import LocalRanks
 from lightning_ddg.plugin import compat
+from lightning_ddg.plugin.compat_data import bypass_before_batch_transfer
 from lightning_ddg.plugin.local_metrics import keep_metrics_local
 from tests.networks import SAFELY, Classifier, dataset, loader, quiet_trainer
 
@@ -96,7 +98,7 @@ def test_transferring_a_batch_runs_the_three_hooks() -> None:
 
 def test_only_the_hook_before_the_transfer_is_bypassed() -> None:
     module = Hooked()
-    undo = compat.bypass_before_batch_transfer(module)
+    undo = bypass_before_batch_transfer(module)
     fitted(module, DataLoader(dataset("mlp"), 22))
     assert module.called == ["transfer", "after"]
     undo()
@@ -152,7 +154,7 @@ def test_metrics_do_not_sync_wherever_they_are() -> None:
 
     module = Classifier()
     module.metric, module.plain_list, module.collection = accuracy(), [accuracy()], MetricCollection({"a": accuracy()})
-    undo = keep_metrics_local(DDGStrategy)
+    undo = keep_metrics_local(DDGStrategy, LocalRanks(2).replicas)
     made_later = accuracy(dist_sync_on_step=True)
     metrics = [module.metric, module.plain_list[0], module.collection["a"], made_later]
     for metric in metrics:
@@ -582,3 +584,44 @@ def test_whether_hooks_may_look_at_old_gradients(
     module = make()
     module.trainer = quiet_trainer(devices=1, callbacks=callbacks)
     assert compat.looks_before_zeroing(module) == expected
+
+
+class Accumulates(Classifier):
+    """Notes, in each backward, whether a step follows."""
+
+    def __init__(self) -> None:
+        super().__init__("mlp")
+        self.seen: list[bool] = []
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+        self.seen.append(compat.accumulates(self.trainer))
+        super().backward(loss, *args, **kwargs)
+
+
+def test_batches_that_no_step_follows() -> None:
+    module = Accumulates()
+    fitted(module, accumulate_grad_batches=2)
+    assert module.seen == [True, False, True, False, False], "one follows the last batch of an epoch"
+
+
+class Counted(dict[str, Any]):
+    """Lets nothing in."""
+
+    def update(self, *args: Any, **kwargs: Any) -> None: ...
+
+
+class Held(Classifier):
+    def on_fit_start(self) -> None:
+        compat.hold_metrics(self.trainer, Counted)
+
+    def on_train_epoch_end(self) -> None:
+        dict.update(self.trainer.callback_metrics, {"given": torch.ones(())})
+        self.held = dict(self.trainer.callback_metrics)
+
+
+def test_metrics_are_held_until_the_next_run() -> None:
+    module = Held("mlp")
+    trainer = fitted(module)
+    assert module.held.keys() == {"given"}
+    trainer.validate(module, loader("mlp"), verbose=False)
+    assert trainer.callback_metrics.keys() == {"val_loss"}

@@ -57,15 +57,15 @@ def test_workers_are_seeded_as_those_of_rank_zero(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(rank_zero_only, "rank", 5)
     monkeypatch.delenv("PL_SEED_WORKERS", raising=False)
     data: Any = loader("mlp")
-    compat.seed_workers_as_one_device(data)
+    compat.seed_workers(data, 0)
     assert data.worker_init_fn is None, "the user has not asked for it"
     monkeypatch.setenv("PL_SEED_WORKERS", "1")
-    compat.seed_workers_as_one_device(data)
+    compat.seed_workers(data, 0)
     assert vars(data)["worker_init_fn"].keywords == {"rank": 0}
     before = data.worker_init_fn
-    compat.seed_workers_as_one_device(data)
+    compat.seed_workers(data, 0)
     assert data.worker_init_fn is before
-    compat.seed_workers_as_one_device([1, 2])
+    compat.seed_workers([1, 2], 0)
 
 
 def test_the_loader_of_a_prediction() -> None:

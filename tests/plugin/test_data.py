@@ -16,10 +16,10 @@ from lightning_ddg.plugin.data import (
     BatchExchange,
     CountedLoader,
     RemoteBatch,
-    check_sampler,
     check_steps,
     followed,
 )
+from lightning_ddg.plugin.shares import check_sampler
 from tests.networks import Classifier, quiet_trainer
 
 

@@ -98,7 +98,7 @@ def test_a_rank_that_fails_because_of_another_names_it() -> None:
 )
 def test_who_starts_processes_says_which_rank_has_ended(rank: int, code: int, says: str) -> None:
     error = ProcessExitedException("process terminated", rank, 1234, code)
-    first_error.sign_exit(error, 3)
+    first_error.sign_exit(error, 3, 3)
     assert error.__notes__ == [says]
 
 
