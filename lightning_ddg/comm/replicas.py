@@ -82,7 +82,8 @@ class Replicas:
         mailbox: Connects the ranks of all replicas.
         ranks: The ranks with this stage, by replica.
         number: This rank's replica.
-        swap: Used for :meth:`reduce` and :meth:`gather` instead of the mailbox, when its conversation has ended.
+        swap: Used for :meth:`reduce` and :meth:`gather` instead of the mailbox, when its conversation has ended; until
+            then it returns ``None``.
 
     Attributes:
         number: As given.
@@ -94,7 +95,7 @@ class Replicas:
         mailbox: SendingMailbox,
         ranks: Sequence[int],
         number: int,
-        swap: Callable[[Any], list[Any] | None] = lambda value: None,
+        swap: Callable[[Any], list[Any] | None] | None = None,
     ) -> None:
         self.number, self.size = number, len(ranks)
         self._mailbox, self._ranks, self._swap = mailbox, ranks, swap
@@ -153,7 +154,7 @@ class Replicas:
         if self.size == 1:
             return [tensor]
         own = tensor.detach().clone()
-        gathered = self._swap(own)
+        gathered = None if self._swap is None else self._swap(own)
         return [one.to(own.device) for one in (self.exchange(own) if gathered is None else gathered)]
 
     def reduce(self, tensor: Tensor, operation: str) -> Tensor:

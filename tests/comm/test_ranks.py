@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 from datetime import timedelta
 from typing import Any
 
@@ -271,3 +272,8 @@ def fail() -> str:
 
 def test_the_first_failure_is_known_to_all_and_ends_what_is_collective() -> None:
     assert run_ranks(fail, 2) == ["Rank 1 ran out of luck"] * 2
+
+
+def test_one_process_can_be_pickled() -> None:
+    """As where a Trainer is given to processes that it spawns."""
+    assert pickle.loads(pickle.dumps(LocalRanks(3))).replicas.size == 1

@@ -400,6 +400,22 @@ def drawn() -> tuple[int, Any]:
     return seeds[0], state_of(module)
 
 
+def on_two_nodes(num_stages: int) -> tuple[list[Any], dict[str, Tensor]]:
+    """Trains as two nodes of two processes each."""
+    rank = int(os.environ["LOCAL_RANK"])
+    before = dict(os.environ)
+    os.environ.update(LOCAL_RANK=str(rank % 2), NODE_RANK=str(rank // 2))
+    case = CASES[0]
+    try:
+        strategy = DDGStrategy(num_stages, [f"net.{start}" for start in STARTS[num_stages]], drain=case["drain"])
+        module = Classifier("mlp", case["optimizer"])
+        trainer = quiet_trainer(devices=2, num_nodes=2, strategy=strategy, max_epochs=EPOCHS)
+        trainer.fit(module, DataLoader(dataset("mlp", COUNT), 5))
+    finally:
+        os.environ.update(before)
+    return [strategy.global_rank, strategy.replica, strategy.stage, strategy.data_parallel_size], state_of(module)
+
+
 def behave(folder: str) -> dict[str, Any]:
     warnings.simplefilter("ignore")
     results: dict[str, Any] = {"whole": trained(f"{folder}/whole", None, 4, 2)}
@@ -407,6 +423,7 @@ def behave(folder: str) -> dict[str, Any]:
     results["resumed"] = trained(f"{folder}/again", f"{folder}/half/epoch=0.ckpt", 4, 2)
     results["stopped"] = [stopped(0, 3), stopped(2, 3), stopped(1, 3)]
     results["rates"], results["by rates"] = rates(f"{folder}/rates")
+    results["nodes"] = on_two_nodes(2)
     results["streamed"], results["evaluated"], results["drawn"] = streamed(), evaluated(), drawn()
     return results
 
@@ -432,6 +449,9 @@ def test_checkpoints_decisions_and_data(tmp_path: Path) -> None:
         assert right == 0
         assert [value for batch in predictions for value in batch] == own[number // 2 :: 2]
         assert largest_difference(rank["drawn"][1], first["drawn"][1]) == 0.0, "all begin with those of the first"
+    for number, rank in enumerate(ranks):
+        assert rank["nodes"][0] == [number, number // 2, 2 - number % 2, 2]
+        assert largest_difference(rank["nodes"][1], expected(2, 2, CASES[0])) <= 1e-11
     assert first["rates"][0] < 0.1
     assert first["stopped"][0] == 3 + 1 + 3
     assert first["stopped"][1] in (8, 9), "asked for by the other replica"

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -9,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lightning_ddg import DDGStrategy
 from tests.harness import run_ranks
@@ -89,3 +94,57 @@ def test_loops_do_what_they_do_without_replicas() -> None:
             assert rank[name][0] == journal, (name, number)
             assert rank[name][2] == counts, (name, number)
             assert largest_difference(rank[name][1], state) <= 1e-11, (name, number)
+
+
+def end_by_a_signal(folder: str, number: int, ranks: tuple[int, ...]) -> Any:
+    with not_divided(test_loops):
+        before = test_loops.quiet_trainer
+        strategy = partial(DDGStrategy, 3)
+        test_loops.DDGStrategy, test_loops.quiet_trainer = strategy, lambda **kwargs: before(**{**kwargs, "devices": 6})  # type: ignore[assignment,misc]
+        return test_loops.fit_until_a_signal(folder, number, ranks, "training", 1)
+
+
+@pytest.mark.parametrize("ranks", [(0,), (5,), (3,)])
+def test_a_signal_ends_all_replicas_after_the_same_batch(ranks: tuple[int, ...], tmp_path: Path) -> None:
+    results = run_ranks(end_by_a_signal, 6, str(tmp_path), signal.SIGTERM, ranks, timeout=120)
+    assert all(result.error.startswith("SIGTERMException") for result in results), [one.error for one in results]
+    assert len({result.batches for result in results}) == 1
+    if ranks == (0,):
+        assert results[0].batches == 5, "one batch later than with one pipeline the epoch would have ended"
+    saved = torch.load(tmp_path / "on_exception.ckpt", weights_only=True)
+    for half in (results[:3], results[3:]):
+        together = {name: value for result in half for name, value in result.weights.items()}
+        assert largest_difference(saved["state_dict"], together) == 0.0
+
+
+SCRIPT = """
+import os
+import warnings
+warnings.simplefilter("ignore")
+from lightning_ddg import DDGStrategy
+from tests.networks import Classifier, loader, quiet_trainer
+
+if __name__ == "__main__":
+    strategy = DDGStrategy(2, ["net.3"], start_method="METHOD")
+    trainer = quiet_trainer(devices=4, strategy=strategy, max_epochs=2)
+    module = Classifier("mlp", "adam")
+    trainer.fit(module, loader("mlp"))
+    sums = [str(float(module.net[layer].weight.sum())) for layer in (0, 6)]
+    # In one piece: several processes write.
+    os.write(1, f"weights {trainer.global_rank} {' '.join(sums)}\\n".encode())
+"""
+
+
+def test_scripts_start_replicas_in_every_way(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    found = {}
+    for method in ("popen", "spawn", "fork"):
+        (tmp_path / "script.py").write_text(SCRIPT.replace("METHOD", method))
+        ended = subprocess.run(
+            [sys.executable, "script.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=180
+        )
+        assert ended.returncode == 0, ended.stderr
+        lines = [line.split() for line in ended.stdout.splitlines() if line.startswith("weights")]
+        assert len(lines) == (4 if method == "popen" else 1), ended.stdout
+        found[method] = {tuple(line[2:]) for line in lines}
+    assert len(set.union(*found.values())) == 1, found
