@@ -138,7 +138,7 @@ def expected(num_stages: int, replicas: int, case: Case) -> dict[str, Tensor]:
         case.get("accumulate", 1),
         clips[how] if "clip" in case else None,
         case.get("finish"),
-        replicas,
+        replicas=replicas,
     )
     return {f"net.{key}": tensor for key, tensor in state_of(net).items()}
 
@@ -454,7 +454,7 @@ def test_checkpoints_decisions_and_data(tmp_path: Path) -> None:
         assert largest_difference(rank["nodes"][1], expected(2, 2, CASES[0])) <= 1e-11
     assert first["rates"][0] < 0.1
     assert first["stopped"][0] == 3 + 1 + 3
-    assert first["stopped"][1] in (8, 9), "asked for by the other replica"
+    assert first["stopped"][1] in (7, 8, 9), "asked for by the other replica, which rank 0 hears of at once or later"
     assert first["stopped"][2] == 11, "by who has no loss: as with one pipeline, it does not count"
     assert len(first["streamed"][1]) == 0, "said on the rank that reads"
     assert "The data of replica 1 ended after 3 batches" in ranks[1]["streamed"][1][0]
