@@ -72,10 +72,17 @@ class Arriving:
 
     def __init__(self, lane: HostLane, peer: int, slack: int) -> None:
         self._lane, self._peer, self._room = lane, peer, Room(slack)
+        self._refused: RuntimeError | None = None
         self._posted = deque(self._post(torch.empty(LEAST, dtype=torch.uint8)) for _ in range(receives_ahead(slack)))
 
     def wait(self) -> Tensor:
-        """Wait for the next frame; its memory is good until :meth:`count`."""
+        """Wait for the next frame; its memory is good until :meth:`count`.
+
+        Raises:
+            RuntimeError: If the connection has broken, and all that came before has been waited for.
+        """
+        if not self._posted and self._refused is not None:
+            raise self._refused
         work, into = self._posted[0]
         self._lane.wait(work)
         return into
@@ -84,7 +91,13 @@ class Arriving:
         """Count the message of the frame that was waited for, and post the next receive."""
         _, into = self._posted.popleft()
         room = self._room.count(size)
-        self._posted.append(self._post(into if into.numel() == room else torch.empty(room, dtype=torch.uint8)))
+        if self._refused is not None:
+            return
+        try:
+            self._posted.append(self._post(into if into.numel() == room else torch.empty(room, dtype=torch.uint8)))
+        except RuntimeError as error:
+            # A rank that has said goodbye may have ended; its last words lie where receives were posted before.
+            self._refused = error
 
     def _post(self, into: Tensor) -> tuple[object, Tensor]:
         return self._lane.post(into, self._peer, FRAME), into

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from lightning_ddg.comm import frames
-from lightning_ddg.comm.frames import AHEAD, LEAST, MOST, MOST_FAR, Room, receives_ahead
+from lightning_ddg.comm.frames import AHEAD, LEAST, MOST, MOST_FAR, Arriving, Room, receives_ahead
 from lightning_ddg.core.execution import ACTIVATION, GRADIENT
 from tests.comm.test_mailbox import connect
 from tests.harness import run_ranks
@@ -103,3 +103,28 @@ def count_sends() -> list[int]:
 
 def test_a_message_of_known_size_is_one_frame() -> None:
     assert run_ranks(count_sends, 2)[0][:-1] == [3] + [2] * (AHEAD - 1) + [1] * (AHEAD - 1)
+
+
+class LaneToNobody:
+    """A lane whose peer ends after so many frames, which have arrived by then."""
+
+    def __init__(self, frames: int) -> None:
+        self.left = frames
+
+    def post(self, into: torch.Tensor, peer: int, tag: int) -> object:
+        if self.left == 0:
+            raise RuntimeError("Connection closed by peer")
+        self.left -= 1
+        return None
+
+    def wait(self, receive: object) -> None:
+        pass
+
+
+def test_what_a_rank_sent_before_it_ended_arrives() -> None:
+    frames_of = Arriving(LaneToNobody(AHEAD + 2), 1, 0)  # type: ignore[arg-type]
+    for _ in range(AHEAD + 2):
+        frames_of.wait()
+        frames_of.count(10)
+    with pytest.raises(RuntimeError, match="Connection closed by peer"):
+        frames_of.wait()
