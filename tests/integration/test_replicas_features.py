@@ -14,12 +14,13 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
 
-from lightning_ddg import DDGStrategy
+from lightning_ddg import DDGMonitor, DDGStrategy
 from tests.harness import run_ranks
 from tests.integration import test_callbacks, test_loops, test_optimization
 from tests.integration.test_optimization import same_optimizer_state
-from tests.networks import largest_difference
+from tests.networks import Classifier, largest_difference, loader, quiet_trainer, state_of
 
 pytestmark = pytest.mark.slow
 
@@ -148,3 +149,43 @@ def test_scripts_start_replicas_in_every_way(tmp_path: Path) -> None:
         assert len(lines) == (4 if method == "popen" else 1), ended.stdout
         found[method] = {tuple(line[2:]) for line in lines}
     assert len(set.union(*found.values())) == 1, found
+
+
+class Single(Classifier):
+    """In single precision, as most are."""
+
+    def __init__(self) -> None:
+        super().__init__("mlp", "nesterov")
+        self.net.float()
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return batch[0].float(), batch[1]
+
+
+def log_all(folder: str, devices: int) -> list[Any]:
+    results = []
+    for precision in ("bf16-mixed", "32-true"):
+        module, monitor = Single(), DDGMonitor(timeline=False, every_n_steps=2)
+        trainer = quiet_trainer(
+            devices=devices,
+            strategy=DDGStrategy(2, ["net.3"]),
+            precision=precision,
+            callbacks=[monitor],
+            logger=CSVLogger(folder, precision, ""),
+            log_every_n_steps=1,
+            use_distributed_sampler=False,
+        )
+        trainer.fit(module, loader("mlp"), loader("mlp"))
+        results.append((state_of(module), {stage: set(values) for stage, values in monitor.figures.items()}))
+    return results
+
+
+def test_precisions_loggers_and_the_monitor(tmp_path: Path) -> None:
+    several, one = (run_ranks(log_all, devices, str(tmp_path / str(devices)), devices) for devices in (4, 2))
+    for at, precision in enumerate(("bf16-mixed", "32-true")):
+        for number, rank in enumerate(several):
+            assert largest_difference(rank[at][0], one[0][at][0]) == 0.0
+            assert rank[at][1] == (one[0][at][1] if number == 0 else {})
+        lines = [(tmp_path / str(devices) / precision / "metrics.csv").read_text().splitlines() for devices in (4, 2)]
+        assert len(lines[0]) == len(lines[1])
+        assert set(lines[0][0].split(",")) == set(lines[1][0].split(","))
