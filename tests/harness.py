@@ -38,7 +38,7 @@ class RankResult:
 
 
 def environment(*folders: str | Path, **variables: Any) -> dict[str, str]:
-    """What a Python that a test starts needs: the checkout, these folders, one thread, and :mod:`sitecustomize`."""
+    """What a Python that a test starts needs, if it runs no recipe: the checkout, one thread, :mod:`sitecustomize`."""
     path = os.pathsep.join(map(str, [ROOT / "tests" / "interpreter", ROOT, *folders]))
     known = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     return {**known, **{name: str(value) for name, value in variables.items()}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from lightning_ddg.cli import main
-from tests.harness import environment
 
 ROOT = Path(__file__).parents[2]
 
@@ -28,7 +28,7 @@ def fit(recipe: str, devices: int, options: list[str], folder: Path) -> None:
     ended = subprocess.run(
         [sys.executable, "-m", "lightning_ddg", *words],
         cwd=folder,
-        env=environment(),
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         check=False,
         capture_output=True,
         text=True,

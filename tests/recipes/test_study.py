@@ -24,7 +24,6 @@ from recipes.study.grid import Run, Settings, find_recipe, read_recipe, runs
 from recipes.study.methods import METHODS
 from recipes.study.processes import RunError, share_out
 from recipes.study.results import COLUMNS, Results
-from tests.harness import environment
 
 ROOT = Path(__file__).parents[2]
 
@@ -53,7 +52,7 @@ def test_a_killed_study_goes_on_and_ends_with_table_and_figures(
     started = subprocess.Popen(
         [sys.executable, "-m", "recipes.study", *arguments],
         cwd=tmp_path,
-        env=environment(),
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         stderr=subprocess.PIPE,
         text=True,
     )
